@@ -1,0 +1,83 @@
+"""Virtual machine monitors you can script.
+
+A guest runs on /dev/kvm. Whenever it asks for a page to change hands between *private* and *shared*, or touches one
+that is in the wrong hands, a policy decides: yours, in Python, or one of those in ``pagegate.policies``.
+"""
+
+from pagegate import policies
+from pagegate._core import (
+    DOORBELL_PORT,
+    LIVELOCK_BOUND,
+    Attributes,
+    Change,
+    Convert,
+    Deny,
+    Discard,
+    Event,
+    Events,
+    Host,
+    Io,
+    Latency,
+    MapGpaRange,
+    MemoryFault,
+    MemoryPoison,
+    MemoryUsage,
+    Mmio,
+    Report,
+    Retry,
+    Stop,
+    Vcpu,
+    Vm,
+    __version__,
+    probe,
+)
+from pagegate.errors import (
+    BadBacking,
+    KvmUnavailable,
+    Livelock,
+    NotSupported,
+    PagegateError,
+    PolicyError,
+    PrivateMemoryError,
+    TestbedError,
+)
+from pagegate.hooks import Decision, Listener, Policy
+
+__all__ = [
+    "DOORBELL_PORT",
+    "LIVELOCK_BOUND",
+    "Attributes",
+    "BadBacking",
+    "Change",
+    "Convert",
+    "Decision",
+    "Deny",
+    "Discard",
+    "Event",
+    "Events",
+    "Host",
+    "Io",
+    "KvmUnavailable",
+    "Latency",
+    "Listener",
+    "Livelock",
+    "MapGpaRange",
+    "MemoryFault",
+    "MemoryPoison",
+    "MemoryUsage",
+    "Mmio",
+    "NotSupported",
+    "PagegateError",
+    "Policy",
+    "PolicyError",
+    "PrivateMemoryError",
+    "Report",
+    "Retry",
+    "Stop",
+    "TestbedError",
+    "Vcpu",
+    "Vm",
+    "__version__",
+    "policies",
+    "probe",
+]

@@ -1,0 +1,122 @@
+"""The command line. Exit status: 0 done; 1 the guest or policy ended badly; 2 usage; 3 this host cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import click
+
+from pagegate import script
+from pagegate.errors import KvmUnavailable, NotSupported, PagegateError, TestbedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_COMMANDS = {
+    "demo": "pagegate.cli.demo:demo",
+    "doctor": "pagegate.cli.doctor:doctor",
+    "testbed": "pagegate.testbed.command:testbed",
+}
+_INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Imports a command when it is used: each has its own heavy imports, and `doctor` should not wait for them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name].split(":")
+        command = getattr(importlib.import_module(module), name)
+        return command if isinstance(command, click.Command) else None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("pagegate"), message="pagegate %(version)s")
+def cli() -> None:
+    """Virtual machine monitors you can script: a policy judges which guest pages the host may see."""
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            status = cli.main(prog_name="pagegate", standalone_mode=False) or 0
+        finally:
+            # What is still buffered may not fit, and at the interpreter's end nobody could say so.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001 - the last one who can tell the user
+        status = _told(error)
+    sys.exit(status)
+
+
+def _told(error: BaseException) -> int | str | None:
+    """Says on stderr what ended the command, and returns the exit status."""
+    try:
+        if isinstance(error, click.ClickException):
+            error.show()
+            return error.exit_code
+        if isinstance(error, click.Abort | KeyboardInterrupt):
+            click.echo("interrupted", err=True)
+            return _INTERRUPTED
+        hooks = script.frames(traceback.extract_tb(error.__traceback__))
+        if isinstance(error, SystemExit) and not hooks:
+            return error.code
+        if isinstance(error, PagegateError):
+            _say(error, str(error))
+            return 3 if isinstance(error, KvmUnavailable | NotSupported | TestbedError) else 1
+        if isinstance(error, OSError) and not hooks:
+            _tell_of_the_system(error)
+        else:
+            click.echo("".join(_traceback(error)), err=True, nl=False)
+    except OSError:
+        # stderr is gone as well: the status has to say it all.
+        _abandon(2)
+    return 1
+
+
+def _say(error: BaseException, text: str) -> None:
+    click.echo("\n".join([f"pagegate: {text}", *getattr(error, "__notes__", ())]), err=True)
+
+
+def _tell_of_the_system(error: OSError) -> None:
+    # The interpreter flushes once more when it ends, and would complain in its own words.
+    _abandon(1)
+    if error.errno == errno.EPIPE:
+        return
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    _say(error, f"{place}{error.strerror or error}")
+
+
+def _abandon(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def _traceback(error: BaseException) -> Iterator[str]:
+    """The traceback without the frames that are not the user's."""
+    told = traceback.TracebackException.from_exception(error)
+    pending = [told]
+    while pending:
+        one = pending.pop()
+        frames = script.frames(one.stack) or list(one.stack)[-1:]
+        one.stack = traceback.StackSummary.from_list(frames)
+        pending += [each for each in (one.__cause__, one.__context__) if each is not None]
+    return told.format()

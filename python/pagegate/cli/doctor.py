@@ -1,0 +1,69 @@
+"""`pagegate doctor`: what this host offers, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pagegate import Host, probe
+
+_PRIVATE = 8
+_FLAGS = {1: "MMAP", 2: "INIT_SHARED"}
+
+
+def _facts(host: Host) -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "vm_types": host.vm_types,
+        "memory_attributes": host.memory_attributes,
+        "guest_memfd": host.guest_memfd,
+        "guest_memfd_flags": host.guest_memfd_flags,
+        "exit_hypercall": host.exit_hypercall,
+        "pre_fault": host.pre_fault,
+        "max_vcpus": host.max_vcpus,
+        "max_memslots": host.max_memslots,
+        "enforcement": host.enforcement,
+        "problems": host.problems,
+    }
+
+
+def _yes(value: object) -> str:
+    return "yes" if value else "no"
+
+
+def _table(host: Host) -> Table:
+    flags = [name for bit, name in _FLAGS.items() if host.guest_memfd_flags & bit]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("kernel", platform.release())
+    table.add_row("VM types", ", ".join(host.vm_types))
+    table.add_row("private attribute", _yes(host.memory_attributes & _PRIVATE))
+    table.add_row("guest_memfd", _yes(host.guest_memfd) + (f" ({', '.join(flags)})" if flags else ""))
+    table.add_row("KVM_HC_MAP_GPA_RANGE exits", _yes(host.exit_hypercall))
+    table.add_row("KVM_PRE_FAULT_MEMORY", _yes(host.pre_fault))
+    table.add_row("vCPUs, memslots", f"{host.max_vcpus}, {host.max_memslots}")
+    table.add_row("enforcement here", f"[bold]{host.enforcement}[/bold]")
+    return table
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(*, as_json: bool) -> int:
+    """What this host offers, what is missing and how to get it."""
+    host = probe()
+    usable = host.enforcement is not None
+    if as_json:
+        click.echo(json.dumps(_facts(host), indent=2))
+    else:
+        console = Console(highlight=False)
+        if usable:
+            console.print(_table(host))
+        for problem in host.problems:
+            console.print(f"[yellow]![/yellow] {problem[0].upper()}{problem[1:]}.", soft_wrap=True)
+        if usable:
+            console.print("[green]✓[/green] `pagegate demo` runs here.")
+    return 0 if usable else 3

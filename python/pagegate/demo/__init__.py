@@ -1,0 +1,1 @@
+"""The demo: a bundled guest and the policy that judges it."""

@@ -1,0 +1,200 @@
+"""Guests to run without an assembler: a script of memory accesses and requests, executed in long mode.
+
+script = Script()
+script.fill(0x20_0000, 4096, 0x11)              # write
+answer = script.map(0x20_0000, 4096, to="private")
+script.start(vm)
+vm.run(timeout=10.0)
+assert script.result(vm, answer) == 0           # RAX
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from pagegate._core import Vm, probe, script_guest
+
+PAGE: Final = 4096
+_RECORD = struct.Struct("<Q3Q4Q")
+_RESULT_OFFSET = 32
+_WORD = 8
+_ENCRYPTED = 1 << 4
+_TRIAL_MEMORY = 1 << 20
+_MOST = (1 << 64) - 1
+
+_HALT, _FILL, _CHECK, _READ, _WRITE, _VMCALL, _VMMCALL, _DOORBELL = range(8)
+_OUT, _IN, _LOOP, _BARRIER, _ADD, _TOUCH, _UNLESS, _COUNT = range(8, 16)
+
+Call: TypeAlias = Literal["hypercall", "doorbell"]
+"""How a guest asks: KVM's hypercall, or the same by port where that does not complete."""
+
+
+State: TypeAlias = Literal["private", "shared"]
+"""What a page is, or is to be."""
+
+
+def hypercall_instruction() -> Literal["vmcall", "vmmcall"]:
+    """The instruction that is a hypercall on this CPU."""
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    return "vmmcall" if "AuthenticAMD" in cpuinfo or "HygonGenuine" in cpuinfo else "vmcall"
+
+
+class Script:
+    """A list of operations for one vCPU. Each method appends one and returns its number.
+
+    Addresses are linear, which in long mode are guest-physical; with a shared bit, ``address | 1 << bit`` is the
+    shared view. The script itself has to lie in shared memory.
+    """
+
+    def __init__(self, *, call: Call = "doorbell") -> None:
+        """``call`` is how ``map`` asks."""
+        if call not in ("hypercall", "doorbell"):
+            raise ValueError(f'call is {call!r}: it must be "hypercall" or "doorbell"')
+        if call == "doorbell":
+            self._map = _DOORBELL
+        else:
+            self._map = {"vmcall": _VMCALL, "vmmcall": _VMMCALL}[hypercall_instruction()]
+        self._operations: list[tuple[int, int, int, int]] = []
+        self._table: int | None = None
+
+    def __len__(self) -> int:
+        """How many operations there are, which is the number of the next one."""
+        return len(self._operations)
+
+    def _append(self, operation: int, **words: int) -> int:
+        """Takes the operation's three words, by the names that the caller knows them by."""
+        a, b, c = (*(_checked(name.rstrip("_"), word) for name, word in words.items()), 0, 0, 0)[:3]
+        self._operations.append((operation, a, b, c))
+        return len(self._operations) - 1
+
+    def halt(self) -> int:
+        """HLT, for good. Every script ends with one by itself."""
+        return self._append(_HALT)
+
+    def fill(self, address: int, size: int, byte: int) -> int:
+        """Writes ``size`` bytes, a multiple of 8, all of them ``byte``."""
+        return self._append(_FILL, address=address, size=_words(size), byte=_word(byte))
+
+    def check(self, address: int, size: int, byte: int) -> int:
+        """Result: how many 8-byte words in ``size`` bytes do not consist of ``byte``."""
+        return self._append(_CHECK, address=address, size=_words(size), byte=_word(byte))
+
+    def read(self, address: int) -> int:
+        """Result: the 8-byte word at ``address``."""
+        return self._append(_READ, address=address)
+
+    def write(self, address: int, word: int) -> int:
+        """Writes an 8-byte word."""
+        return self._append(_WRITE, address=address, _=0, word=word)
+
+    def map(self, gpa: int, size: int, *, to: State, page_size_hint: int = 0) -> int:
+        """KVM_HC_MAP_GPA_RANGE on ``size`` bytes, a positive multiple of 4096. Result: RAX.
+
+        ``page_size_hint`` is 0 for 4096, 1 for 2 MiB, 2 for 1 GiB. What ``map`` refuses to ask, ``map_raw`` asks.
+        """
+        if to not in ("private", "shared"):
+            raise ValueError(f'to is {to!r}: it must be "private" or "shared"')
+        if _checked("size", size) == 0 or size % PAGE:
+            raise ValueError(f"size is {size}: it must be a positive multiple of {PAGE}")
+        # The next bit says private.
+        _checked("page_size_hint", page_size_hint, _ENCRYPTED - 1)
+        return self.map_raw(gpa, size // PAGE, _ENCRYPTED * (to == "private") | page_size_hint)
+
+    def map_raw(self, gpa: int, pages: int, attributes: int) -> int:
+        """KVM_HC_MAP_GPA_RANGE with these very registers. Result: RAX."""
+        return self._append(self._map, gpa=gpa, pages=pages, attributes=attributes)
+
+    def out(self, port: int, value: int, size: int = 1) -> int:
+        """OUT of 1, 2 or 4 bytes."""
+        return self._append(_OUT, port=_port(port), size=_access(size), value=value)
+
+    def in_(self, port: int, size: int = 1) -> int:
+        """IN of 1, 2 or 4 bytes. Result: what was read."""
+        return self._append(_IN, port=_port(port), size=_access(size))
+
+    def loop(self, to: int, times: int) -> int:
+        """Goes back to operation ``to``, so that what lies between is done ``times`` times in all."""
+        return self._append(_LOOP, to=to, times=times, times_=times)
+
+    def barrier(self, address: int, vcpus: int) -> int:
+        """Waits until ``vcpus`` scripts came here; again each time. The word at ``address`` must be 0 at first."""
+        return self._append(_BARRIER, address=address, _=0, vcpus=vcpus)
+
+    def add(self, address: int, word: int) -> int:
+        """Adds to the word at ``address``, atomically. Result: what it was."""
+        return self._append(_ADD, address=address, _=0, word=word)
+
+    def touch(self, address: int, count: int, stride: int = PAGE) -> int:
+        """Reads one byte at ``address`` and every ``stride`` bytes after it, ``count`` in all."""
+        return self._append(_TOUCH, address=address, count=count, stride=stride)
+
+    def goto_unless(self, address: int, word: int, to: int) -> int:
+        """Goes to operation ``to`` unless the word at ``address`` is ``word``."""
+        return self._append(_UNLESS, to=to, address=address, word=word)
+
+    def count(self) -> int:
+        """Result: how often this was reached."""
+        return self._append(_COUNT)
+
+    def start(self, vm: Vm, vcpu: int = 0, *, at: int = 0x1000) -> int:
+        """Puts the guest and this script into memory at ``at`` and starts a vCPU there. Returns where it ends."""
+        code = script_guest()
+        shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
+        table = -(-(at + len(code)) // PAGE) * PAGE
+        records = [_RECORD.pack(*operation, 0, 0, 0, 0) for operation in [*self._operations, (_HALT, 0, 0, 0)]]
+        image = code.ljust(table - at, b"\0") + b"".join(records)
+        vm.load(image, at)
+        vm.vcpus[vcpu].start(mode="long", rip=at | shared, rdi=table | shared)
+        self._table = table
+        return at + len(image)
+
+    def result(self, vm: Vm, operation: int) -> int:
+        """The result of an operation, after it was executed; signed, as errnos are."""
+        if self._table is None:
+            raise ValueError("the script was not started")
+        at = self._table + operation * _RECORD.size + _RESULT_OFFSET
+        return int.from_bytes(vm.read(at, _WORD), "little", signed=True)
+
+
+def _checked(name: str, value: int, most: int = _MOST) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {value}: it must be in 0..{most:#x}")
+    return value
+
+
+def _port(port: int) -> int:
+    return _checked("port", port, 0xFFFF)
+
+
+def _access(size: int) -> int:
+    if _checked("size", size) not in (1, 2, 4):
+        raise ValueError(f"size is {size}: it must be 1, 2 or 4")
+    return size
+
+
+def _words(size: int) -> int:
+    if _checked("size", size) % _WORD:
+        raise ValueError(f"size is {size}: it must be a multiple of {_WORD}")
+    return size // _WORD
+
+
+def _word(byte: int) -> int:
+    return int.from_bytes(bytes([_checked("byte", byte, 0xFF)]) * _WORD, "little")
+
+
+def hypercall_completes(timeout: float = 0.5) -> bool:
+    """Whether a guest's KVM_HC_MAP_GPA_RANGE comes back on this host, tried for at most ``timeout`` seconds.
+
+    It does not where KVM does not exit for it, and on hosts whose KVM is itself emulated it may never return.
+    """
+    if not probe().exit_hypercall:
+        return False
+    script = Script(call="hypercall")
+    script.map(0, PAGE, to="shared")
+    with Vm(_TRIAL_MEMORY, events=0) as vm:
+        script.start(vm, at=2 * PAGE)
+        return vm.run(timeout=timeout).hypercalls == 1

@@ -1,0 +1,120 @@
+"""Finding a policy's hooks: once, when it is handed over, so that a slip of the pen is an error and not a surprise."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from pagegate._core import Change, Convert, Deny, Discard, MapGpaRange, MemoryFault, MemoryPoison, Retry, Stop
+from pagegate.errors import PolicyError
+
+NAMES = ("memory_fault", "map_gpa_range", "memory_poison")
+_LISTENER_NAMES = ("prepare", "committed", "aborted")
+
+Decision = Convert | Deny | Discard | Retry | Stop
+"""What a hook may answer."""
+
+Hook = Callable[[Any], Any]
+
+
+class Policy:
+    """The base class for policies. Override any hook; what is not overridden costs nothing and never enters Python.
+
+    A policy need not derive from this: any object with some of these methods is one, and so is a module with some of
+    these functions. Hooks are called on vCPU threads.
+    """
+
+    def memory_fault(self, fault: MemoryFault) -> Decision:
+        """Judges an implicit request: an access met a page in the other state. Default: convert as asked."""
+        return Convert()
+
+    def map_gpa_range(self, call: MapGpaRange) -> Decision:
+        """Judges an explicit request: a well-formed KVM_HC_MAP_GPA_RANGE. Default: convert as asked."""
+        return Convert()
+
+    def memory_poison(self, poison: MemoryPoison) -> Decision:
+        """Is told of an access to poisoned memory (EHWPOISON). Default: ``Stop("poison")``."""
+        return Stop("poison")
+
+
+class Listener:
+    """The base class for listeners. Any object with some of these methods is one.
+
+    A listener is told of every conversion, whoever asked for it, on the thread that does it and while the pages are
+    locked: it must not convert, read or write guest memory from within. One that joins is told the present state first,
+    as ``committed`` changes with ``initial`` set.
+    """
+
+    def prepare(self, change: Change) -> bool | None:
+        """Pages are about to become private, and nothing has changed yet: let go of them.
+
+        ``False`` refuses: nothing is converted, and an explicit request finds EAGAIN.
+        """
+
+    def committed(self, change: Change) -> None:
+        """Pages changed. What became shared can be used from now on."""
+
+    def aborted(self, change: Change) -> None:
+        """Pages that were prepared stay as they are."""
+
+
+def resolve(policy: object) -> tuple[Hook | None, Hook | None, Hook | None]:
+    """The policy's hooks in the order of ``NAMES``, ``None`` for each that is left to the default.
+
+    Raises PolicyError for a class in place of an object, an object without any hook, a name that is nearly a hook's,
+    and a hook that cannot be called with one argument.
+    """
+    return _resolve(policy, NAMES, Policy)
+
+
+def resolve_listener(listener: object) -> tuple[Hook | None, Hook | None, Hook | None]:
+    """The listener's methods: prepare, committed, aborted. Raises PolicyError as ``resolve`` does."""
+    return _resolve(listener, _LISTENER_NAMES, Listener)
+
+
+def _resolve(owner: object, names: tuple[str, str, str], base: type) -> tuple[Hook | None, Hook | None, Hook | None]:
+    kind = base.__name__.lower()
+    if inspect.isclass(owner):
+        raise PolicyError(f"{owner.__name__} is a class: pass an object, {owner.__name__}(...)")
+    what = f"module {owner.__name__}" if isinstance(owner, ModuleType) else f"a {type(owner).__name__}"
+    for name in _own_functions(owner):
+        if name in names or name.startswith("_"):
+            continue
+        if near := difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.8):
+            raise PolicyError(f"{what} has {name}(), which is no hook: did you mean {near[0]}()?")
+    hooks = [_hook(owner, name, base, what) for name in names]
+    if not any(hooks) and not isinstance(owner, base):
+        raise PolicyError(f"{what} is no {kind}: it has none of the hooks {', '.join(names)}")
+    first, second, third = hooks
+    return first, second, third
+
+
+def _own_functions(owner: object) -> list[str]:
+    """Where a hook could have been meant; not what a module imports."""
+    if isinstance(owner, ModuleType):
+        defined = inspect.getmembers(owner, inspect.isroutine)
+        return [name for name, value in defined if getattr(value, "__module__", None) == owner.__name__]
+    static = {name: inspect.getattr_static(owner, name, None) for name in dir(owner)}
+    return [name for name, value in static.items() if callable(value) or isinstance(value, staticmethod | classmethod)]
+
+
+def _hook(owner: object, name: str, base: type, what: str) -> Hook | None:
+    hook = getattr(owner, name, None)
+    if hook is None or getattr(hook, "__func__", None) is getattr(base, name):
+        return None
+    if not callable(hook):
+        raise PolicyError(f"{name} of {what} is not callable")
+    if inspect.iscoroutinefunction(hook):
+        raise PolicyError(f"{name} of {what} is async: a hook answers at once")
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # a builtin: only the call itself will tell
+        return hook  # type: ignore[no-any-return]
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise PolicyError(f"{name}{signature} of {what} must take exactly one argument") from None
+    return hook  # type: ignore[no-any-return]

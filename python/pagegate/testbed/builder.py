@@ -1,0 +1,421 @@
+"""Build the testbed's kernel from Debian's kernel source.
+
+Nothing here needs to be root: the source package is downloaded and unpacked, not installed. A build that was
+interrupted goes on where it was: the unpacked source and the objects stay, and only a finished image gets the name by
+which it is found.
+"""
+# Starting the host's tools, by the names that PATH resolves, is what this module does.
+# ruff: noqa: S603, S607
+
+import contextlib
+import fcntl
+import os
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, cast
+
+from pagegate.errors import TestbedError
+from pagegate.testbed.kernel import IMAGE, Source, cache_directory, cache_errors, fragment, kernel_directory, publish
+from pagegate.testbed.machine import stopped_by_signals
+from pagegate.testbed.progress import Reporter, Silent
+
+OLDEST = (6, 12)
+"""The oldest series whose software-protected VMs the testbed is for."""
+
+PREFERRED = (7, 3)
+"""The series that is taken if it is offered; else it is the newest."""
+
+_MIRROR = "http://deb.debian.org/debian"
+_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+_ABOUT_FILES = 95_000
+_ABOUT_OBJECTS = 1_900
+_LOG_LINES = 15
+
+_PROGRAMS = {
+    "make": "make",
+    "gcc": "gcc",
+    "ld": "binutils",
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "xz": "xz-utils",
+    "tar": "tar",
+}
+_HEADERS = {"gelf.h": "libelf-dev", "openssl/ssl.h": "libssl-dev"}
+
+# Without one of these the machine would not boot, or not be what it is for. Others of the fragment come and go with
+# releases.
+_NEEDED = (
+    *("64BIT", "SMP", "PRINTK", "BINFMT_ELF", "BINFMT_SCRIPT", "MULTIUSER", "HIGH_RES_TIMERS", "X86_X2APIC"),
+    *("TTY", "UNIX98_PTYS", "SERIAL_8250_CONSOLE", "VIRTIO_CONSOLE", "PCI", "ACPI", "VIRTIO_PCI", "MAGIC_SYSRQ"),
+    *("DEVTMPFS", "DEVTMPFS_MOUNT", "PROC_FS", "SYSFS", "TMPFS", "SHMEM", "OVERLAY_FS", "FILE_LOCKING"),
+    *("NET", "UNIX", "INET", "NET_9P", "NET_9P_VIRTIO", "9P_FS"),
+    *("FUTEX", "EPOLL", "EVENTFD", "SIGNALFD", "TIMERFD", "POSIX_TIMERS", "MEMFD_CREATE", "USERFAULTFD"),
+    *("KVM", "KVM_AMD", "KVM_SW_PROTECTED_VM", "MEMORY_FAILURE", "CGROUPS", "MEMCG"),
+)
+
+
+def build(jobs: int | None = None, *, suite: str | None = None, reporter: Reporter | None = None) -> Path:
+    """Build the testbed's kernel, if it is not there yet, and return its image.
+
+    Args:
+        jobs: how many compilers run at once; None is one for each CPU.
+        suite: a Debian suite, as trixie-backports, to take the source from instead of those that apt is set up for.
+        reporter: is told how it proceeds.
+
+    Raises:
+        TestbedError: a tool or the source is missing, or the build failed.
+
+    """
+    report = reporter or Silent()
+    require_tools()
+    source = choose_source(suite)
+    directory = kernel_directory(source)
+    with locked(report):
+        if (directory / IMAGE).exists():
+            return directory / IMAGE
+        tree = unpacked_source(source, suite, report)
+        objects = directory / "objects"
+        objects.mkdir(parents=True, exist_ok=True)
+        log = directory / "build.log"
+        make = ["make", "-C", str(tree), f"O={objects}", "ARCH=x86_64"]
+        _configure(tree, objects, make, log, report)
+        report.stage(f"compiling {source.package} {source.version}", _ABOUT_OBJECTS)
+        counted = _Counter(report, re.compile(r"\s+(CC|AS|AR|LD|HOSTCC|HOSTLD|GEN)\s"))
+        call([*make, f"-j{jobs or available_cpus()}", "bzImage"], log, on_line=counted, environment=_MAKE_ENVIRONMENT)
+        image = publish(objects / "arch/x86/boot/bzImage", source)
+        shutil.rmtree(objects)
+        return image
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+# The same source and configuration give the same image, whoever builds it and when.
+_MAKE_ENVIRONMENT = {
+    "KBUILD_BUILD_USER": "pagegate",
+    "KBUILD_BUILD_HOST": "testbed",
+    "KBUILD_BUILD_TIMESTAMP": "1970-01-01",
+    "KBUILD_BUILD_VERSION": "1",
+}
+
+
+def require_tools() -> None:
+    """Make sure that what compiles a kernel is here.
+
+    Raises:
+        TestbedError: it names every package that is missing.
+
+    """
+    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    if "gcc" not in missing:
+        missing += [package for header, package in _HEADERS.items() if not _has_header(header)]
+    if missing:
+        raise TestbedError(f"building the kernel needs {_enumerated(missing)}: apt-get install {' '.join(missing)}")
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise TestbedError(
+            "the kernel is built from Debian's source packages, and this host has no apt to get them with: build it on "
+            "a Debian or Ubuntu machine, and name the image with --kernel"
+        )
+
+
+def _has_header(header: str) -> bool:
+    probe = subprocess.run(
+        ["gcc", "-E", "-x", "c", "-"], input=f"#include <{header}>\n", text=True, capture_output=True, check=False
+    )
+    return probe.returncode == 0
+
+
+def _enumerated(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def choose_source(suite: str | None = None, series: tuple[int, int] | None = None) -> Source:
+    """Return the kernel source to build from: of that series, or else the preferred or the newest that is offered.
+
+    Raises:
+        TestbedError: none is offered.
+
+    """
+    with _apt(suite) as options:
+        offered: dict[tuple[int, int], str] = {}
+        for line in _apt_output(
+            ["apt-cache", *options, "search", "--names-only", "^linux-source-[0-9]+[.][0-9]+$"]
+        ).splitlines():
+            package = line.split(" ", 1)[0]
+            major, _, minor = package.removeprefix("linux-source-").partition(".")
+            if package.startswith("linux-source-") and major.isdigit() and minor.isdigit():
+                offered[int(major), int(minor)] = package
+        place = f"Debian's {suite}" if suite else "apt"
+        remedy = "run apt-get update, or take it from another suite: --suite trixie-backports"
+        if series is not None:
+            chosen = series
+            if series not in offered:
+                raise TestbedError(f"{place} offers no linux-source-{series[0]}.{series[1]}: {remedy}")
+        else:
+            fitting = [one for one in offered if one >= OLDEST]
+            if not fitting:
+                raise TestbedError(f"{place} offers no linux-source of {OLDEST[0]}.{OLDEST[1]} or later: {remedy}")
+            chosen = PREFERRED if PREFERRED in fitting else max(fitting)
+        package = offered[chosen]
+        policy = _apt_output(["apt-cache", *options, "policy", package])
+        candidate = re.search(r"^ *Candidate: (\S+)", policy, re.MULTILINE)
+        if candidate is None or candidate[1] == "(none)":
+            raise TestbedError(f"{place} knows {package} but offers no version of it: {remedy}")
+        return Source(package, candidate[1])
+
+
+@contextlib.contextmanager
+def _apt(suite: str | None) -> Iterator[list[str]]:
+    """Options for apt's programs to work on the suite, in a directory of their own; none if there is no suite."""
+    if suite is None:
+        yield []
+        return
+    if not re.fullmatch(r"[a-z][a-z0-9/-]*", suite):
+        raise TestbedError(f"{suite!r} is no Debian suite: write one as trixie-backports")
+    directory = cache_directory() / "apt" / suite.replace("/", "_")
+    with cache_errors():
+        for part in ("lists/partial", "archives/partial", "parts"):
+            (directory / part).mkdir(parents=True, exist_ok=True)
+        (directory / "status").touch()
+    # Named, because Ubuntu has Debian's keys only for those who ask for them.
+    signed = f"[signed-by={_KEYRING}] " if Path(_KEYRING).exists() else ""
+    (directory / "sources.list").write_text(f"deb {signed}{_mirror()} {suite} main\n")
+    settings = {
+        "Dir::Etc::SourceList": "sources.list",
+        "Dir::Etc::SourceParts": "parts",
+        "Dir::State::Lists": "lists",
+        "Dir::State::Status": "status",
+        "Dir::Cache": ".",
+    }
+    options = [word for name, file in settings.items() for word in ("-o", f"{name}={directory / file}")]
+    _apt_output(["apt-get", *options, "--quiet", "--error-on=any", "update"])
+    yield options
+
+
+def _mirror() -> str:
+    """The mirror of Debian that this host's apt uses."""
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)"],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    sites = [
+        line.removeprefix("Debian|Debian|") for line in targets.stdout.splitlines() if line.startswith("Debian|Debian|")
+    ]
+    return sites[0] if sites else _MIRROR
+
+
+def _apt_output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.startswith("E: ")] or done.stderr.splitlines()
+        raise TestbedError(
+            f"{command[0]} failed: {said[-1].removeprefix('E: ') if said else f'status {done.returncode}'}"
+        )
+    return done.stdout
+
+
+def unpacked_source(source: Source, suite: str | None, report: Reporter) -> Path:
+    """Return the directory of this source, downloaded and unpacked if it was not there.
+
+    Raises:
+        TestbedError: it cannot be downloaded or unpacked.
+
+    """
+    tree = cache_directory() / "sources" / source.name
+    if tree.is_dir():
+        return tree
+    partial = tree.with_name(tree.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    package = _downloaded(source, suite, report)
+    report.stage(f"unpacking {source.package} {source.version}", _ABOUT_FILES)
+    archive = f"./usr/src/{source.package}.tar.xz"
+    log = tree.with_name(tree.name + ".log")
+    script = 'dpkg-deb --fsys-tarfile "$1" | tar -xO "$2" | xz -dc -T0 | tar -xv --strip-components=1 -C "$3"'
+    command = ["bash", "-o", "pipefail", "-c", script, "bash", str(package), archive, str(partial)]
+    call(command, log, on_line=_Counter(report, re.compile("")), keep_lines=False)
+    partial.rename(tree)
+    shutil.rmtree(package.parent)
+    log.unlink()
+    return tree
+
+
+def _downloaded(source: Source, suite: str | None, report: Reporter) -> Path:
+    directory = cache_directory() / "downloads" / source.name
+    directory.mkdir(parents=True, exist_ok=True)
+    finished = list(directory.glob("*.deb"))
+    if finished:
+        return finished[0]
+    with _apt(suite) as options, tempfile.TemporaryDirectory(dir=directory, prefix="partial-") as partial:
+        wanted = f"{source.package}={source.version}"
+        described = _apt_output(["apt-get", *options, "download", "--print-uris", wanted])
+        size = re.search(r" (\d+) SHA", described)
+        report.stage(f"downloading {source.package} {source.version}, MiB", int(size[1]) >> 20 if size else None)
+
+        def measure() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                report.reach(sum(file.stat().st_size for file in Path(partial).iterdir()) >> 20)
+
+        call(
+            ["apt-get", *options, "--quiet", "download", wanted],
+            directory / "download.log",
+            directory=Path(partial),
+            on_wait=measure,
+        )
+        (package,) = Path(partial).glob("*.deb")
+        return package.rename(directory / package.name)
+
+
+def _configure(tree: Path, objects: Path, make: Sequence[str], log: Path, report: Reporter) -> None:
+    ready = objects / ".configured"
+    if ready.exists():
+        return
+    report.stage("configuring")
+    wanted = objects / "kernel.fragment"
+    wanted.write_text(fragment())
+    call([*make, "tinyconfig"], log)
+    call(
+        [
+            str(tree / "scripts/kconfig/merge_config.sh"),
+            "-m",
+            "-O",
+            str(objects),
+            str(objects / ".config"),
+            str(wanted),
+        ],
+        log,
+        directory=tree,
+    )
+    call([*make, "olddefconfig"], log)
+    lost = lost_options((objects / ".config").read_text())
+    if lost:
+        raise TestbedError(
+            f"this kernel source does not grant {_enumerated(lost)}, without which the testbed cannot work; "
+            f"{log} has the details"
+        )
+    ready.touch()
+
+
+def lost_options(config: str) -> list[str]:
+    """Return the options, as CONFIG_KVM, that the testbed needs and that a finished configuration lacks."""
+    granted = set(config.splitlines())
+    return [f"CONFIG_{name}" for name in _NEEDED if f"CONFIG_{name}=y" not in granted]
+
+
+class _Counter:
+    """Counts the lines of a program's output that match, and reports them as steps."""
+
+    def __init__(self, report: Reporter, pattern: re.Pattern[str]) -> None:
+        self._report = report
+        self._pattern = pattern
+        self._count = 0
+
+    def __call__(self, line: str) -> None:
+        if self._pattern.match(line):
+            self._count += 1
+            self._report.reach(self._count)
+
+
+@contextlib.contextmanager
+def locked(report: Reporter) -> Iterator[None]:
+    """Keep other builds of this user waiting."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cache_errors())
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context((cache_directory() / "lock").open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report.stage("waiting for another build to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def call(  # noqa: PLR0913
+    command: Sequence[str],
+    log: Path,
+    *,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+    on_wait: Callable[[], None] | None = None,
+    keep_lines: bool = True,
+) -> None:
+    """Run a program to its end, its output in the log.
+
+    Args:
+        command: the program and its arguments.
+        log: gets the output added.
+        directory: where it runs.
+        environment: variables beside this process's.
+        on_line: gets each line of output.
+        on_wait: is called about twice a second.
+        keep_lines: False keeps all but the last lines out of the log.
+
+    Raises:
+        TestbedError: the program failed; the message ends with its last lines.
+
+    """
+    tail: list[str] = []
+    # A group of its own, so that Ctrl-C reaches this process first, and all that the program started ends with it.
+    process = subprocess.Popen(
+        ["nice", "-n", "10", *command],
+        cwd=directory,
+        env={**os.environ, "LC_ALL": "C", **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        with stopped_by_signals(), log.open("a") as file, cast("IO[bytes]", process.stdout) as output:
+            for line in _lines(output, on_wait):
+                tail = [*tail[1 - _LOG_LINES :], line]
+                if keep_lines:
+                    print(line, file=file)
+                if on_line is not None:
+                    on_line(line)
+            if not keep_lines:
+                file.writelines(f"{line}\n" for line in tail)
+        status = process.wait()
+    except BaseException:
+        # A compiler or make that is asked to end removes what it has written only half.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if status != 0:
+        raise TestbedError(
+            "\n".join([f"{command[0]} failed with status {status}; {log} ends with:", *(f"  {line}" for line in tail)])
+        )
+
+
+def _lines(output: IO[bytes], on_wait: Callable[[], None] | None) -> Iterator[str]:
+    pending = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if not selector.select(0.5):
+                if on_wait is not None:
+                    on_wait()
+                continue
+            data = os.read(output.fileno(), 65536)
+            if not data:
+                break
+            *lines, pending = (pending + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+    if pending:
+        yield pending.decode(errors="replace")

@@ -1,0 +1,185 @@
+"""The testbed's kernel: which one is booted, and the cache where the built ones are kept.
+
+The cache, `pagegate/testbed` in $XDG_CACHE_HOME or ~/.cache, holds
+
+    <key>/bzImage, <key>/kernel.json     one finished kernel and what it was built from
+    <key>/objects/                       what an unfinished build has compiled so far
+    sources/<package>_<version>/         an unpacked kernel source
+    selftests/<package>_<version>/       the kernel's own tests, built from it
+
+A key is a digest of all that a kernel depends on, so that a changed configuration or a new source never meets an old
+image.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from pagegate.errors import TestbedError
+
+KERNEL_VARIABLE = "PAGEGATE_TESTBED_KERNEL"
+
+IMAGE = "bzImage"
+FACTS = "kernel.json"
+
+_RECIPE = "1"
+"""To be raised when the way of building changes the image without a change of the fragment."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Debian package of the kernel's source."""
+
+    package: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """The name of the source's directories in the cache."""
+        return f"{self.package}_{self.version}".replace("/", "-").replace(":", "-")
+
+
+def cache_directory() -> Path:
+    """Return the directory of the testbed's kernels: `pagegate/testbed` in $XDG_CACHE_HOME, by default ~/.cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The specification of these directories says to ignore a relative path.
+    try:
+        root = base if base.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise TestbedError(
+            "the testbed has no place for its kernels, since this user has no home directory: set XDG_CACHE_HOME"
+        ) from error
+    return root / "pagegate" / "testbed"
+
+
+@contextlib.contextmanager
+def cache_errors() -> Iterator[None]:
+    """Turn an OSError that names a place of the cache into a TestbedError."""
+    try:
+        yield
+    except OSError as error:
+        cache = cache_directory()
+        if not isinstance(error.filename, str | bytes | os.PathLike):
+            raise
+        at = Path(os.fsdecode(error.filename))
+        # A parent of the cache may be what cannot be entered or made.
+        if not (at.is_relative_to(cache) or cache.is_relative_to(at)):
+            raise
+        raise TestbedError(
+            f"the testbed cannot use its cache: {at}: {error.strerror}; set XDG_CACHE_HOME to a directory that can be "
+            "written to"
+        ) from error
+
+
+def fragment() -> str:
+    """Return the kernel configuration that is laid over `tinyconfig`."""
+    return resources.files("pagegate.testbed").joinpath("kernel.fragment").read_text()
+
+
+def kernel_directory(source: Source) -> Path:
+    """Return the directory of the cache where the kernel of this source, with today's configuration, belongs."""
+    parts = (_RECIPE, source.package, source.version, fragment())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return cache_directory() / key
+
+
+def publish(image: Path, source: Source) -> Path:
+    """Put a finished image into the cache, in one step, and return its path there."""
+    directory = kernel_directory(source)
+    facts = {
+        "package": source.package,
+        "version": source.version,
+        "release": image_release(image),
+        "fragment": _digest(fragment()),
+    }
+    (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    partial, whole = directory / f".{IMAGE}.partial", directory / IMAGE
+    with partial.open("wb") as file:
+        file.write(image.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(whole)
+    return whole
+
+
+def find_kernel(kernel: str | os.PathLike[str] | None = None) -> Path:
+    """Return the kernel image to boot: `kernel`, else $PAGEGATE_TESTBED_KERNEL, else the newest that `build` has made.
+
+    Raises:
+        TestbedError: there is none, or it is no x86 kernel image.
+
+    """
+    if kernel is not None:
+        return _checked(Path(kernel).absolute(), "")
+    named = os.environ.get(KERNEL_VARIABLE)
+    if named:
+        return _checked(Path(named).absolute(), f", named by {KERNEL_VARIABLE},")
+    built = _newest_built()
+    if built is None:
+        raise TestbedError(
+            "the testbed has no kernel: build one with pagegate testbed build (once, some 12 minutes on two cores), "
+            f"or name an image with --kernel or {KERNEL_VARIABLE}, or set XDG_CACHE_HOME if there is one elsewhere"
+        )
+    return built
+
+
+def image_release(image: Path) -> tuple[int, ...]:
+    """Return the release of an x86 kernel image, as (7, 3, 4).
+
+    Raises:
+        OSError: the image cannot be read.
+        ValueError: it is no x86 kernel image.
+
+    """
+    with image.open("rb") as file:
+        header = file.read(0x8000)
+    # The boot protocol: a signature, and the place of the version's text, counted from the end of the first sector.
+    if header[0x202:0x206] != b"HdrS":
+        raise ValueError("no x86 kernel image")
+    at = int.from_bytes(header[0x20E:0x210], "little") + 0x200
+    text = re.match(rb"[0-9]+(\.[0-9]+)+", header[at : at + 64])
+    if text is None:
+        raise ValueError("a kernel image that does not tell its version")
+    return tuple(int(part) for part in text[0].split(b"."))
+
+
+def _checked(image: Path, origin: str) -> Path:
+    # QEMU would start what is no kernel, and wait for ever.
+    try:
+        image_release(image)
+    except OSError as error:
+        raise TestbedError(f"the kernel image {image}{origin} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TestbedError(
+            f"{image}{origin} is {error}: name a bzImage, as pagegate testbed build makes one"
+        ) from error
+    return image
+
+
+def _newest_built() -> Path | None:
+    found: list[tuple[list[int], float, Path]] = []
+    wanted = _digest(fragment())
+    try:
+        images = list(cache_directory().glob(f"*/{IMAGE}"))
+    except (OSError, TestbedError):
+        # Where nothing can be read, no kernel is either.
+        return None
+    for image in images:
+        try:
+            facts = json.loads((image.parent / FACTS).read_text())
+            if facts["fragment"] == wanted:
+                found.append((facts["release"], image.stat().st_mtime, image))
+        except (OSError, ValueError, KeyError, TypeError):
+            # Not a kernel that this cache was given; whatever it is, another one may do.
+            continue
+    return max(found)[2] if found else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

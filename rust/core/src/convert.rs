@@ -1,0 +1,448 @@
+//! A conversion is one transaction: validate, lock, make KVM enforce it, discard the stale side, commit the map.
+//!
+//! Until the discard a failure undoes what was done. The discard is the point of no return: it destroys bytes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::attributes::{AttributeMap, PAGE_SIZE, Range, Run, Snapshot, State};
+use crate::books::Books;
+use crate::enforce::{self, Enforcement, Mode};
+use crate::errno::Errno;
+use crate::error::{ConvertError, Failure};
+use crate::hypervisor::Hypervisor;
+use crate::kick::Kick;
+use crate::listener::{Conversion, Listener, Listeners};
+use crate::memory::{Backing, GuestMemory};
+use crate::range_lock::{RangeGuard, RangeLocks};
+use crate::views::Views;
+
+/// How much memory a machine's guest occupies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resident {
+    /// Bytes of the shared side.
+    pub shared: u64,
+    /// Bytes of the private side.
+    pub private: u64,
+    /// Whether `private` was counted. Else it is all that may be there: the bytes in state private.
+    pub exact: bool,
+}
+
+/// What was true when a vCPU entered the guest; a fault is judged against it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    generation: u64,
+    slot_epoch: u64,
+}
+
+/// What became of a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Converted {
+    /// All of the range is in the wanted state; this many bytes were not before.
+    Done {
+        /// Bytes whose state changed.
+        changed: u64,
+    },
+    /// The run is ending, and only a first part of the range was done.
+    Interrupted {
+        /// Bytes whose state changed.
+        changed: u64,
+    },
+    /// The page that faulted changed meanwhile; nothing was done.
+    Superseded,
+}
+
+/// What a fault's page looks like now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// The page is not in the accessed state, and that is no leftover of an old one.
+    Differs,
+    /// The page, or what enforces it, changed since the vCPU entered.
+    Stale,
+    /// The page is in the accessed state and has been all the time.
+    Agrees,
+}
+
+/// What is to be converted, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order {
+    pub range: Range,
+    pub to: State,
+    /// The stale side stays as it is.
+    pub keep: bool,
+    /// Refuse if more bytes than this would be shared then.
+    pub max_shared: Option<u64>,
+}
+
+/// The condition under which an implicit conversion is still wanted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted {
+    pub page: Range,
+    pub access: State,
+    pub entry: Entry,
+}
+
+/// Guest memory with its states: the truth, its enforcement, and the way from one to the next.
+pub struct Gate {
+    views: Views,
+    books: Mutex<Books>,
+    /// The map's generation, readable without its lock on every entry.
+    generation: AtomicU64,
+    ranges: RangeLocks,
+    listeners: Listeners,
+    enforcement: Enforcement,
+    vm: Arc<dyn Hypervisor>,
+    memory: Arc<GuestMemory>,
+    vcpus: Vec<Arc<Kick>>,
+    broken: AtomicBool,
+    /// Somebody wanted stale bytes back, so none are cleaned away.
+    kept: AtomicBool,
+}
+
+impl Gate {
+    pub(crate) fn new(
+        map: AttributeMap,
+        views: Views,
+        enforcement: Enforcement,
+        vm: Arc<dyn Hypervisor>,
+        memory: Arc<GuestMemory>,
+        vcpus: Vec<Arc<Kick>>,
+    ) -> Self {
+        Self {
+            views,
+            books: Mutex::new(Books::new(map, vcpus.len())),
+            generation: AtomicU64::new(0),
+            ranges: RangeLocks::default(),
+            listeners: Listeners::default(),
+            enforcement,
+            vm,
+            memory,
+            vcpus,
+            broken: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
+        }
+    }
+
+    /// Where memory appears.
+    pub fn views(&self) -> Views {
+        self.views
+    }
+
+    pub(crate) fn enforcement(&self) -> &Enforcement {
+        &self.enforcement
+    }
+
+    /// Reads the map. Not for deciding and then acting: only a range's lock holds its state still.
+    pub fn with_map<T>(&self, read: impl FnOnce(&AttributeMap) -> T) -> T {
+        read(self.books.lock().map())
+    }
+
+    /// The map as it is now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.books.lock().map().snapshot()
+    }
+
+    pub(crate) fn entry(&self) -> Entry {
+        Entry {
+            generation: self.generation.load(Ordering::SeqCst),
+            slot_epoch: self.enforcement.epoch(),
+        }
+    }
+
+    /// Holds the states of `range` still.
+    pub(crate) fn hold(&self, range: Range) -> RangeGuard<'_> {
+        self.ranges.lock(range)
+    }
+
+    /// "private", "shared" or "mixed".
+    pub fn describe(&self, range: Range) -> &'static str {
+        self.with_map(|map| map.uniform(range)).map_or("mixed", State::as_str)
+    }
+
+    /// What to make of a fault on `wanted.page`. Waits for a conversion in flight there.
+    pub(crate) fn examine(&self, wanted: Wanted) -> Standing {
+        let _held = self.hold(wanted.page);
+        match self.standing(wanted) {
+            Standing::Agrees => {
+                // A slot under way is as good a reason for the fault as one that changed since.
+                self.enforcement.settled();
+                match self.enforcement.epoch() == wanted.entry.slot_epoch {
+                    true => Standing::Agrees,
+                    false => Standing::Stale,
+                }
+            }
+            standing => standing,
+        }
+    }
+
+    /// With the page held.
+    fn standing(&self, wanted: Wanted) -> Standing {
+        let gpa = wanted.page.gpa();
+        let books = self.books.lock();
+        let state = books.map().state(gpa);
+        let changed = books.changed_since(gpa, wanted.entry.generation);
+        match (state == wanted.access, changed) {
+            (true, false) => Standing::Agrees,
+            (true, true) => Standing::Stale,
+            // With one view the access has no state of its own: KVM sampled the page's, perhaps before it changed.
+            (false, true) if !self.views.split() => Standing::Stale,
+            (false, _) => Standing::Differs,
+        }
+    }
+
+    /// How often the page at `gpa` changed since this vCPU began to watch it.
+    pub(crate) fn watch(&self, vcpu: u32, gpa: u64) -> u64 {
+        self.books.lock().watch(vcpu, gpa)
+    }
+
+    /// The transaction. `keep` leaves the stale side as it is.
+    ///
+    /// # Errors
+    /// See [`ConvertError`]: unless it says otherwise, nothing was changed.
+    pub fn convert(&self, gpa: u64, size: u64, to: State, keep: bool) -> Result<Converted, ConvertError> {
+        let order = Order {
+            range: self.range(gpa, size)?,
+            to,
+            keep,
+            max_shared: None,
+        };
+        self.convert_if(order, None, &|| false)
+    }
+
+    /// Validates a range of pages of this guest.
+    pub(crate) fn range(&self, gpa: u64, size: u64) -> Result<Range, ConvertError> {
+        let memory = self.views.size();
+        let error = ConvertError::Range { gpa, size, memory };
+        self.views.range(gpa, size).ok_or(error)
+    }
+
+    /// The transaction, or one after the other for a large range; `cancel` is asked in between.
+    pub(crate) fn convert_if(
+        &self,
+        order: Order,
+        wanted: Option<Wanted>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        let range = order.range;
+        let quota = order.max_shared.filter(|_| order.to == State::Shared);
+        // The page that faulted is held too, so that it cannot change between the look at it and the conversion. What is
+        // not held whole is held part by part.
+        let held = match (wanted, quota) {
+            (Some(wanted), _) => Some(self.hold(hull(range, wanted.page))),
+            (None, Some(_)) => Some(self.hold(range)),
+            (None, None) => None,
+        };
+        if wanted.is_some_and(|wanted| self.standing(wanted) != Standing::Differs) {
+            return Ok(Converted::Superseded);
+        }
+        match quota {
+            Some(max) => self.within_quota(order, max, cancel),
+            None => self.in_parts(order, held.is_none(), cancel),
+        }
+    }
+
+    /// With the range held: what it adds is known, whatever others add elsewhere.
+    fn within_quota(&self, order: Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+        let range = order.range;
+        if !self.books.lock().reserve(self.private_in(range), max) {
+            return Err(ConvertError::OverQuota { range, max });
+        }
+        let done = self.in_parts(order, false, cancel);
+        // What was shared was taken from the reservation as it was; the rest will not be.
+        let left = self.private_in(range);
+        self.books.lock().release(left);
+        done
+    }
+
+    /// Private bytes of a range that is held.
+    fn private_in(&self, range: Range) -> u64 {
+        let now = self.snapshot();
+        let private = now.runs_in(range).filter(|run| run.state == State::Private);
+        private.map(|run| run.range.size()).sum()
+    }
+
+    /// Each part is a transaction: one that fails is undone, those before it stand.
+    fn in_parts(&self, order: Order, hold: bool, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+        let mut changed = 0;
+        let mut start = order.range.gpa();
+        while let Some(left) = Range::new(start, order.range.end() - start) {
+            if start > order.range.gpa() && cancel() {
+                return Ok(Converted::Interrupted { changed });
+            }
+            let part = self.enforcement.part(left);
+            let _held = hold.then(|| self.hold(part));
+            if self.broken.load(Ordering::SeqCst) {
+                let (range, errno) = (part, Errno(libc::EIO));
+                let undo = errno;
+                return Err(ConvertError::Inconsistent { range, errno, undo });
+            }
+            if self.with_map(|map| map.uniform(part)) != Some(order.to) {
+                changed += self.carry_out(Order { range: part, ..order })?;
+            }
+            start = part.end();
+        }
+        Ok(Converted::Done { changed })
+    }
+
+    /// With the range held.
+    fn carry_out(&self, order: Order) -> Result<u64, ConvertError> {
+        let Order { range, to, keep, .. } = order;
+        self.clean(order)
+            .map_err(|errno| ConvertError::Undone { range, errno })?;
+        // Nobody listens as a rule, and then nobody needs to know what exactly changes.
+        let snapshot = (!self.listeners.is_empty()).then(|| self.snapshot());
+        let conversion = snapshot.as_ref().map(|before| Conversion { before, range, to });
+        if let Some(conversion) = &conversion {
+            self.listeners.prepare(conversion)?;
+        }
+        let before = |part: Range| self.with_map(|map| map.runs_in(part).collect());
+        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, &before) {
+            let told = conversion.map_or(Ok(()), |conversion| self.listeners.abort(&conversion));
+            let failure = self.failed(range, failure);
+            // What KVM enforces matters more than what a listener says of it.
+            return Err(told
+                .err()
+                .filter(|_| failure.guest_errno().is_some())
+                .map_or(failure, ConvertError::Listener));
+        }
+        let stale = self.side(to.other());
+        let discarded = match keep {
+            true => Ok(()),
+            false => self.vm.discard(stale.file(), range.gpa(), range.size()),
+        };
+        let changed = self.commit(order);
+        let told = conversion.map_or(Ok(()), |conversion| self.listeners.commit(&conversion));
+        discarded.map_err(|errno| ConvertError::Discard { range, errno })?;
+        told.map_err(ConvertError::Listener)?;
+        Ok(changed)
+    }
+
+    /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
+    /// when the page comes back, and it is before that they go: later they might be the guest's.
+    fn clean(&self, order: Order) -> Result<(), Errno> {
+        if order.keep {
+            self.kept.store(true, Ordering::Relaxed);
+        }
+        let emulated = order.to == State::Shared && self.enforcement.mode() == Mode::Attributes;
+        if !emulated || self.kept.load(Ordering::Relaxed) || !self.memory.shared.has_data(order.range)? {
+            return Ok(());
+        }
+        // Of pages that are shared already, the bytes stay.
+        let private: Vec<Range> = self.with_map(|map| {
+            let private = map.runs_in(order.range).filter(|run| run.state == State::Private);
+            private.map(|run| run.range).collect()
+        });
+        let file = self.memory.shared.file();
+        private
+            .iter()
+            .try_for_each(|range| self.vm.discard(file, range.gpa(), range.size()))
+    }
+
+    /// Where the bytes of a page in this state are.
+    pub(crate) fn side(&self, state: State) -> &Backing {
+        match state {
+            State::Shared => &self.memory.shared,
+            State::Private => &self.memory.private,
+        }
+    }
+
+    /// Frees pages, poisoned ones among them, in whichever state they are: they read as zeroes.
+    ///
+    /// # Errors
+    /// Those of fallocate(2).
+    pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
+        let _held = self.hold(range);
+        let runs: Vec<Run> = self.with_map(|map| map.runs_in(range).collect());
+        runs.iter().try_for_each(|run| {
+            let (file, run) = (self.side(run.state).file(), run.range);
+            self.vm.discard(file, run.gpa(), run.size())
+        })
+    }
+
+    /// Tells a listener the present state and from then on every change, with nothing in between.
+    ///
+    /// # Errors
+    /// The listener's own; then it did not join.
+    pub(crate) fn join(&self, listener: Arc<dyn Listener>) -> Result<(), Failure> {
+        let all = Range::new(0, self.views.size());
+        let _held = all.map(|all| self.hold(all));
+        self.listeners.join(listener, &self.snapshot())
+    }
+
+    pub(crate) fn listeners(&self) -> &Listeners {
+        &self.listeners
+    }
+
+    fn commit(&self, order: Order) -> u64 {
+        let mut books = self.books.lock();
+        let changed = books.set(order.range, order.to);
+        if order.max_shared.is_some() && order.to == State::Shared {
+            books.release(changed);
+        }
+        self.generation.store(books.map().generation(), Ordering::SeqCst);
+        changed
+    }
+
+    fn failed(&self, range: Range, failure: enforce::Failure) -> ConvertError {
+        match failure {
+            enforce::Failure::NoSlots(out) => ConvertError::NoSlots {
+                range,
+                needed: out.needed,
+                available: out.available,
+            },
+            enforce::Failure::Kernel { errno, undo: Ok(()) } => ConvertError::Undone { range, errno },
+            enforce::Failure::Kernel { errno, undo: Err(undo) } => {
+                self.broken.store(true, Ordering::SeqCst);
+                ConvertError::Inconsistent { range, errno, undo }
+            }
+        }
+    }
+
+    /// The first private page of the bytes `[gpa, gpa + len)`, with their pages held; else the result of `access` on
+    /// the shared side.
+    pub(crate) fn on_shared<T>(
+        &self,
+        gpa: u64,
+        len: u64,
+        access: impl FnOnce(&Backing) -> T,
+    ) -> Result<Result<T, u64>, ConvertError> {
+        let Some(pages) = self.pages(gpa, len) else {
+            let memory = self.views.size();
+            return Err(ConvertError::Range { gpa, size: len, memory });
+        };
+        let _held = self.hold(pages);
+        let private = self.with_map(|map| {
+            let mut runs = map.runs_in(pages);
+            runs.find(|run| run.state == State::Private).map(|run| run.range.gpa())
+        });
+        Ok(match private {
+            Some(gpa) => Err(gpa),
+            None => Ok(access(&self.memory.shared)),
+        })
+    }
+
+    /// The pages that hold `[gpa, gpa + len)`, if all of them are memory.
+    pub(crate) fn pages(&self, gpa: u64, len: u64) -> Option<Range> {
+        let start = gpa - gpa % PAGE_SIZE;
+        let end = gpa.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
+        Range::new(start, end.checked_sub(start)?).filter(|range| range.end() <= self.views.size())
+    }
+
+    /// Resident bytes of both sides.
+    pub(crate) fn resident(&self) -> Result<Resident, Errno> {
+        let private = self.memory.private.resident()?;
+        Ok(Resident {
+            shared: self.memory.shared.resident()?.unwrap_or_default(),
+            private: private.unwrap_or_else(|| self.with_map(AttributeMap::private_bytes)),
+            exact: private.is_some(),
+        })
+    }
+}
+
+fn hull(a: Range, b: Range) -> Range {
+    let start = a.gpa().min(b.gpa());
+    let end = a.end().max(b.end());
+    Range::new(start, end - start).unwrap_or(a)
+}

@@ -1,0 +1,309 @@
+//! Making KVM enforce a page's state: by memory attributes, or by memslots.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::attributes::{Range, Run, State};
+use crate::errno::Errno;
+use crate::hypervisor::{Hypervisor, Memslot};
+use crate::kick::Kick;
+use crate::memory::GuestMemory;
+use crate::slots::{Layer, LayerChange, OutOfSlots, Plan, Slot, SlotTable};
+use crate::views::Views;
+use crate::world::World;
+
+/// How a page's state is enforced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// KVM_SET_MEMORY_ATTRIBUTES and guest_memfd slots.
+    Attributes,
+    /// Slots over host memory and slots over private memory, swapped.
+    Memslots,
+}
+
+impl Mode {
+    /// "attributes" or "memslots".
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Mode::Attributes => "attributes",
+            Mode::Memslots => "memslots",
+        }
+    }
+}
+
+/// One KVM_SET_MEMORY_ATTRIBUTES call is bounded by this many bytes: it cannot be interrupted, and it holds
+/// every vCPU that faults in its range.
+pub(crate) const CHUNK: u64 = 2 << 20;
+
+/// One transaction is for at most this many bytes, and this many slots of a layer.
+const PART: u64 = 256 << 20;
+const PART_SLOTS: usize = 64;
+
+/// Why KVM does not enforce what was asked.
+pub(crate) enum Failure {
+    NoSlots(OutOfSlots),
+    Kernel { errno: Errno, undo: Result<(), Errno> },
+}
+
+pub(crate) struct Enforcement {
+    mode: Mode,
+    vm: Arc<dyn Hypervisor>,
+    memory: Arc<GuestMemory>,
+    views: Views,
+    slots: Mutex<SlotTable>,
+    /// Counts slot changes, begun and ended: a fault that met one in between says nothing.
+    epoch: AtomicU64,
+    world: Option<World>,
+}
+
+const SHARED_LAYER: usize = 0;
+const PRIVATE_LAYER: usize = 1;
+
+impl Enforcement {
+    pub(crate) fn new(
+        mode: Mode,
+        vm: Arc<dyn Hypervisor>,
+        memory: Arc<GuestMemory>,
+        views: Views,
+        borders: Vec<u64>,
+    ) -> Self {
+        let shared = Layer {
+            side: State::Shared,
+            both_sides: mode == Mode::Attributes && !views.split(),
+        };
+        let private = Layer {
+            side: State::Private,
+            both_sides: false,
+        };
+        let slots = SlotTable::new(&[shared, private], borders, vm.limits().memslots);
+        Self {
+            mode,
+            vm,
+            memory,
+            views,
+            slots: Mutex::new(slots),
+            epoch: AtomicU64::new(0),
+            world: (mode == Mode::Memslots).then(World::default),
+        }
+    }
+
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Where vCPUs wait while slots change, if they have to.
+    pub(crate) fn world(&self) -> Option<&World> {
+        self.world.as_ref()
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Waits until no slot is being changed.
+    pub(crate) fn settled(&self) {
+        drop(self.slots.lock());
+    }
+
+    /// The slots under `range`, for messages.
+    pub(crate) fn describe_slots(&self, range: Range) -> String {
+        let slots = self.slots.lock().find(range);
+        let names: Vec<String> = slots
+            .iter()
+            .map(|slot| format!("slot {} {}", slot.id, self.address(slot)))
+            .collect();
+        match names.len() {
+            0 => "no slot".to_owned(),
+            1..=4 => names.join(" or "),
+            n => format!("{} or one of {} more", names[..3].join(", "), n - 3),
+        }
+    }
+
+    /// Sets up all of memory in `initial`.
+    pub(crate) fn start(&self, all: Range, initial: State) -> Result<(), Failure> {
+        let everything = |from: State| move |range: Range| vec![Run { range, state: from }];
+        match self.mode {
+            Mode::Attributes => {
+                self.change_slots(all, &[(SHARED_LAYER, true)], &[])?;
+                if self.views.split() {
+                    // Private views carry PRIVATE for good; whether a page is in that view is a matter of its slot.
+                    self.set_attributes(all, State::Private, &everything(State::Shared))?;
+                }
+                match initial {
+                    State::Shared => Ok(()),
+                    State::Private => self.apply(all, State::Private, &[], &everything(State::Shared)),
+                }
+            }
+            Mode::Memslots => {
+                let layer = match initial {
+                    State::Shared => SHARED_LAYER,
+                    State::Private => PRIVATE_LAYER,
+                };
+                self.change_slots(all, &[(layer, true)], &[])
+            }
+        }
+    }
+
+    /// The part of `range`, from its start, that one transaction is for: so much that a run which ends need not wait
+    /// for more.
+    pub(crate) fn part(&self, range: Range) -> Range {
+        let end = match self.mode {
+            Mode::Attributes if !self.views.split() => range.end(),
+            _ => self.slots.lock().reach(range, PART_SLOTS),
+        };
+        let size = (end - range.gpa()).min(PART);
+        Range::new(range.gpa(), size).unwrap_or(range)
+    }
+
+    /// Makes KVM enforce `to` on all of `range`. `before` tells the present state of a part of it. What was done
+    /// before a failure is undone.
+    pub(crate) fn apply(
+        &self,
+        range: Range,
+        to: State,
+        vcpus: &[Arc<Kick>],
+        before: &dyn Fn(Range) -> Vec<Run>,
+    ) -> Result<(), Failure> {
+        let private = to == State::Private;
+        match (self.mode, self.views.split()) {
+            (Mode::Attributes, false) => self.set_attributes(range, to, before),
+            (Mode::Attributes, true) => {
+                let shared_view = |range: Range| self.views.view(range, State::Shared);
+                let before = |view: Range| -> Vec<Run> {
+                    let page = |gpa: u64| gpa & !self.views.shared_mask();
+                    let runs = Range::new(page(view.gpa()), view.size())
+                        .map(before)
+                        .unwrap_or_default();
+                    let seen = |run: Run| Run {
+                        range: shared_view(run.range),
+                        ..run
+                    };
+                    runs.into_iter().map(seen).collect()
+                };
+                self.set_attributes(shared_view(range), to, &before)?;
+                self.change_slots(range, &[(PRIVATE_LAYER, private)], vcpus)
+                    .map_err(|failure| {
+                        let undone = self.restore(shared_view(range), &before);
+                        failure.and_undo(undone)
+                    })
+            }
+            (Mode::Memslots, _) => {
+                let changes = [(SHARED_LAYER, !private), (PRIVATE_LAYER, private)];
+                self.change_slots(range, &changes, vcpus)
+            }
+        }
+    }
+
+    fn set_attributes(&self, range: Range, to: State, before: &dyn Fn(Range) -> Vec<Run>) -> Result<(), Failure> {
+        for chunk in chunks(range) {
+            if before(chunk).iter().all(|run| run.state == to) {
+                continue;
+            }
+            if let Err(errno) = self.vm.set_attributes(chunk, to) {
+                let done = Range::new(range.gpa(), chunk.end() - range.gpa());
+                let undo = done.map_or(Ok(()), |done| self.restore(done, before));
+                return Err(Failure::Kernel { errno, undo });
+            }
+        }
+        Ok(())
+    }
+
+    fn restore(&self, range: Range, before: &dyn Fn(Range) -> Vec<Run>) -> Result<(), Errno> {
+        for chunk in chunks(range) {
+            for run in before(chunk) {
+                self.vm.set_attributes(run.range, run.state)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn change_slots(&self, range: Range, changes: &[LayerChange], vcpus: &[Arc<Kick>]) -> Result<(), Failure> {
+        let mut table = self.slots.lock();
+        let plan = table.plan(range, changes).map_err(Failure::NoSlots)?;
+        let _outside = self.world.as_ref().map(|world| world.pause(vcpus));
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        let done = self.execute(&mut table, &plan);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        done
+    }
+
+    fn execute(&self, table: &mut MutexGuard<'_, SlotTable>, plan: &Plan) -> Result<(), Failure> {
+        let delete = |slot: &Slot| self.vm.delete_memslot(slot.id);
+        let create = |slot: &Slot| self.create(table.layer(slot.layer), slot);
+        for (i, slot) in plan.delete.iter().enumerate() {
+            if let Err(errno) = delete(slot) {
+                let undo = plan.delete[..i].iter().rev().try_for_each(create);
+                return Err(Failure::Kernel { errno, undo });
+            }
+        }
+        for (i, slot) in plan.create.iter().enumerate() {
+            if let Err(errno) = create(slot) {
+                let undo = plan.create[..i].iter().rev().try_for_each(delete);
+                let undo = undo.and_then(|()| plan.delete.iter().rev().try_for_each(create));
+                return Err(Failure::Kernel { errno, undo });
+            }
+        }
+        table.commit(plan);
+        Ok(())
+    }
+
+    fn address(&self, slot: &Slot) -> Range {
+        let side = match slot.layer {
+            PRIVATE_LAYER => State::Private,
+            _ => State::Shared,
+        };
+        self.views.view(slot.range, side)
+    }
+
+    fn create(&self, layer: Layer, slot: &Slot) -> Result<(), Errno> {
+        let at = slot.range.gpa();
+        let (private, shared) = (&self.memory.private, &self.memory.shared);
+        let host = match layer.side {
+            State::Shared => shared.host(at),
+            State::Private => private.host(at),
+        };
+        let guest_memfd = match layer {
+            Layer { both_sides: true, .. }
+            | Layer {
+                side: State::Private, ..
+            } => private.as_guest_memfd(),
+            _ => None,
+        };
+        self.vm.create_memslot(&Memslot {
+            id: slot.id,
+            range: self.address(slot),
+            host,
+            guest_memfd: guest_memfd.map(|fd| (fd, at)),
+        })
+    }
+}
+
+impl Failure {
+    /// The failure of a later step, after the earlier ones were undone with this result.
+    fn and_undo(self, earlier: Result<(), Errno>) -> Self {
+        match (self, earlier) {
+            (Failure::NoSlots(_), Err(undo)) => Failure::Kernel {
+                errno: Errno(libc::ENOSPC),
+                undo: Err(undo),
+            },
+            (Failure::Kernel { errno, undo }, earlier) => Failure::Kernel {
+                errno,
+                undo: undo.and(earlier),
+            },
+            (failure, Ok(())) => failure,
+        }
+    }
+}
+
+/// `range`, cut at multiples of [`CHUNK`].
+fn chunks(range: Range) -> impl Iterator<Item = Range> {
+    let mut start = range.gpa();
+    std::iter::from_fn(move || {
+        let end = (start - start % CHUNK + CHUNK).min(range.end());
+        let chunk = Range::new(start, end.checked_sub(start)?)?;
+        start = end;
+        Some(chunk)
+    })
+}

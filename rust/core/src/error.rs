@@ -1,0 +1,223 @@
+//! What can go wrong, each with what happened, where, and what to do about it.
+
+use std::fmt;
+
+use crate::attributes::Range;
+use crate::errno::Errno;
+
+/// A failure of the program that judges: an exception in a hook, or an answer that is none.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Where in the guest something happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// The vCPU's index.
+    pub vcpu: u32,
+    /// The page, or the address of the access.
+    pub gpa: Option<u64>,
+    /// The page's state: "private", "shared", or "mixed" for a range.
+    pub state: Option<&'static str>,
+    /// The guest's instruction pointer.
+    pub rip: u64,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vCPU {}", self.vcpu)?;
+        if let Some(gpa) = self.gpa {
+            write!(f, ", gpa {gpa:#x}")?;
+        }
+        if let Some(state) = self.state {
+            write!(f, ", state {state}")?;
+        }
+        write!(f, ", rip {:#x}", self.rip)
+    }
+}
+
+/// Why a machine could not be made, or a call or a run failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no usable /dev/kvm.
+    #[error("{0}")]
+    KvmUnavailable(String),
+    /// This host or this VM type cannot do it.
+    #[error("{0}")]
+    NotSupported(String),
+    /// An argument is out of its range.
+    #[error("{0}")]
+    Invalid(String),
+    /// The machine is in a state in which this cannot be done.
+    #[error("{0}")]
+    Busy(&'static str),
+    /// Bytes that do not lie in the guest's memory.
+    #[error("{size:#x} bytes at {gpa:#x} do not lie in the guest's {memory:#x} bytes")]
+    Outside {
+        /// Start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+        /// Bytes of guest memory.
+        memory: u64,
+    },
+    /// A system call failed.
+    #[error("cannot {what}: {errno}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// How it failed.
+        errno: Errno,
+    },
+    /// The host wanted bytes of a private page.
+    #[error("page {gpa:#x} is private: the host cannot {what} it, and converting it to shared would zero it")]
+    PrivateMemory {
+        /// The first private page in the range.
+        gpa: u64,
+        /// "read" or "write".
+        what: &'static str,
+    },
+    /// KVM could not fault in the host memory behind the guest.
+    #[error(
+        "{site}: KVM_RUN failed with EFAULT and no memory fault, so the host memory behind {slot} cannot be reached \
+         (unmapped, PROT_NONE, or out of memory); this is not a conversion and nothing was converted"
+    )]
+    BadBacking {
+        /// Where.
+        site: Site,
+        /// The slot or slots that may be meant.
+        slot: String,
+    },
+    /// The same fault again and again, and the page's state already fits the access.
+    #[error(
+        "livelock: {site}: the same {access} access faulted {repeats} times with no change in between, and the page \
+         already is {access}; no conversion can satisfy it (no memslot, no guest_memfd behind it, or the file was \
+         closed){history}"
+    )]
+    Livelock {
+        /// Where.
+        site: Site,
+        /// "private" or "shared".
+        access: &'static str,
+        /// How often.
+        repeats: u32,
+        /// The last events on this page, a line each.
+        history: String,
+    },
+    /// A conversion failed in the kernel.
+    #[error("{site}: {source}")]
+    Conversion {
+        /// Where the request came from.
+        site: Site,
+        /// What went wrong.
+        source: ConvertError,
+    },
+    /// A conversion that the host asked for failed.
+    #[error(transparent)]
+    HostConversion(#[from] ConvertError),
+    /// KVM came back in a way that a run cannot go on from.
+    #[error("{site}: {what}")]
+    Exit {
+        /// Where.
+        site: Site,
+        /// What KVM said.
+        what: String,
+    },
+    /// A hook failed, or answered with what is no decision.
+    #[error("{site}: {failure}")]
+    Hook {
+        /// Which request it was about.
+        site: Site,
+        /// What it raised.
+        failure: Failure,
+    },
+    /// The caller of `run` was interrupted.
+    #[error("interrupted: {0}")]
+    Interrupted(Failure),
+}
+
+/// Why a conversion did not happen, or not wholly.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// The range does not lie in the guest's memory.
+    #[error("range {gpa:#x} + {size:#x} is not a page-aligned, non-empty part of the guest's {memory:#x} bytes")]
+    Range {
+        /// Start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+        /// Bytes of guest memory.
+        memory: u64,
+    },
+    /// Every page in its own memslot would be too many of them.
+    #[error(
+        "out of memslots: converting {range} needs {needed} and {available} are free; nothing was changed. Convert \
+         larger or neighbouring ranges (policies.Align), or use enforcement=\"attributes\""
+    )]
+    NoSlots {
+        /// What was to be converted.
+        range: Range,
+        /// Slots to make.
+        needed: usize,
+        /// Slots that can be made.
+        available: usize,
+    },
+    /// The kernel refused, and what had been done was undone.
+    #[error("converting {range} failed with {errno}; what had been changed was undone")]
+    Undone {
+        /// What was to be converted.
+        range: Range,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// The kernel refused, and refused the way back too: what KVM enforces is no longer known.
+    #[error(
+        "converting {range} failed with {errno} and undoing it with {undo}: what KVM enforces there is unknown, so \
+         this machine converts nothing any more; close it"
+    )]
+    Inconsistent {
+        /// What was to be converted.
+        range: Range,
+        /// The kernel's answer.
+        errno: Errno,
+        /// Its answer to the undoing.
+        undo: Errno,
+    },
+    /// More would be shared than the policy allows.
+    #[error("sharing {range} would take the shared bytes above {max:#x}; nothing was changed")]
+    OverQuota {
+        /// What was to be converted.
+        range: Range,
+        /// Bytes that may be shared.
+        max: u64,
+    },
+    /// A listener refused.
+    #[error("a listener refused to let {range} become private; nothing was changed")]
+    Refused {
+        /// The pages it was asked about.
+        range: Range,
+    },
+    /// A listener failed.
+    #[error("a listener failed: {0}")]
+    Listener(Failure),
+    /// The state was changed but the stale side could not be freed.
+    #[error("{range} was converted, but freeing its stale side failed with {errno}: old bytes may come back")]
+    Discard {
+        /// What was converted.
+        range: Range,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+}
+
+impl ConvertError {
+    /// What the guest finds in RAX after an explicit request; `None` where the run has to end.
+    pub fn guest_errno(&self) -> Option<Errno> {
+        match self {
+            ConvertError::Range { .. } | ConvertError::OverQuota { .. } => Some(Errno(libc::EINVAL)),
+            ConvertError::NoSlots { .. } => Some(Errno(libc::ENOSPC)),
+            ConvertError::Undone { errno, .. } => Some(*errno),
+            // Whoever still uses the page will be done with it: the guest asks again.
+            ConvertError::Refused { .. } => Some(Errno(libc::EAGAIN)),
+            ConvertError::Inconsistent { .. } | ConvertError::Discard { .. } | ConvertError::Listener(_) => None,
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! KVM_HC_MAP_GPA_RANGE: what the guest asks for in registers. Pure and total.
+//!
+//! KVM checks the alignment, that there is a page at all, and that the frame number does not wrap; through the
+//! doorbell not even that. It never checks the attributes, and 2^52 pages pass. So all of it is checked here.
+
+use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::decode::Hypercall;
+use crate::errno::Errno;
+use crate::views::Views;
+
+/// RAX of the hypercall.
+pub const KVM_HC_MAP_GPA_RANGE: u64 = 12;
+/// What KVM answers to a hypercall that it does not know.
+pub const KVM_ENOSYS: i64 = 1000;
+/// The port of the doorbell: `out imm8, al` there is the hypercall, for guests that cannot execute it.
+pub const DOORBELL_PORT: u16 = 0xe6;
+
+const ENCRYPTED: u64 = 1 << 4;
+const PAGE_SIZE_HINT: u64 = 0xf;
+
+/// A well-formed explicit request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapGpaRange {
+    /// Which pages, without the shared bit.
+    pub range: Range,
+    /// What they are to become.
+    pub to: State,
+    /// The guest's hint: 4 KiB, 2 MiB or 1 GiB.
+    pub page_size: u64,
+    /// RDX as it was.
+    pub raw: u64,
+}
+
+/// Reads the registers of a request.
+///
+/// # Errors
+/// EINVAL for an unaligned gpa, no pages, a range that wraps or leaves memory, and unknown attribute bits.
+pub fn parse(call: &Hypercall, views: &Views) -> Result<MapGpaRange, Errno> {
+    let [gpa, pages, raw] = call.args;
+    let einval = Errno(libc::EINVAL);
+    let size = pages.checked_mul(PAGE_SIZE).ok_or(einval)?;
+    let range = views.range(gpa, size).ok_or(einval)?;
+    let page_size = match raw & PAGE_SIZE_HINT {
+        0 => PAGE_SIZE,
+        1 => 2 << 20,
+        2 => 1 << 30,
+        _ => return Err(einval),
+    };
+    if raw & !(PAGE_SIZE_HINT | ENCRYPTED) != 0 {
+        return Err(einval);
+    }
+    let to = match raw & ENCRYPTED {
+        0 => State::Shared,
+        _ => State::Private,
+    };
+    Ok(MapGpaRange {
+        range,
+        to,
+        page_size,
+        raw,
+    })
+}

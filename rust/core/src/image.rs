@@ -1,0 +1,84 @@
+//! What is put into memory before a guest starts: raw bytes, or an ELF file's segments.
+
+use object::elf;
+use object::read::elf::{FileHeader, ProgramHeader};
+
+use crate::error::Error;
+
+/// A piece of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment<'a> {
+    /// Where it belongs.
+    pub gpa: u64,
+    /// What is in it.
+    pub bytes: &'a [u8],
+    /// Zeroes that follow.
+    pub zeroes: u64,
+}
+
+/// Pieces, and where to begin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image<'a> {
+    /// In the file's order.
+    pub segments: Vec<Segment<'a>>,
+    /// The physical address of the first instruction.
+    pub entry: u64,
+}
+
+impl<'a> Image<'a> {
+    /// Bytes as they are, at `at`.
+    pub fn raw(bytes: &'a [u8], at: u64) -> Self {
+        let segments = vec![Segment {
+            gpa: at,
+            bytes,
+            zeroes: 0,
+        }];
+        Self { segments, entry: at }
+    }
+
+    /// Whether `bytes` begin like an ELF file.
+    pub fn is_elf(bytes: &[u8]) -> bool {
+        bytes.starts_with(&elf::ELFMAG)
+    }
+
+    /// The loadable segments of a 64-bit little-endian ELF file, at their physical addresses.
+    ///
+    /// # Errors
+    /// `Invalid` for what is no such file, or one with nothing to load.
+    pub fn elf(bytes: &'a [u8]) -> Result<Self, Error> {
+        let broken = |error: object::Error| Error::Invalid(format!("not an x86-64 ELF file: {error}"));
+        let header = elf::FileHeader64::<object::LittleEndian>::parse(bytes).map_err(broken)?;
+        let endian = header.endian().map_err(broken)?;
+        if header.e_machine(endian) != elf::EM_X86_64 {
+            return Err(Error::Invalid("the ELF file is not for x86-64".to_owned()));
+        }
+        let mut segments = Vec::new();
+        let mut entry = header.e_entry(endian);
+        let linked_entry = entry;
+        for program in header.program_headers(endian, bytes).map_err(broken)? {
+            if program.p_type(endian) != elf::PT_LOAD || program.p_memsz(endian) == 0 {
+                continue;
+            }
+            let outside = |()| Error::Invalid("an ELF segment lies outside the file".to_owned());
+            let data = program.data(endian, bytes).map_err(outside)?;
+            if data.len() as u64 > program.p_memsz(endian) {
+                return Err(Error::Invalid(
+                    "an ELF segment is longer in the file than in memory".to_owned(),
+                ));
+            }
+            let offset = linked_entry.wrapping_sub(program.p_vaddr(endian));
+            if offset < program.p_memsz(endian) {
+                entry = program.p_paddr(endian).wrapping_add(offset);
+            }
+            segments.push(Segment {
+                gpa: program.p_paddr(endian),
+                bytes: data,
+                zeroes: program.p_memsz(endian) - data.len() as u64,
+            });
+        }
+        if segments.is_empty() {
+            return Err(Error::Invalid("the ELF file has no segments to load".to_owned()));
+        }
+        Ok(Self { segments, entry })
+    }
+}

@@ -1,0 +1,180 @@
+//! Those who must know of conversions: a device model that maps shared memory, a log of what is exposed, migration.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use crate::attributes::{Range, Snapshot, State};
+use crate::error::{ConvertError, Failure};
+
+/// Pages that change hands, all of them from the one state to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The pages.
+    pub range: Range,
+    /// What they become.
+    pub to: State,
+    /// They are that already: this is what a listener that joins is told first.
+    pub initial: bool,
+}
+
+/// Is told of every conversion, whoever asked for it, while the pages are locked: it must not convert, read or write
+/// guest memory from within.
+///
+/// To private: `prepare` before KVM changes anything, so that the pages can be let go of, then `committed` or
+/// `aborted`. To shared: `committed` alone, when the pages can be used.
+pub trait Listener: Send + Sync {
+    /// Pages are about to become private. `false` refuses.
+    ///
+    /// # Errors
+    /// A failure refuses too, and ends the run.
+    fn prepare(&self, change: &Change) -> Result<bool, Failure>;
+    /// Pages changed.
+    ///
+    /// # Errors
+    /// A failure ends the run; the conversion stands.
+    fn committed(&self, change: &Change) -> Result<(), Failure>;
+    /// Pages that were prepared do not change after all.
+    ///
+    /// # Errors
+    /// A failure ends the run.
+    fn aborted(&self, change: &Change) -> Result<(), Failure>;
+}
+
+#[derive(Default)]
+pub(crate) struct Listeners(RwLock<Vec<Arc<dyn Listener>>>);
+
+thread_local! {
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the calling thread is inside a listener, where it holds pages and must not ask for others.
+pub(crate) fn inside() -> bool {
+    INSIDE.get()
+}
+
+/// Marks the thread for the time of a call.
+fn call<T>(listener: impl FnOnce() -> T) -> T {
+    struct Outside;
+    impl Drop for Outside {
+        fn drop(&mut self) {
+            INSIDE.set(false);
+        }
+    }
+    INSIDE.set(true);
+    let _outside = Outside;
+    listener()
+}
+
+impl Listeners {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.read().is_empty()
+    }
+
+    /// Tells a newcomer the present state, and then keeps it. The caller holds all of memory.
+    pub(crate) fn join(&self, listener: Arc<dyn Listener>, present: &Snapshot) -> Result<(), Failure> {
+        for run in present.runs() {
+            let (range, to) = (run.range, run.state);
+            let change = Change {
+                range,
+                to,
+                initial: true,
+            };
+            call(|| listener.committed(&change))?;
+        }
+        self.0.write().push(listener);
+        Ok(())
+    }
+
+    pub(crate) fn leave(&self, listener: &Arc<dyn Listener>) -> bool {
+        let mut listeners = self.0.write();
+        let before = listeners.len();
+        listeners.retain(|other| !Arc::ptr_eq(other, listener));
+        listeners.len() < before
+    }
+
+    pub(crate) fn clear(&self) {
+        self.0.write().clear();
+    }
+
+    /// Asks all listeners about a conversion; after a refusal those that had agreed are told that it is off.
+    pub(crate) fn prepare(&self, conversion: &Conversion<'_>) -> Result<(), ConvertError> {
+        if conversion.to == State::Shared {
+            return Ok(());
+        }
+        let listeners = self.0.read().clone();
+        let mut agreed = 0;
+        for change in conversion.changes() {
+            for listener in &listeners {
+                match call(|| listener.prepare(&change)) {
+                    Ok(true) => agreed += 1,
+                    Ok(false) => {
+                        let range = change.range;
+                        let off = abort(&listeners, conversion, agreed);
+                        return Err(off
+                            .err()
+                            .map_or(ConvertError::Refused { range }, ConvertError::Listener));
+                    }
+                    Err(failure) => {
+                        // The first failure is the one to report.
+                        let _ = abort(&listeners, conversion, agreed);
+                        return Err(ConvertError::Listener(failure));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells all listeners that a prepared conversion is off.
+    pub(crate) fn abort(&self, conversion: &Conversion<'_>) -> Result<(), Failure> {
+        match conversion.to {
+            State::Private => abort(&self.0.read().clone(), conversion, usize::MAX),
+            State::Shared => Ok(()),
+        }
+    }
+
+    /// Tells all listeners that a conversion is done. All are told, whatever one of them says.
+    pub(crate) fn commit(&self, conversion: &Conversion<'_>) -> Result<(), Failure> {
+        let listeners = self.0.read().clone();
+        let mut result = Ok(());
+        for change in conversion.changes() {
+            for listener in &listeners {
+                let told = call(|| listener.committed(&change));
+                result = result.and(told);
+            }
+        }
+        result
+    }
+}
+
+fn abort(listeners: &[Arc<dyn Listener>], conversion: &Conversion<'_>, agreed: usize) -> Result<(), Failure> {
+    let asked = conversion
+        .changes()
+        .flat_map(|change| listeners.iter().map(move |listener| (change, listener)));
+    let mut result = Ok(());
+    for (change, listener) in asked.take(agreed) {
+        let told = call(|| listener.aborted(&change));
+        result = result.and(told);
+    }
+    result
+}
+
+/// What a conversion changes, of the pages it was asked for.
+pub(crate) struct Conversion<'a> {
+    pub before: &'a Snapshot,
+    pub range: Range,
+    pub to: State,
+}
+
+impl Conversion<'_> {
+    fn changes(&self) -> impl Iterator<Item = Change> + '_ {
+        let changing = self.before.runs_in(self.range).filter(|run| run.state != self.to);
+        changing.map(|run| Change {
+            range: run.range,
+            to: self.to,
+            initial: false,
+        })
+    }
+}

@@ -1,0 +1,70 @@
+//! How often.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::{Link, Request};
+use crate::errno::Errno;
+use crate::error::Failure;
+use crate::policy::{Decision, Policy};
+
+/// Lets `per_second` requests through on average, and `burst` at once. An explicit request above that finds EAGAIN; an
+/// implicit one waits, which slows its vCPU down and nobody else.
+pub struct RateLimit {
+    per_second: f64,
+    burst: f64,
+    bucket: Mutex<Bucket>,
+    then: Arc<dyn Policy>,
+}
+
+struct Bucket {
+    tokens: f64,
+    filled: Instant,
+}
+
+impl RateLimit {
+    /// `per_second` is positive and finite, `burst` at least 1; else `None`.
+    pub fn new(per_second: f64, burst: u32, then: Arc<dyn Policy>) -> Option<Self> {
+        let valid = per_second.is_finite() && per_second > 0.0 && burst > 0;
+        valid.then(|| Self {
+            per_second,
+            burst: burst.into(),
+            bucket: Mutex::new(Bucket {
+                tokens: burst.into(),
+                filled: Instant::now(),
+            }),
+            then,
+        })
+    }
+
+    /// Takes a token, or tells how long there will be none.
+    fn take(&self) -> Result<(), Duration> {
+        let mut bucket = self.bucket.lock();
+        let now = Instant::now();
+        let filled = (now - bucket.filled).as_secs_f64() * self.per_second;
+        bucket.tokens = (bucket.tokens + filled).min(self.burst);
+        bucket.filled = now;
+        if bucket.tokens < 1.0 {
+            let missing = (1.0 - bucket.tokens) / self.per_second;
+            return Err(Duration::try_from_secs_f64(missing).unwrap_or(Duration::MAX));
+        }
+        bucket.tokens -= 1.0;
+        Ok(())
+    }
+}
+
+impl Link for RateLimit {
+    fn then(&self) -> &dyn Policy {
+        self.then.as_ref()
+    }
+
+    fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
+        match (self.take(), request) {
+            (Ok(()), request) => request.ask(self.then()),
+            (Err(_), Request::Explicit(_)) => Ok(Decision::Deny(Errno(libc::EAGAIN))),
+            (Err(wait), Request::Implicit(_)) => Ok(Decision::Wait(wait)),
+        }
+    }
+}

@@ -1,0 +1,831 @@
+//! The way of a request: exit, decode, policy, convert, record, resume.
+
+use std::time::{Duration, Instant};
+
+use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::control::Control;
+use crate::convert::{Converted, Entry, Order, Standing, Wanted};
+use crate::decode::{self, Exit, Hypercall, Io, MemoryFault, Mmio};
+use crate::enforce::Mode;
+use crate::errno::Errno;
+use crate::error::{ConvertError, Error, Failure, Site};
+use crate::events::{Event, Kind, Outcome};
+use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
+use crate::machine::Machine;
+use crate::policy::{Call, Conversion, Decision, Fault};
+use crate::report::Tally;
+use crate::vcpu::VcpuState;
+use crate::views::Place;
+
+/// The only flag of KVM_EXIT_MEMORY_FAULT.
+pub const MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
+/// Identical faults, with no change in between, after which a vCPU is not getting anywhere.
+pub const LIVELOCK_BOUND: u32 = 1000;
+/// EAGAIN or ENOMEM in a row, from KVM_RUN itself, after which it will not get better.
+const KVM_RUN_BOUND: u32 = 1000;
+/// Repeats before a vCPU that tries again begins to wait in between.
+const EAGER_REPEATS: u32 = 16;
+/// One KVM_PRE_FAULT_MEMORY call is for at most this many bytes, so that a run that ends does not wait for it.
+const PREFAULT_CHUNK: u64 = 2 << 20;
+const LONGEST_WAIT: Duration = Duration::from_millis(1);
+/// Bytes of the longest instruction of the architecture.
+const LONGEST_INSTRUCTION: u64 = 15;
+const KVM_INTERNAL_ERROR_EMULATION: u32 = 1;
+
+/// What to do after an exit was handled.
+enum Flow {
+    /// Enter the guest.
+    Resume,
+    /// Look at this exit again, which cannot be had from the guest a second time.
+    Again(Exit),
+    /// End the run with this reason; the exit, if any, is still to be answered when it goes on.
+    Leave(String, Option<Exit>),
+    /// This vCPU is at rest.
+    Halt,
+    /// This vCPU cannot go on.
+    Shutdown,
+}
+
+/// What came of an implicit request.
+enum Judged {
+    /// Nothing more to decide: look at the page again.
+    Look,
+    /// The run ends.
+    Leave(String),
+}
+
+/// A request between exit and resume.
+struct Open {
+    event: Event,
+    since: Instant,
+}
+
+/// How often a fault came in a row.
+#[derive(Default)]
+struct Repeats {
+    last: Option<(u64, State)>,
+    /// How often the page had changed by then.
+    changes: u64,
+    count: u32,
+}
+
+/// One vCPU, in its thread, for one run.
+pub(crate) struct VcpuLoop<'a> {
+    machine: &'a Machine,
+    control: &'a Control,
+    vcpu: &'a mut VcpuState,
+    entry: Entry,
+    repeats: Repeats,
+    refused: u32,
+    /// When the exit that is being handled was seen, for those that can be requests.
+    exited: Instant,
+    open: Option<Open>,
+    tally: Tally,
+}
+
+impl<'a> VcpuLoop<'a> {
+    pub(crate) fn new(machine: &'a Machine, control: &'a Control, vcpu: &'a mut VcpuState) -> Self {
+        Self {
+            machine,
+            control,
+            vcpu,
+            entry: machine.gate().entry(),
+            repeats: Repeats::default(),
+            refused: 0,
+            exited: Instant::now(),
+            open: None,
+            tally: Tally::default(),
+        }
+    }
+
+    /// Runs until the vCPU or the run ends.
+    pub(crate) fn run(mut self) -> Tally {
+        loop {
+            self.machine.kick(self.vcpu.index).clear();
+            if self.control.leaving() {
+                break;
+            }
+            let exit = match self.vcpu.pending.take() {
+                Some(exit) => exit,
+                None => self.enter(),
+            };
+            let handled = self.handle(exit);
+            if handled.is_err() && exit.awaits_reply() {
+                // Nobody answered it, so it is the first thing to do should the run go on.
+                self.vcpu.pending = Some(exit);
+                self.vcpu.reply_due = false;
+            }
+            match handled {
+                Ok(Flow::Resume) => {}
+                Ok(Flow::Again(exit)) => self.vcpu.pending = Some(exit),
+                Ok(Flow::Leave(reason, pending)) => {
+                    self.vcpu.pending = pending;
+                    self.control.finish(Ok(reason));
+                }
+                Ok(Flow::Halt) => {
+                    self.control.halted();
+                    break;
+                }
+                Ok(Flow::Shutdown) => {
+                    self.vcpu.started = false;
+                    self.control.stop("shutdown");
+                }
+                Err(error) => self.control.finish(Err(error)),
+            }
+        }
+        self.close_request();
+        let world = self.machine.gate().enforcement().world();
+        self.vcpu.settle(self.machine.kick(self.vcpu.index), world);
+        self.tally
+    }
+
+    /// Resume, and the next exit.
+    fn enter(&mut self) -> Exit {
+        self.close_request();
+        self.entry = self.machine.gate().entry();
+        let world = self.machine.gate().enforcement().world();
+        let _inside = world.map(|world| world.enter());
+        self.vcpu.enter(self.machine.kick(self.vcpu.index))
+    }
+
+    fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
+        if !matches!(exit, Exit::TryAgain | Exit::OutOfMemory) {
+            self.refused = 0;
+        }
+        match exit {
+            Exit::Interrupted | Exit::SetTpr => Ok(Flow::Resume),
+            Exit::TryAgain => self.refused(Errno(libc::EAGAIN)),
+            Exit::OutOfMemory => self.refused(Errno(libc::ENOMEM)),
+            Exit::MemoryFault(fault) => self.memory_fault(fault),
+            Exit::Poison(fault) => self.poison(fault),
+            Exit::BadBacking => Err(self.bad_backing()),
+            Exit::Failed(errno) => Err(self.failed(format!("KVM_RUN failed with {errno}"))),
+            Exit::Io(io) if io.port == DOORBELL_PORT && io.write && io.len() == 1 => self.doorbell(),
+            Exit::Io(io) => self.io(io),
+            Exit::Mmio(mmio) => self.mmio(mmio),
+            Exit::Hypercall(call) => self.hypercall(call),
+            Exit::Halt => Ok(Flow::Halt),
+            Exit::Shutdown => Ok(Flow::Shutdown),
+            Exit::InternalError { suberror } => self.internal_error(suberror),
+            Exit::FailEntry { reason } => Err(self.failed(format!(
+                "the CPU refused to enter the guest, hardware reason {reason:#x}"
+            ))),
+            Exit::SystemEvent { kind } => Err(self.failed(format!("KVM reported system event {kind}"))),
+            Exit::Unknown {
+                reason: decode::SENTINEL,
+            } => Err(self.failed("KVM_RUN returned without an exit reason".to_owned())),
+            Exit::Unknown { reason } => Err(self.failed(format!("exit reason {reason} is not one this core handles"))),
+        }
+    }
+
+    // ---- implicit requests
+
+    fn memory_fault(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
+        self.exited = Instant::now();
+        let (page, access) = self.faulted(&fault)?;
+        match self.judge(page, access, fault.flags)? {
+            Judged::Look => Ok(Flow::Resume),
+            Judged::Leave(reason) => Ok(Flow::Leave(reason, None)),
+        }
+    }
+
+    /// An access to an address without a slot. In memory, under a shared bit, it touched the view that its page is
+    /// not in; there KVM cannot execute it again, so it is completed here once the page is.
+    fn mmio(&mut self, mmio: Mmio) -> Result<Flow, Error> {
+        let Some((place, page)) = self.machine.gate().views().locate(mmio.gpa).and_then(|place| {
+            let page = self.machine.gate().pages(place.gpa, mmio.len.into())?;
+            Some((place, page))
+        }) else {
+            return self.device_mmio(mmio);
+        };
+        self.exited = Instant::now();
+        let access = place.view.unwrap_or(State::Private);
+        if place.view.is_some() && !self.machine.gate().side(access).is_reachable() {
+            return Err(self.failed(format!(
+                "KVM emulates an access to the private view of {:#x} (string IO, or an instruction it does not execute \
+                 natively), whose bytes the guest alone can reach: such operands belong in the shared view",
+                place.gpa
+            )));
+        }
+        if self.complete(&mmio, place, page)? {
+            return Ok(Flow::Resume);
+        }
+        Ok(match self.judge(page, access, implied_flags(access))? {
+            Judged::Look => Flow::Again(Exit::Mmio(mmio)),
+            Judged::Leave(reason) => Flow::Leave(reason, Some(Exit::Mmio(mmio))),
+        })
+    }
+
+    /// Carries the access out on the page itself, if the page is in the accessed state.
+    fn complete(&mut self, mmio: &Mmio, place: Place, page: Range) -> Result<bool, Error> {
+        let gate = self.machine.gate();
+        let _held = gate.hold(page);
+        let state = gate.with_map(|map| map.state(page.gpa()));
+        if place.view.is_some_and(|view| view != state) {
+            return Ok(false);
+        }
+        let side = gate.side(state);
+        let len = usize::from(mmio.len);
+        let mut data = mmio.data;
+        let done = match mmio.write {
+            true => side.write(place.gpa, &data[..len]),
+            false => side.read(place.gpa, &mut data[..len]),
+        };
+        done.map_err(|errno| {
+            let (gpa, side) = (place.gpa, state.as_str());
+            self.failed(format!(
+                "the {side} memory at {gpa:#x} could not be reached for an access that KVM emulates: {errno}"
+            ))
+        })?;
+        if !mmio.write {
+            decode::put(self.vcpu.hv.page(), decode::offset::MMIO_DATA, &data[..len]);
+        }
+        self.vcpu.reply_due = true;
+        Ok(true)
+    }
+
+    /// An instruction that KVM could not emulate. If it could not be fetched because its page is in the other
+    /// view, that is a request like any other; KVM fetches it again.
+    fn internal_error(&mut self, suberror: u32) -> Result<Flow, Error> {
+        if suberror == KVM_INTERNAL_ERROR_EMULATION
+            && let Some((page, access)) = self.unfetchable()
+        {
+            self.exited = Instant::now();
+            return Ok(match self.judge(page, access, implied_flags(access))? {
+                Judged::Look => Flow::Resume,
+                Judged::Leave(reason) => Flow::Leave(reason, None),
+            });
+        }
+        let what = match suberror {
+            KVM_INTERNAL_ERROR_EMULATION => "KVM could not emulate the guest's instruction there".to_owned(),
+            other => format!("KVM reported internal error {other}"),
+        };
+        Err(self.failed(what))
+    }
+
+    fn unfetchable(&mut self) -> Option<(Range, State)> {
+        let rip = self.vcpu.rip();
+        let gate = self.machine.gate();
+        // The instruction's first page and, where it crosses into one, its last.
+        [rip, rip.saturating_add(LONGEST_INSTRUCTION - 1)]
+            .into_iter()
+            .find_map(|linear| {
+                let place = gate.views().locate(self.vcpu.hv.translate(linear)?)?;
+                let (page, view) = (Range::new(place.page(), PAGE_SIZE)?, place.view?);
+                (gate.with_map(|map| map.state(place.gpa)) != view).then_some((page, view))
+            })
+    }
+
+    /// What a memory fault is about, if its fields make sense.
+    fn faulted(&mut self, fault: &MemoryFault) -> Result<(Range, State), Error> {
+        let views = self.machine.gate().views();
+        let nonsense = |what: &str| format!("KVM reported a memory fault with {what}: {fault:x?}");
+        if fault.flags & !MEMORY_EXIT_FLAG_PRIVATE != 0 {
+            return Err(self.failed(nonsense("unknown flags")));
+        }
+        let Some(place) = views.locate(fault.gpa) else {
+            return Err(self.failed(nonsense("an address outside the guest's memory")));
+        };
+        let Some(page) = views.range(fault.gpa, fault.size) else {
+            return Err(self.failed(nonsense("a range that is no part of the guest's memory")));
+        };
+        let gate = self.machine.gate();
+        let access =
+            place.view.unwrap_or_else(
+                || match (fault.flags & MEMORY_EXIT_FLAG_PRIVATE, gate.enforcement().mode()) {
+                    (0, Mode::Attributes) => State::Shared,
+                    // One view and no attribute: the access met the page as it is, and KVM does not know what we call that.
+                    (0, Mode::Memslots) => gate.with_map(|map| map.state(place.gpa)),
+                    _ => State::Private,
+                },
+            );
+        Ok((page, access))
+    }
+
+    /// Policy and conversion for one fault, if its page still is not in the accessed state.
+    fn judge(&mut self, page: Range, access: State, flags: u64) -> Result<Judged, Error> {
+        let entry = self.entry;
+        let wanted = Wanted { page, access, entry };
+        let standing = self.machine.gate().examine(wanted);
+        if standing == Standing::Stale {
+            self.tally.stale += 1;
+            return Ok(Judged::Look);
+        }
+        let repeats = self.repeats(page, access);
+        if standing == Standing::Agrees {
+            if repeats >= LIVELOCK_BOUND {
+                return Err(self.livelock(page, access, repeats));
+            }
+            self.back_off(repeats);
+            return Ok(Judged::Look);
+        }
+        if repeats >= LIVELOCK_BOUND {
+            return Ok(Judged::Leave("livelock".to_owned()));
+        }
+        self.back_off(repeats);
+        let fault = Fault {
+            vcpu: self.vcpu.index,
+            range: page,
+            access,
+            flags,
+            errno: Errno(libc::EFAULT),
+            state: access.other(),
+            rip: self.vcpu.rip(),
+            repeats,
+            memory: self.machine.gate().views().size(),
+        };
+        self.tally.faults += 1;
+        self.open_request(Kind::Implicit, page, access);
+        let decision = self.machine.policy().memory_fault(&fault);
+        let site = self.site(Some(page));
+        match decision.map_err(|failure| self.hook(&site, failure))? {
+            Decision::Convert(change) => self.convert_implicit(change, wanted, site),
+            Decision::Deny(errno) => {
+                self.tally.denied += 1;
+                self.close(Outcome::Denied, errno.0);
+                Ok(Judged::Leave("denied".to_owned()))
+            }
+            Decision::Retry => {
+                self.tally.retries += 1;
+                self.close(Outcome::Retried, 0);
+                Ok(Judged::Look)
+            }
+            Decision::Wait(time) => {
+                self.tally.retries += 1;
+                self.close(Outcome::Retried, 0);
+                self.close_request();
+                self.control.pause(time);
+                Ok(Judged::Look)
+            }
+            Decision::Stop(reason) => {
+                self.close(Outcome::Stopped, 0);
+                Ok(Judged::Leave(reason))
+            }
+            Decision::Discard => Err(self.only_for_poison(&site)),
+        }
+    }
+
+    fn only_for_poison(&self, site: &Site) -> Error {
+        self.hook(site, "Discard() is an answer to memory_poison only".into())
+    }
+
+    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, site: Site) -> Result<Judged, Error> {
+        let order = self.decided(change, wanted.page, wanted.access, &site)?;
+        match self
+            .machine
+            .gate()
+            .convert_if(order, Some(wanted), &|| self.control.leaving())
+        {
+            Ok(converted) => {
+                self.converted(order, converted);
+                if change.prefault && converted != Converted::Superseded {
+                    self.prefault(order.range, order.to);
+                }
+                Ok(Judged::Look)
+            }
+            Err(ConvertError::OverQuota { .. }) => {
+                self.tally.denied += 1;
+                self.close(Outcome::Denied, libc::EINVAL);
+                Ok(Judged::Leave("denied".to_owned()))
+            }
+            Err(ConvertError::Refused { .. }) => {
+                self.tally.retries += 1;
+                self.close(Outcome::Retried, 0);
+                Ok(Judged::Look)
+            }
+            Err(source) => {
+                self.close(Outcome::Failed, 0);
+                Err(conversion(site, source))
+            }
+        }
+    }
+
+    fn poison(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
+        self.exited = Instant::now();
+        let (page, access) = self.faulted(&fault)?;
+        let repeats = self.repeats(page, access);
+        let poison = Fault {
+            vcpu: self.vcpu.index,
+            range: page,
+            access,
+            flags: fault.flags,
+            errno: Errno(libc::EHWPOISON),
+            state: self.machine.gate().with_map(|map| map.state(page.gpa())),
+            rip: self.vcpu.rip(),
+            repeats,
+            memory: self.machine.gate().views().size(),
+        };
+        self.tally.poisons += 1;
+        self.open_request(Kind::Poison, page, access);
+        let decision = self.machine.policy().memory_poison(&poison);
+        let site = self.site(Some(page));
+        match decision.map_err(|failure| self.hook(&site, failure))? {
+            Decision::Convert(_) => Err(self.hook(
+                &site,
+                "memory_poison cannot answer Convert: a conversion does not repair a poisoned page".into(),
+            )),
+            Decision::Deny(errno) => {
+                self.tally.denied += 1;
+                self.close(Outcome::Denied, errno.0);
+                Ok(Flow::Leave("denied".to_owned(), None))
+            }
+            Decision::Retry | Decision::Wait(_) if repeats >= LIVELOCK_BOUND => {
+                Ok(Flow::Leave("livelock".to_owned(), None))
+            }
+            Decision::Retry | Decision::Wait(_) => {
+                self.tally.retries += 1;
+                self.close(Outcome::Retried, 0);
+                self.back_off(repeats);
+                Ok(Flow::Resume)
+            }
+            Decision::Stop(reason) => {
+                self.close(Outcome::Stopped, 0);
+                Ok(Flow::Leave(reason, None))
+            }
+            Decision::Discard if repeats >= LIVELOCK_BOUND => Err(self.livelock(page, access, repeats)),
+            Decision::Discard => {
+                let what = "free the poisoned page";
+                self.machine
+                    .gate()
+                    .discard(page)
+                    .map_err(|errno| Error::Host { what, errno })?;
+                self.close(Outcome::Discarded, 0);
+                Ok(Flow::Resume)
+            }
+        }
+    }
+
+    /// How often this fault came before without a change of its page.
+    fn repeats(&mut self, page: Range, access: State) -> u32 {
+        let key = Some((page.gpa(), access));
+        let changes = self.machine.gate().watch(self.vcpu.index, page.gpa());
+        let repeats = &mut self.repeats;
+        if repeats.last == key && repeats.changes == changes {
+            repeats.count = repeats.count.saturating_add(1);
+        } else {
+            *repeats = Repeats {
+                last: key,
+                changes,
+                count: 0,
+            };
+        }
+        repeats.count
+    }
+
+    fn back_off(&self, repeats: u32) {
+        if let Some(waits) = repeats.checked_sub(EAGER_REPEATS) {
+            self.control
+                .pause((Duration::from_micros(10) * waits).min(LONGEST_WAIT));
+        }
+    }
+
+    // ---- explicit requests
+
+    fn hypercall(&mut self, call: Hypercall) -> Result<Flow, Error> {
+        let (answer, flow) = self.explicit(call)?;
+        let ret = answer.to_le_bytes();
+        decode::put(self.vcpu.hv.page(), decode::offset::HYPERCALL_RET, &ret);
+        self.vcpu.reply_due = true;
+        Ok(flow)
+    }
+
+    /// The hypercall by port: the same registers, the answer in RAX.
+    fn doorbell(&mut self) -> Result<Flow, Error> {
+        let regs = self.vcpu.regs().map_err(|errno| self.registers(errno))?;
+        let call = Hypercall {
+            nr: regs.rax,
+            args: [regs.rbx, regs.rcx, regs.rdx],
+        };
+        let (answer, flow) = self.explicit(call)?;
+        self.vcpu.answer(answer as u64).map_err(|errno| self.registers(errno))?;
+        self.vcpu.reply_due = true;
+        Ok(flow)
+    }
+
+    /// What RAX becomes, and how the run goes on.
+    fn explicit(&mut self, call: Hypercall) -> Result<(i64, Flow), Error> {
+        self.exited = Instant::now();
+        if call.nr != KVM_HC_MAP_GPA_RANGE {
+            self.tally.malformed += 1;
+            return Ok((-KVM_ENOSYS, Flow::Resume));
+        }
+        let request = match explicit::parse(&call, &self.machine.gate().views()) {
+            Ok(request) => request,
+            Err(errno) => {
+                self.tally.malformed += 1;
+                return Ok((errno.0.into(), Flow::Resume));
+            }
+        };
+        let range = request.range;
+        let judged = Call {
+            vcpu: self.vcpu.index,
+            range,
+            to: request.to,
+            page_size: request.page_size,
+            raw: request.raw,
+            state: self.machine.gate().with_map(|map| map.uniform(range)),
+            memory: self.machine.gate().views().size(),
+        };
+        self.tally.hypercalls += 1;
+        self.open_request(Kind::Explicit, range, request.to);
+        let decision = self.machine.policy().map_gpa_range(&judged);
+        let decision = decision.map_err(|failure| {
+            let site = self.site(Some(range));
+            self.hook(&site, failure)
+        })?;
+        let (errno, flow) = match decision {
+            Decision::Convert(change) => (self.convert_explicit(change, range, request.to)?, Flow::Resume),
+            Decision::Deny(errno) => {
+                self.tally.denied += 1;
+                self.close(Outcome::Denied, errno.0);
+                (errno.0, Flow::Resume)
+            }
+            Decision::Retry | Decision::Wait(_) => {
+                self.tally.retries += 1;
+                self.close(Outcome::Retried, libc::EAGAIN);
+                (libc::EAGAIN, Flow::Resume)
+            }
+            // Nothing was done, so a guest that goes on later has to ask again.
+            Decision::Stop(reason) => {
+                self.close(Outcome::Stopped, libc::EAGAIN);
+                (libc::EAGAIN, Flow::Leave(reason, None))
+            }
+            Decision::Discard => {
+                let site = self.site(Some(range));
+                return Err(self.only_for_poison(&site));
+            }
+        };
+        Ok((errno.into(), flow))
+    }
+
+    /// The errno for the guest, 0 for success.
+    fn convert_explicit(&mut self, change: Conversion, asked: Range, to: State) -> Result<i32, Error> {
+        let site = self.site(Some(asked));
+        let order = self.decided(change, asked, to, &site)?;
+        match self.machine.gate().convert_if(order, None, &|| self.control.leaving()) {
+            Ok(converted) => {
+                let errno = self.converted(order, converted);
+                if change.prefault {
+                    self.prefault(order.range, order.to);
+                }
+                Ok(errno)
+            }
+            Err(ConvertError::OverQuota { .. }) => {
+                self.tally.denied += 1;
+                self.close(Outcome::Denied, libc::EINVAL);
+                Ok(libc::EINVAL)
+            }
+            Err(source) => {
+                let errno = source.guest_errno();
+                self.close(Outcome::Failed, errno.map_or(0, |errno| errno.0));
+                match errno {
+                    Some(errno) => Ok(errno.0),
+                    None => Err(conversion(site, source)),
+                }
+            }
+        }
+    }
+
+    // ---- both
+
+    /// What the policy wants converted, which may be another range or state than was asked for.
+    fn decided(&self, change: Conversion, asked: Range, to: State, site: &Site) -> Result<Order, Error> {
+        let gpa = change.gpa.unwrap_or(asked.gpa());
+        let size = change.size.unwrap_or(asked.size());
+        let range = self.machine.gate().range(gpa, size);
+        Ok(Order {
+            range: range.map_err(|error| self.hook(site, format!("Convert: {error}").into()))?,
+            to: change.to.unwrap_or(to),
+            keep: change.keep,
+            max_shared: change.max_shared,
+        })
+    }
+
+    /// Books what was done: the errno for a guest that asked, 0 for all of it.
+    fn converted(&mut self, order: Order, converted: Converted) -> i32 {
+        let Order { range, to, .. } = order;
+        let (changed, outcome, errno) = match converted {
+            Converted::Done { changed } => (changed, Outcome::Converted, 0),
+            Converted::Interrupted { changed } => (changed, Outcome::Retried, libc::EAGAIN),
+            Converted::Superseded => (0, Outcome::Superseded, 0),
+        };
+        match outcome {
+            Outcome::Converted => self.tally.conversions += 1,
+            Outcome::Retried => self.tally.retries += 1,
+            _ => self.tally.stale += 1,
+        }
+        match to {
+            State::Private => self.tally.bytes_to_private += changed,
+            State::Shared => self.tally.bytes_to_shared += changed,
+        }
+        if outcome == Outcome::Converted
+            && let Some(open) = &mut self.open
+        {
+            open.event.done_gpa = range.gpa();
+            open.event.done_size = range.size();
+            open.event.done_to = to;
+            open.event.changed = changed;
+        }
+        self.close(outcome, errno);
+        errno
+    }
+
+    /// Has KVM map what was just converted. What it cannot map the guest will fault in, as it would have anyway.
+    ///
+    /// The ioctl may write the union of the run page, so the answer to a request is written after it.
+    fn prefault(&mut self, range: Range, to: State) {
+        if !self.machine.can_prefault() {
+            return;
+        }
+        let view = self.machine.gate().views().view(range, to);
+        let mut start = view.gpa();
+        let mut refused = 0;
+        while let Some(left) = Range::new(start, view.end() - start)
+            && !self.control.leaving()
+        {
+            let chunk = left.size().min(PREFAULT_CHUNK);
+            let chunk = Range::new(start, chunk).unwrap_or(left);
+            match self.vcpu.hv.pre_fault(chunk) {
+                Ok(done) if done > 0 => {
+                    start += done.min(chunk.size());
+                    self.tally.bytes_prefaulted += done;
+                    refused = 0;
+                }
+                Err(Errno(libc::EAGAIN | libc::EINTR)) if refused < KVM_RUN_BOUND => {
+                    refused += 1;
+                    self.back_off(refused);
+                }
+                _ => break,
+            }
+        }
+    }
+
+    // ---- record
+
+    fn open_request(&mut self, kind: Kind, asked: Range, to: State) {
+        self.close_request();
+        self.open = Some(Open {
+            since: self.exited,
+            event: Event {
+                sequence: 0,
+                time: self.machine.nanoseconds(self.exited),
+                vcpu: self.vcpu.index,
+                kind,
+                gpa: asked.gpa(),
+                size: asked.size(),
+                to,
+                outcome: Outcome::Failed,
+                done_gpa: asked.gpa(),
+                done_size: 0,
+                done_to: to,
+                changed: 0,
+                errno: 0,
+                latency: 0,
+            },
+        });
+    }
+
+    fn close(&mut self, outcome: Outcome, errno: i32) {
+        if let Some(open) = &mut self.open {
+            open.event.outcome = outcome;
+            open.event.errno = errno;
+        }
+    }
+
+    /// The request that was open is over: the guest resumes, or the run ends.
+    fn close_request(&mut self) {
+        if let Some(mut open) = self.open.take() {
+            open.event.latency = open.since.elapsed().as_nanos() as u64;
+            self.tally.record_latency(open.event.latency);
+            self.machine.events().push(open.event);
+        }
+    }
+
+    // ---- devices
+
+    fn io(&mut self, io: Io) -> Result<Flow, Error> {
+        self.vcpu.reply_due = true;
+        let data = self
+            .vcpu
+            .hv
+            .page()
+            .get_mut(io.data..io.data + io.len())
+            .unwrap_or_default();
+        match self.machine.devices().port(io.port) {
+            Some(handler) => {
+                if let Err(failure) = handler.io(self.vcpu.index, &io, data) {
+                    let site = self.site(None);
+                    return Err(self.hook(&site, failure));
+                }
+            }
+            // As on a bus where nobody answers.
+            None if !io.write => data.fill(0xff),
+            None => {}
+        }
+        Ok(Flow::Resume)
+    }
+
+    fn device_mmio(&mut self, mmio: Mmio) -> Result<Flow, Error> {
+        self.vcpu.reply_due = true;
+        let len = usize::from(mmio.len);
+        let mut data = mmio.data;
+        match self.machine.devices().mmio(mmio.gpa, mmio.len.into()) {
+            Some(handler) => {
+                if let Err(failure) = handler.mmio(self.vcpu.index, &mmio, &mut data[..len]) {
+                    let mut site = self.site(None);
+                    site.gpa = Some(mmio.gpa);
+                    return Err(self.hook(&site, failure));
+                }
+            }
+            None => data.fill(0xff),
+        }
+        if !mmio.write {
+            decode::put(self.vcpu.hv.page(), decode::offset::MMIO_DATA, &data[..len]);
+        }
+        Ok(Flow::Resume)
+    }
+
+    // ---- what ends a run
+
+    fn refused(&mut self, errno: Errno) -> Result<Flow, Error> {
+        self.refused += 1;
+        if self.refused > KVM_RUN_BOUND {
+            let times = self.refused;
+            return Err(self.failed(format!("KVM_RUN failed with {errno} {times} times in a row")));
+        }
+        self.back_off(self.refused);
+        Ok(Flow::Resume)
+    }
+
+    fn site(&mut self, pages: Option<Range>) -> Site {
+        Site {
+            vcpu: self.vcpu.index,
+            gpa: pages.map(|range| range.gpa()),
+            state: pages.map(|range| self.machine.gate().describe(range)),
+            rip: self.vcpu.rip(),
+        }
+    }
+
+    fn hook(&self, site: &Site, failure: Failure) -> Error {
+        Error::Hook {
+            site: site.clone(),
+            failure,
+        }
+    }
+
+    fn failed(&mut self, what: String) -> Error {
+        let site = self.site(None);
+        Error::Exit { site, what }
+    }
+
+    fn registers(&mut self, errno: Errno) -> Error {
+        self.failed(format!("the registers cannot be reached: {errno}"))
+    }
+
+    fn bad_backing(&mut self) -> Error {
+        let gate = self.machine.gate();
+        let all = gate.pages(0, gate.views().size());
+        let slot = all.map_or_else(String::new, |all| gate.enforcement().describe_slots(all));
+        Error::BadBacking {
+            site: self.site(None),
+            slot,
+        }
+    }
+
+    fn livelock(&mut self, page: Range, access: State, repeats: u32) -> Error {
+        let events = self.machine.events().about(page.gpa(), 8);
+        let line = |event: &Event| {
+            let (kind, to, outcome) = (event.kind.as_str(), event.to, event.outcome.as_str());
+            format!(
+                "\n  event {}: vCPU {} {kind} to {to}: {outcome}",
+                event.sequence, event.vcpu
+            )
+        };
+        let lines: String = events.iter().map(line).collect();
+        Error::Livelock {
+            site: self.site(Some(page)),
+            access: access.as_str(),
+            repeats,
+            history: match lines.is_empty() {
+                true => "; no earlier request was about this page".to_owned(),
+                false => format!("; the last requests about this page:{lines}"),
+            },
+        }
+    }
+}
+
+/// A conversion that failed; a listener's failure is one of a hook's.
+fn conversion(site: Site, source: ConvertError) -> Error {
+    match source {
+        ConvertError::Listener(failure) => Error::Hook { site, failure },
+        source => Error::Conversion { site, source },
+    }
+}
+
+/// The flags KVM would have reported.
+fn implied_flags(access: State) -> u64 {
+    match access {
+        State::Private => MEMORY_EXIT_FLAG_PRIVATE,
+        State::Shared => 0,
+    }
+}

@@ -1,0 +1,191 @@
+//! Explicit requests against the definition of KVM_HC_MAP_GPA_RANGE in arithmetic that cannot overflow.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+use std::sync::Arc;
+
+use pagegate_core::attributes::{PAGE_SIZE, State};
+use pagegate_core::decode::Hypercall;
+use pagegate_core::errno::Errno;
+use pagegate_core::explicit::{KVM_HC_MAP_GPA_RANGE, MapGpaRange, parse};
+use pagegate_core::hypervisor::fake::FakeVm;
+use pagegate_core::machine::{Config, Machine};
+use pagegate_core::policy::Allow;
+use pagegate_core::views::Views;
+use proptest::prelude::*;
+
+/// Views as a machine of this memory has them.
+fn views(memory: u64, shared_bit: Option<u32>) -> Views {
+    let fake = FakeVm::new(FakeVm::plain(64), Vec::new(), 1);
+    let config = Config {
+        memory,
+        vcpus: 1,
+        vm_type: None,
+        enforcement: None,
+        shared_bit,
+        initial: State::Shared,
+        events: 0,
+        memslots: 1,
+        policy: Arc::new(Allow),
+        around: None,
+        fake: Some(Arc::new(fake)),
+    };
+    Machine::new(config).unwrap().gate().views()
+}
+
+fn ask(gpa: u64, pages: u64, attributes: u64, views: &Views) -> Result<MapGpaRange, Errno> {
+    let call = Hypercall {
+        nr: KVM_HC_MAP_GPA_RANGE,
+        args: [gpa, pages, attributes],
+    };
+    parse(&call, views)
+}
+
+/// Start, bytes, private, page size.
+type Wanted = (u64, u64, bool, u64);
+
+fn oracle(gpa: u64, pages: u64, attributes: u64, memory: u64, shared_bit: Option<u32>) -> Option<Wanted> {
+    let stripped = match shared_bit {
+        Some(bit) if gpa >> bit & 1 == 1 => gpa - (1 << bit),
+        _ => gpa,
+    };
+    let (start, count) = (u128::from(stripped), u128::from(pages));
+    let end = start + count * 4096;
+    let page_size = match attributes % 16 {
+        0 => 4096,
+        1 => 2 * 1024 * 1024,
+        2 => 1024 * 1024 * 1024,
+        _ => return None,
+    };
+    let sane = start % 4096 == 0 && count > 0 && end <= u128::from(memory) && attributes < 32;
+    sane.then_some((stripped, (end - start) as u64, attributes >= 16, page_size))
+}
+
+fn check(gpa: u64, pages: u64, attributes: u64, views: &Views, shared_bit: Option<u32>) {
+    let parsed = ask(gpa, pages, attributes, views);
+    let wanted = oracle(gpa, pages, attributes, views.size(), shared_bit);
+    let case = format!("gpa {gpa:#x}, {pages:#x} pages, attributes {attributes:#x}, {views:x?}");
+    match (parsed, wanted) {
+        (Ok(request), Some((gpa, size, private, page_size))) => {
+            assert_eq!((request.range.gpa(), request.range.size()), (gpa, size), "{case}");
+            assert_eq!(request.to == State::Private, private, "{case}");
+            assert_eq!((request.page_size, request.raw), (page_size, attributes), "{case}");
+        }
+        (Err(errno), None) => assert_eq!(errno.0, libc::EINVAL, "{case}"),
+        (parsed, wanted) => panic!("{case}: {parsed:?}, expected {wanted:x?}"),
+    }
+}
+
+const MEMORY: u64 = 64 * PAGE_SIZE;
+const BIT: u32 = 40;
+
+#[test]
+fn the_kernels_blind_spot_is_refused() {
+    let views = views(MEMORY, None);
+    // Shifted by 12 this many pages are none.
+    assert_eq!(ask(0x1000, 1 << 52, 0, &views), Err(Errno(libc::EINVAL)));
+    assert_eq!(ask(0x1000, (1 << 52) + 1, 0, &views), Err(Errno(libc::EINVAL)));
+    assert_eq!(ask(0, u64::MAX, 0x10, &views), Err(Errno(libc::EINVAL)));
+    assert_eq!(ask(0, 0, 0x10, &views), Err(Errno(libc::EINVAL)));
+    let whole = ask(0, 64, 0x12, &views).unwrap();
+    assert_eq!((whole.range.size(), whole.to), (MEMORY, State::Private));
+    assert_eq!(whole.page_size, 1 << 30);
+}
+
+#[test]
+fn each_attribute_bit() {
+    let views = views(MEMORY, None);
+    for bit in 0..64 {
+        check(0x1000, 1, 1 << bit, &views, None);
+        check(0x1000, 1, 1 << bit | 0x10, &views, None);
+        for hint in 0..16 {
+            check(0x1000, 1, 1 << bit | hint, &views, None);
+        }
+    }
+}
+
+#[test]
+fn each_address_bit() {
+    for shared_bit in [None, Some(BIT), Some(30), Some(18)] {
+        let views = views(MEMORY, shared_bit);
+        for bit in 0..64 {
+            for gpa in [1 << bit, 1 << bit | 0x1000, (1_u64 << bit).wrapping_sub(0x1000)] {
+                for pages in [0, 1, 2, 63, 64, 65, 1 << bit] {
+                    check(gpa, pages, 0x10, &views, shared_bit);
+                }
+            }
+        }
+    }
+}
+
+/// Numbers at the edges of this guest's memory and of the arithmetic, and near them.
+fn edges(memory: u64) -> impl Strategy<Value = u64> {
+    let shared = 1 << BIT;
+    let edge = prop::sample::select(vec![
+        0,
+        PAGE_SIZE,
+        memory / 2,
+        memory - PAGE_SIZE,
+        memory,
+        shared,
+        shared + memory - PAGE_SIZE,
+        shared + memory,
+        1 << 51,
+        1 << 52,
+        (1 << 52) - PAGE_SIZE,
+        1 << 63,
+        u64::MAX - PAGE_SIZE + 1,
+    ]);
+    let off = prop_oneof![
+        6 => Just(0_i64),
+        2 => prop::sample::select(vec![-4096_i64, 4096, 8192]),
+        1 => -3_i64..3,
+        1 => 1_i64..4096,
+    ];
+    prop_oneof![
+        4 => (edge, off).prop_map(|(edge, off)| edge.wrapping_add_signed(off)),
+        2 => (0..memory / PAGE_SIZE).prop_map(|page| page * PAGE_SIZE),
+        1 => any::<u64>(),
+    ]
+}
+
+fn counts(memory: u64) -> impl Strategy<Value = u64> {
+    let pages = memory / PAGE_SIZE;
+    let edge = prop::sample::select(vec![
+        0,
+        1,
+        2,
+        pages - 1,
+        pages,
+        pages + 1,
+        (1 << 52) - pages,
+        (1 << 52) - 1,
+        1 << 52,
+        (1 << 52) + 1,
+        (1 << 52) + pages,
+        u64::MAX,
+    ]);
+    prop_oneof![4 => edge, 4 => 0..pages + 4, 1 => any::<u64>()]
+}
+
+fn attributes() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        4 => prop::sample::select(vec![0_u64, 1, 2, 0x10, 0x11, 0x12]),
+        2 => 0..64_u64,
+        1 => (0..64_u32, 0..32_u64).prop_map(|(bit, low)| 1 << bit | low),
+        1 => any::<u64>(),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn as_defined(gpa in edges(MEMORY), pages in counts(MEMORY), attributes in attributes(), split in any::<bool>()) {
+        let bit = split.then_some(BIT);
+        check(gpa, pages, attributes, &VIEWS.with(|views| views[usize::from(split)]), bit);
+    }
+}
+
+thread_local! {
+    static VIEWS: [Views; 2] = [views(MEMORY, None), views(MEMORY, Some(BIT))];
+}

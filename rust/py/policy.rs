@@ -1,0 +1,130 @@
+//! A Python policy as the core sees it.
+
+use std::sync::Arc;
+
+use pagegate_core::error::Failure;
+use pagegate_core::policy::{Allow, Call, Decision, Fault, Policy};
+use pyo3::prelude::*;
+use pyo3::{PyClass, PyTraverseError, PyVisit};
+
+use crate::policies::PyBuiltin;
+use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
+use crate::{decision, errors};
+
+type Hook = Option<Py<PyAny>>;
+
+/// A policy's hooks, resolved once.
+pub(crate) struct PyPolicy {
+    memory_fault: Hook,
+    map_gpa_range: Hook,
+    memory_poison: Hook,
+}
+
+/// Whatever judges, as the core takes it, and what of Python that refers to.
+pub(crate) struct Judge {
+    pub(crate) policy: Arc<dyn Policy>,
+    /// Whether a request may enter Python.
+    pub(crate) enters_python: bool,
+    held: Held,
+}
+
+/// What keeps a judge's Python objects alive: each is one reference, visited by one owner.
+enum Held {
+    Nothing,
+    Hooks(Arc<PyPolicy>),
+    Builtin(Py<PyBuiltin>),
+}
+
+impl Judge {
+    /// Of a built-in policy, of any object with hooks, or of nothing, which leaves all to the defaults.
+    pub(crate) fn of(policy: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let Some(policy) = policy else {
+            return Ok(Self::native(Arc::new(Allow)));
+        };
+        if let Ok(builtin) = policy.cast::<PyBuiltin>() {
+            let judge = &builtin.get().0;
+            return Ok(Self {
+                policy: judge.policy.clone(),
+                enters_python: judge.enters_python,
+                held: Held::Builtin(builtin.clone().unbind()),
+            });
+        }
+        let hooks = Arc::new(PyPolicy::resolve(policy)?);
+        let enters_python = hooks.hooks().any(Option::is_some);
+        Ok(Self {
+            policy: hooks.clone(),
+            enters_python,
+            held: Held::Hooks(hooks),
+        })
+    }
+
+    fn native(policy: Arc<dyn Policy>) -> Self {
+        Self {
+            policy,
+            enters_python: false,
+            held: Held::Nothing,
+        }
+    }
+
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.held {
+            Held::Nothing => Ok(()),
+            Held::Hooks(hooks) => hooks.hooks().flatten().try_for_each(|hook| visit.call(hook)),
+            Held::Builtin(builtin) => visit.call(builtin),
+        }
+    }
+}
+
+impl PyPolicy {
+    /// Finds and validates the hooks of any object.
+    fn resolve(policy: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let resolve = policy.py().import("pagegate.hooks")?.getattr("resolve")?;
+        let (memory_fault, map_gpa_range, memory_poison) = resolve.call1((policy,))?.extract()?;
+        Ok(Self {
+            memory_fault,
+            map_gpa_range,
+            memory_poison,
+        })
+    }
+
+    fn hooks(&self) -> impl Iterator<Item = &Hook> {
+        [&self.memory_fault, &self.map_gpa_range, &self.memory_poison].into_iter()
+    }
+}
+
+/// Asks a hook about a request.
+fn ask<T: PyClass>(
+    hook: &Py<PyAny>,
+    name: &'static str,
+    request: impl Into<PyClassInitializer<T>>,
+) -> Result<Decision, Failure> {
+    Python::attach(|py| {
+        let request = Bound::new(py, request)?;
+        let answer = hook.bind(py).call1((request,))?;
+        decision::read(&answer, name)
+    })
+    .map_err(errors::failure)
+}
+
+impl Policy for PyPolicy {
+    fn memory_fault(&self, fault: &Fault) -> Result<Decision, Failure> {
+        match &self.memory_fault {
+            Some(hook) => ask(hook, "memory_fault", PyMemoryFault::from(fault)),
+            None => Allow.memory_fault(fault),
+        }
+    }
+
+    fn map_gpa_range(&self, call: &Call) -> Result<Decision, Failure> {
+        match &self.map_gpa_range {
+            Some(hook) => ask(hook, "map_gpa_range", PyMapGpaRange::from(call)),
+            None => Allow.map_gpa_range(call),
+        }
+    }
+
+    fn memory_poison(&self, poison: &Fault) -> Result<Decision, Failure> {
+        match &self.memory_poison {
+            Some(hook) => ask(hook, "memory_poison", PyMemoryPoison::of(poison)),
+            None => Allow.memory_poison(poison),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import collections
+import gc
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+import pagegate
+import pytest
+from pagegate import Convert, Policy, Vm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KVM_OBJECTS = ("kvm", "gmem", "guest_memfd", "memfd:")
+FAILED = pytest.StashKey[bool]()
+
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("default")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kvm") is None:
+        return
+    host = pagegate.probe()
+    if host.enforcement is None:
+        pytest.skip("; ".join(host.problems))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if call.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+def open_objects() -> collections.Counter[str]:
+    """What a machine can leave behind: open files of KVM and memory files, by what they are."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the directory's own
+            continue
+    return collections.Counter(link for link in links if any(word in link for word in KVM_OBJECTS))
+
+
+@pytest.fixture
+def kvm_objects() -> Callable[[], collections.Counter[str]]:
+    return open_objects
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = open_objects()
+    yield
+    left = open_objects() - before
+    if left and not request.node.stash.get(FAILED, True):
+        gc.collect()
+        left = open_objects() - before
+        assert not left, f"left open: {dict(left)}"
+
+
+class Recorder(Policy):
+    """Keeps every request and answers each in turn; the last answer stays. An answer may be a function."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.requests: list[Any] = []
+        self.answers = list(answers) or [Convert()]
+
+    def _answer(self, request: Any) -> Any:
+        self.requests.append(request)
+        answer = self.answers[min(len(self.requests), len(self.answers)) - 1]
+        return answer(request) if callable(answer) else answer
+
+    def memory_fault(self, fault: pagegate.MemoryFault) -> Any:
+        return self._answer(fault)
+
+    def map_gpa_range(self, call: pagegate.MapGpaRange) -> Any:
+        return self._answer(call)
+
+    def memory_poison(self, poison: pagegate.MemoryPoison) -> Any:
+        return self._answer(poison)
+
+
+@pytest.fixture
+def recorder() -> type[Recorder]:
+    return Recorder
+
+
+class Running:
+    """A run in a thread of its own, and what came of it."""
+
+    def __init__(self, vm: Vm, timeout: float | None = 30.0) -> None:
+        self.report: pagegate.Report | None = None
+        self.error: BaseException | None = None
+        self._vm = vm
+        self._timeout = timeout
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.report = self._vm.run(timeout=self._timeout)
+        except BaseException as error:  # noqa: BLE001
+            self.error = error
+
+    def join(self, within: float = 10.0) -> pagegate.Report:
+        """Its report, or its error raised. ``within`` is how long it may still take."""
+        self._thread.join(within)
+        assert not self._thread.is_alive(), f"the run did not end within {within} s"
+        if self.error is not None:
+            raise self.error
+        assert self.report is not None
+        return self.report
+
+    def wait_until_in_progress(self) -> None:
+        """Returns when registers cannot be read any more, for a vCPU thread has them."""
+        end = time.monotonic() + 5.0
+        while time.monotonic() < end:
+            try:
+                self._vm.vcpus[0].regs()
+            except pagegate.PagegateError:
+                return
+            time.sleep(0.001)
+        raise AssertionError("the run did not begin")
+
+
+@pytest.fixture
+def in_background() -> type[Running]:
+    return Running

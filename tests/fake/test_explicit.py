@@ -1,0 +1,177 @@
+"""Explicit requests: what is malformed, and where the answer goes."""
+
+from __future__ import annotations
+
+import errno
+
+import pagegate
+import pytest
+from pagegate import Deny, Retry, Stop
+from pagegate.testing import Step
+
+PAGE = 4096
+ENCRYPTED = 16
+CALLS = ("set_attributes", "create_memslot", "delete_memslot", "discard")
+KVM_ENOSYS = 1000
+
+MALFORMED = [
+    pytest.param((0x2001, 1, ENCRYPTED), id="unaligned"),
+    pytest.param((0x2800, 1, 0), id="half-page"),
+    pytest.param((0x2000, 0, ENCRYPTED), id="no-pages"),
+    pytest.param((0, 0, 0), id="nothing"),
+    pytest.param((0x1000, 1 << 52, ENCRYPTED), id="2^52-pages"),
+    pytest.param((0, 1 << 52, ENCRYPTED), id="2^52-pages-from-0"),
+    pytest.param((0x1000, (1 << 52) + 1, ENCRYPTED), id="2^52+1-pages"),
+    pytest.param((0x1000, (1 << 64) - 1, ENCRYPTED), id="most-pages"),
+    pytest.param(((1 << 64) - PAGE, 1, ENCRYPTED), id="last-page"),
+    pytest.param(((1 << 64) - PAGE, 2, ENCRYPTED), id="wraps"),
+    pytest.param((64 * PAGE, 1, ENCRYPTED), id="just-outside"),
+    pytest.param((63 * PAGE, 2, ENCRYPTED), id="half-outside"),
+    pytest.param((0, 65, ENCRYPTED), id="one-too-many"),
+    pytest.param((1 << 45, 1, ENCRYPTED), id="far-outside"),
+    pytest.param((0x2000, 1, 3), id="hint-3"),
+    pytest.param((0x2000, 1, ENCRYPTED | 7), id="hint-7"),
+    pytest.param((0x2000, 1, ENCRYPTED | 15), id="hint-15"),
+    pytest.param((0x2000, 1, 1 << 5), id="bit-5"),
+    pytest.param((0x2000, 1, ENCRYPTED | 1 << 6), id="bit-6"),
+    pytest.param((0x2000, 1, ENCRYPTED | 1 << 32), id="bit-32"),
+    pytest.param((0x2000, 1, 1 << 63), id="bit-63"),
+]
+
+
+@pytest.fixture(params=["hypercall", "doorbell"])
+def ask(request):
+    return getattr(Step, request.param)
+
+
+@pytest.mark.parametrize("registers", MALFORMED)
+def test_malformed_requests_are_answered_and_go_nowhere(make, recorder, ask, way, registers) -> None:
+    policy = recorder()
+    vm, fake = make([ask(*registers)], policy=policy, way=way)
+    before = [fake.calls(call) for call in CALLS]
+    report = vm.run(timeout=10)
+    assert [reply.value for reply in fake.replies()] == [errno.EINVAL]
+    assert policy.requests == []
+    assert [fake.calls(call) for call in CALLS] == before
+    assert (report.reason, report.requests, report.malformed) == ("halt", 0, 1)
+    assert vm.attributes.runs() == [(0, 64 * PAGE, "shared")]
+
+
+@pytest.mark.parametrize("nr", [0, 1, 5, 11, 13, 1 << 32 | 12, (1 << 64) - 1])
+def test_unknown_hypercalls_are_answered_as_kvm_does(make, recorder, ask, nr) -> None:
+    policy = recorder()
+    vm, fake = make([ask(0x2000, 1, ENCRYPTED, nr=nr)], policy=policy)
+    assert vm.run(timeout=10).reason == "halt"
+    assert [reply.value for reply in fake.replies()] == [-KVM_ENOSYS]
+    assert policy.requests == []
+    assert vm.attributes.private_bytes == 0
+
+
+def test_well_formed_requests_are_done_and_answered_0(make, recorder, ask, way) -> None:
+    policy = recorder()
+    vm, fake = make([ask(0x2000, 3, ENCRYPTED | 1)], policy=policy, way=way)
+    report = vm.run(timeout=10)
+    assert [reply.value for reply in fake.replies()] == [0]
+    (call,) = policy.requests
+    assert isinstance(call, pagegate.MapGpaRange)
+    assert (call.vcpu, call.gpa, call.size, call.to, call.state) == (0, 0x2000, 3 * PAGE, "private", "shared")
+    assert (call.page_size, call.raw) == (2 << 20, ENCRYPTED | 1)
+    assert (report.hypercalls, report.conversions, report.bytes_to_private) == (1, 1, 3 * PAGE)
+    assert vm.attributes.runs(0, 6 * PAGE) == [
+        (0, 0x2000, "shared"),
+        (0x2000, 3 * PAGE, "private"),
+        (0x5000, PAGE, "shared"),
+    ]
+
+
+@pytest.mark.parametrize(("hint", "size"), [(0, 4096), (1, 2 << 20), (2, 1 << 30)])
+def test_page_size_hints_are_told(make, recorder, hint, size) -> None:
+    policy = recorder()
+    vm, _ = make([Step.hypercall(0x2000, 1, hint)], policy=policy)
+    vm.run(timeout=10)
+    assert policy.requests[0].page_size == size
+
+
+def test_all_of_memory_can_be_asked_for(make, recorder, ask) -> None:
+    policy = recorder(Deny(errno.EPERM))
+    vm, fake = make([ask(0, 64, ENCRYPTED)], policy=policy)
+    vm.run(timeout=10)
+    assert policy.requests[0].size == 64 * PAGE
+    assert fake.replies()[0].value == errno.EPERM
+
+
+def test_the_shared_bit_is_stripped(make, recorder, ask) -> None:
+    policy = recorder()
+    vm, fake = make([ask(1 << 40 | 0x2000, 1, ENCRYPTED)], policy=policy, way=("memslots", 40))
+    vm.run(timeout=10)
+    assert policy.requests[0].gpa == 0x2000
+    assert fake.replies()[0].value == 0
+    assert vm.attributes.is_private(0x2000)
+
+
+def test_a_request_that_changes_nothing_reaches_the_policy(make, recorder, ask, way) -> None:
+    policy = recorder()
+    vm, fake = make([ask(0x2000, 1, 0)], policy=policy, way=way)
+    before = [fake.calls(call) for call in CALLS]
+    report = vm.run(timeout=10)
+    assert [(call.to, call.state) for call in policy.requests] == [("shared", "shared")]
+    assert fake.replies()[0].value == 0
+    assert (report.hypercalls, report.bytes_to_shared, report.bytes_to_private) == (1, 0, 0)
+    assert [fake.calls(call) for call in CALLS] == before
+
+
+def test_mixed_ranges_are_told_so(make, recorder) -> None:
+    policy = recorder()
+    vm, _ = make([Step.hypercall(0x2000, 2, ENCRYPTED)], policy=policy)
+    vm.convert(0x3000, PAGE, to="private")
+    report = vm.run(timeout=10)
+    assert policy.requests[0].state == "mixed"
+    assert report.bytes_to_private == PAGE
+
+
+@pytest.mark.parametrize(
+    ("answer", "rax"),
+    [
+        (Deny(), errno.EINVAL),
+        (Deny(errno.EPERM), errno.EPERM),
+        (Deny(4095), 4095),
+        (Retry(), errno.EAGAIN),
+    ],
+)
+def test_refusals_are_found_in_rax(make, recorder, ask, answer, rax) -> None:
+    vm, fake = make([ask(0x2000, 1, ENCRYPTED), Step.io_write(0x80, b"x")], policy=recorder(answer))
+    report = vm.run(timeout=10)
+    assert fake.replies()[0].value == rax
+    assert report.reason == "halt"
+    assert (report.denied, report.retries) == ((0, 1) if answer == Retry() else (1, 0))
+    assert report.conversions == 0
+    assert vm.attributes.private_bytes == 0
+
+
+def test_stop_ends_the_run_and_the_guest_is_told_to_ask_again(make, recorder, ask) -> None:
+    vm, fake = make([ask(0x2000, 1, ENCRYPTED)], policy=recorder(Stop("enough")))
+    assert vm.run(timeout=10).reason == "enough"
+    assert vm.attributes.private_bytes == 0
+    assert vm.run(timeout=10).reason == "halt"
+    assert fake.replies()[0].value == errno.EAGAIN
+
+
+def test_every_answer_is_written(make, recorder, ask) -> None:
+    script = [
+        ask(0x2000, 1, ENCRYPTED),
+        ask(0x2001, 1, ENCRYPTED),
+        ask(0x2000, 1, ENCRYPTED, nr=5),
+        ask(0x2000, 1, 0),
+        ask(0x2000, 1, 0),
+    ]
+    vm, fake = make(script, policy=recorder(pagegate.Convert(), Deny(errno.EBUSY), Retry()))
+    vm.run(timeout=10)
+    assert [reply.value for reply in fake.replies()] == [0, errno.EINVAL, -KVM_ENOSYS, errno.EBUSY, errno.EAGAIN]
+
+
+def test_other_writes_to_the_doorbell_port_are_no_requests(make, recorder) -> None:
+    policy = recorder()
+    script = [Step.io_write(pagegate.DOORBELL_PORT, b"\x0c\x00", size=2), Step.io_read(pagegate.DOORBELL_PORT)]
+    vm, _ = make(script, policy=policy)
+    assert vm.run(timeout=10).reason == "halt"
+    assert policy.requests == []

@@ -1,0 +1,109 @@
+"""What was wrong once on the real /dev/kvm."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from pagegate import Deny
+from pagegate.guests import Script
+
+pytestmark = pytest.mark.kvm
+
+PAGE = 4096
+COUNTER = 0x40_0000
+WORDS = 0x50_0000
+
+
+def test_the_host_converts_under_the_only_vcpu(make, in_background) -> None:
+    vm = make(enforcement="memslots", vm_type="default")
+    script = Script()
+    begin = script.fill(WORDS, 4 * PAGE, 0x5A)
+    wrong = script.check(WORDS, 4 * PAGE, 0x5A)
+    script.touch(WORDS, 16)
+    script.add(COUNTER, 1)
+    rounds = script.count()
+    script.goto_unless(COUNTER + PAGE, 1, begin)  # until the host has done enough
+    script.start(vm)
+    run = in_background(vm, timeout=120.0)
+    run.wait_until_in_progress()
+    for i in range(2000):
+        vm.convert(0x80_0000, PAGE, to=["private", "shared"][i % 2])
+        if run.error is not None:
+            break
+    vm.write(COUNTER + PAGE, (1).to_bytes(8, "little"))
+    assert run.join(within=60.0).reason == "halt"
+    assert script.result(vm, wrong) == 0
+    assert script.result(vm, rounds) == int.from_bytes(vm.read(COUNTER, 8), "little") > 0
+
+
+ALL_BLOCKED = """
+    import signal
+    from pagegate import Vm
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with Vm(1 << 20) as vm:
+        vm.load(b"\\xeb\\xfe", at=0x1000)
+        vm.vcpus[0].start(rip=0x1000)
+        print(vm.run(timeout=0.5).reason)
+"""
+
+
+def test_a_caller_who_blocks_all_signals_still_times_out() -> None:
+    arguments = [sys.executable, "-c", textwrap.dedent(ALL_BLOCKED)]
+    # Without the kick it never ends, and only a kill does it.
+    child = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
+    assert child.stdout == "timeout\n"
+
+
+def test_one_alone_does_not_pass_a_barrier_for_two(make) -> None:
+    vm = make()
+    script = Script()
+    script.barrier(COUNTER, 2)
+    script.start(vm)
+    assert vm.run(timeout=0.5).reason == "timeout"
+    assert vm.read(COUNTER, 8) == (1).to_bytes(8, "little")
+
+
+def test_a_barrier_keeps_two_in_step_round_after_round(make) -> None:
+    rounds = 20
+    vm = make(vcpus=2)
+    seen = []
+    lock = threading.Lock()
+
+    def look(_) -> None:
+        with lock:
+            seen.append(int.from_bytes(vm.read(COUNTER, 8), "little"))
+
+    vm.on_io(0xE9, look)
+    for vcpu in range(2):
+        script = Script()
+        begin = script.add(COUNTER, 1)
+        script.barrier(COUNTER + PAGE, 2)
+        script.out(0xE9, 1)  # both have counted, and neither counts on before both were here
+        script.barrier(COUNTER + 2 * PAGE, 2)
+        script.loop(begin, rounds)
+        script.start(vm, vcpu, at=0x1000 + vcpu * 0x10000)
+    assert vm.run(timeout=60).reason == "halt"
+    assert seen == [2 * count for count in range(1, rounds + 1) for _ in range(2)]
+
+
+def test_an_instruction_that_crosses_into_the_other_view_is_a_request(make, recorder, shared_bit) -> None:
+    policy = recorder(Deny())
+    vm = make(enforcement="memslots", vm_type="default", shared_bit=shared_bit, policy=policy)
+    code = b"\x48\xb8" + bytes(range(1, 9)) + b"\xf4"  # mov rax, imm64; hlt
+    vm.load(code, at=2 * PAGE - 4)
+    vm.convert(2 * PAGE, PAGE, to="private")
+    vm.vcpus[0].start(rip=2 * PAGE - 4)
+    assert vm.run(timeout=20).reason == "denied"
+    (fault,) = policy.requests
+    assert (fault.gpa, fault.size, fault.private, fault.state) == (2 * PAGE, PAGE, False, "private")
+    # The rest of it, now in the view through which it is fetched.
+    vm.convert(2 * PAGE, PAGE, to="shared")
+    vm.write(2 * PAGE, code[4:])
+    assert vm.run(timeout=20).reason == "halt"
+    assert vm.vcpus[0].regs()["rax"] == int.from_bytes(range(1, 9), "little")
+    assert len(policy.requests) == 1

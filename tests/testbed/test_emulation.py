@@ -1,0 +1,48 @@
+"""What KVM emulates it does on the shared side, whatever a page's attribute says (string IO is enough for that)."""
+
+from __future__ import annotations
+
+import pytest
+from pagegate import PagegateError, Vm
+
+from .conftest import MIB, PAGE
+
+MEMORY = 64 * MIB
+AT = 8 * MIB
+BIT = 35
+CODE = b"\xfc\xf3\x6c\xf4"  # cld; rep insb; hlt
+
+
+def insb(vm: Vm, rdi: int, count: int) -> None:
+    vm.load(CODE, at=0x1000)
+    vm.vcpus[0].start(mode="long", rip=0x1000, rdi=rdi, rcx=count, rdx=0x71)
+    vm.on_io(0x71, lambda io: b"A" * (io.size * io.count))
+
+
+def test_its_bytes_are_gone_when_the_page_comes_back() -> None:
+    with Vm(MEMORY) as vm:
+        vm.convert(AT, 2 * MIB, to="private")
+        insb(vm, AT, 3 * PAGE)
+        assert vm.run(timeout=60).reason == "halt"
+        vm.convert(AT, 2 * MIB, to="shared")
+        assert vm.read(AT, 4 * PAGE) == bytes(4 * PAGE)
+
+
+def test_bytes_of_pages_that_are_shared_already_stay() -> None:
+    with Vm(MEMORY) as vm:
+        vm.convert(AT, 4 * PAGE, to="private")
+        vm.convert(AT + PAGE, PAGE, to="shared")
+        vm.write(AT + PAGE, b"x" * PAGE)
+        vm.convert(AT, 4 * PAGE, to="shared")
+        assert vm.read(AT, 3 * PAGE) == bytes(PAGE) + b"x" * PAGE + bytes(PAGE)
+
+
+def test_it_does_not_reach_a_private_view() -> None:
+    with Vm(MEMORY, shared_bit=BIT) as vm:
+        vm.convert(AT, PAGE, to="private")
+        insb(vm, AT, 64)
+        with pytest.raises(PagegateError, match="shared view"):
+            vm.run(timeout=60)
+        assert vm.memory_usage().shared < MIB
+        vm.convert(AT, PAGE, to="shared")
+        assert vm.read(AT, PAGE) == bytes(PAGE)

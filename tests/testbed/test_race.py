@@ -1,0 +1,64 @@
+"""The race that undoes conversions: a fault that carries a page's old state."""
+
+from __future__ import annotations
+
+import os
+
+from pagegate import Convert, Policy, Vm
+from pagegate.guests import Script
+
+from .conftest import MIB, PAGE
+
+MEMORY = 64 * MIB
+AT = 8 * MIB
+SPAN = 2 * MIB
+DONE = 6 * MIB
+SECONDS = float(os.environ.get("PAGEGATE_RACE_SECONDS", "60"))
+
+
+class Counting(Policy):
+    def __init__(self) -> None:
+        self.faults = 0
+        self.calls = 0
+
+    def memory_fault(self, fault):
+        self.faults += 1
+        return Convert()
+
+    def map_gpa_range(self, call):
+        self.calls += 1
+        return Convert()
+
+
+def test_a_stale_fault_never_undoes_a_conversion() -> None:
+    policy = Counting()
+    with Vm(MEMORY, vcpus=2, policy=policy) as vm:
+        # The converter writes, converts and checks its own words; the other one reads and writes beside them.
+        converter = Script(call="hypercall")
+        begin = len(converter)
+        results = []
+        for to, byte in (("private", 0x31), ("shared", 0x32)):
+            results.append(converter.map(AT, SPAN, to=to))
+            results.append(converter.check(AT, 64, 0))
+            converter.fill(AT, 64, byte)
+            results.append(converter.check(AT, 64, byte))
+        # Any wrong word or errno is added up: a later round must not hide an earlier one's.
+        converter.loop(begin, 1 << 40)
+        other = Script()
+        again = len(other)
+        other.touch(AT + 128, 64, SPAN // 64)
+        other.fill(AT + 1024, 64, 0x77)
+        other.fill(AT + SPAN - 64, 64, 0x77)
+        other.loop(again, 1 << 40)
+        converter.start(vm, 0)
+        other.start(vm, 1, at=MIB)
+        report = vm.run(timeout=SECONDS)
+        assert report.reason == "timeout"
+        assert policy.faults == 0, "each of them would have undone a conversion"
+        assert report.conversions == policy.calls > 10
+        # The last result of each kind, and the map is what was asked for last.
+        assert [converter.result(vm, operation) for operation in results] == [0] * len(results)
+        last = "private" if policy.calls % 2 else "shared"
+        assert vm.attributes.state(AT, SPAN) == last
+        assert vm.attributes.private_bytes == (SPAN if last == "private" else 0)
+        print(f"{report.conversions} conversions, {report.stale} stale faults, {PAGE} bytes a page")
