@@ -246,7 +246,8 @@ impl Gate {
     /// With the range held: what it adds is known, whatever others add elsewhere.
     fn within_quota(&self, order: Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
         let range = order.range;
-        if !self.books.lock().reserve(self.private_in(range), max) {
+        let private = self.private_in(range);
+        if !self.books.lock().reserve(private, max) {
             return Err(ConvertError::OverQuota { range, max });
         }
         let done = self.in_parts(order, false, cancel);
