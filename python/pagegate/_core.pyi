@@ -238,6 +238,9 @@ class MemoryFault:
     @property
     def repeats(self) -> int:
         """How often this very fault came before with no change of its page in between; 0 the first time."""
+    @property
+    def time(self) -> int:
+        """When it came, in nanoseconds since the machine was made."""
 
 @final
 class MemoryPoison(MemoryFault):
@@ -268,6 +271,9 @@ class MapGpaRange:
     @property
     def state(self) -> Literal["private", "shared", "mixed"]:
         """The present state of the range."""
+    @property
+    def time(self) -> int:
+        """When it came, in nanoseconds since the machine was made."""
 
 @final
 class Io:

@@ -25,6 +25,8 @@ pub(crate) struct PyMemoryFault {
     rip: u64,
     /// How often this very fault came before with no change of its page in between; 0 the first time.
     repeats: u32,
+    /// When it came, in nanoseconds since the machine was made.
+    time: u64,
 }
 
 impl From<&Fault> for PyMemoryFault {
@@ -39,6 +41,7 @@ impl From<&Fault> for PyMemoryFault {
             state: fault.state.as_str(),
             rip: fault.rip,
             repeats: fault.repeats,
+            time: fault.time,
         }
     }
 }
@@ -56,12 +59,13 @@ impl PyMemoryFault {
             state,
             rip,
             repeats,
+            time,
         } = slf.get();
         let class = slf.get_type().name()?;
         let private = if *private { "True" } else { "False" };
         Ok(format!(
             "{class}(vcpu={vcpu}, gpa={gpa:#x}, size={size:#x}, private={private}, flags={flags:#x}, errno={errno}, \
-             state={state:?}, rip={rip:#x}, repeats={repeats})"
+             state={state:?}, rip={rip:#x}, repeats={repeats}, time={time})"
         ))
     }
 }
@@ -93,6 +97,8 @@ pub(crate) struct PyMapGpaRange {
     raw: u64,
     /// The present state of the range.
     state: &'static str,
+    /// When it came, in nanoseconds since the machine was made.
+    time: u64,
 }
 
 impl From<&Call> for PyMapGpaRange {
@@ -105,6 +111,7 @@ impl From<&Call> for PyMapGpaRange {
             page_size: call.page_size,
             raw: call.raw,
             state: call.state.map_or("mixed", State::as_str),
+            time: call.time,
         }
     }
 }
@@ -120,10 +127,11 @@ impl PyMapGpaRange {
             page_size,
             raw,
             state,
+            time,
         } = self;
         format!(
             "MapGpaRange(vcpu={vcpu}, gpa={gpa:#x}, size={size:#x}, to={to:?}, page_size={page_size:#x}, raw={raw:#x}, \
-             state={state:?})"
+             state={state:?}, time={time})"
         )
     }
 }

@@ -332,6 +332,7 @@ impl<'a> VcpuLoop<'a> {
             state: access.other(),
             rip: self.vcpu.rip(),
             repeats,
+            time: self.machine.nanoseconds(self.exited),
             memory: self.machine.gate().views().size(),
         };
         self.tally.faults += 1;
@@ -413,6 +414,7 @@ impl<'a> VcpuLoop<'a> {
             state: self.machine.gate().with_map(|map| map.state(page.gpa())),
             rip: self.vcpu.rip(),
             repeats,
+            time: self.machine.nanoseconds(self.exited),
             memory: self.machine.gate().views().size(),
         };
         self.tally.poisons += 1;
@@ -524,6 +526,7 @@ impl<'a> VcpuLoop<'a> {
             page_size: request.page_size,
             raw: request.raw,
             state: self.machine.gate().with_map(|map| map.uniform(range)),
+            time: self.machine.nanoseconds(self.exited),
             memory: self.machine.gate().views().size(),
         };
         self.tally.hypercalls += 1;

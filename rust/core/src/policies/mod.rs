@@ -75,6 +75,14 @@ impl Request<'_> {
         }
     }
 
+    /// Nanoseconds, on the machine's clock: a policy that measures time gives the same answers when a trace is replayed.
+    pub(crate) fn time(self) -> u64 {
+        match self {
+            Request::Implicit(fault) => fault.time,
+            Request::Explicit(call) => call.time,
+        }
+    }
+
     pub(crate) fn vcpu(self) -> u32 {
         match self {
             Request::Implicit(fault) => fault.vcpu,

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -30,8 +30,8 @@ pub const PAGES: usize = 256;
 struct Seen {
     gpa: u64,
     to: State,
-    /// When it changed direction, `limit + 1` times at most.
-    turns: VecDeque<Instant>,
+    /// When it changed direction, in nanoseconds, `limit + 1` times at most.
+    turns: VecDeque<u64>,
 }
 
 impl PingPong {
@@ -47,7 +47,7 @@ impl PingPong {
 
     /// The evidence, once it suffices.
     fn evidence(&self, request: Request<'_>) -> Option<String> {
-        let (gpa, to, now) = (request.range().gpa(), request.to(), Instant::now());
+        let (gpa, to, now) = (request.range().gpa(), request.to(), request.time());
         let mut seen = self.seen.lock();
         let known = seen
             .iter()
@@ -62,18 +62,19 @@ impl PingPong {
             place.to = to;
             place.turns.push_back(now);
         }
-        while place.turns.front().is_some_and(|turn| now - *turn > self.window) {
+        let since = |turn: u64| Duration::from_nanos(now.saturating_sub(turn));
+        while place.turns.front().is_some_and(|turn| since(*turn) > self.window) {
             place.turns.pop_front();
         }
         let turns = place.turns.len();
-        let since = place.turns.front().map_or(Duration::ZERO, |first| now - *first);
+        let took = place.turns.front().map_or(Duration::ZERO, |first| since(*first));
         seen.truncate(PAGES - 1);
         if turns > self.limit {
             // A run that is taken up again starts counting again.
             return Some(format!(
                 "ping-pong: {gpa:#x} changed direction {turns} times in {:.3} s (limit {} in {:.3} s), last to {to} by \
                  vCPU {}",
-                since.as_secs_f64(),
+                took.as_secs_f64(),
                 self.limit,
                 self.window.as_secs_f64(),
                 request.vcpu()
