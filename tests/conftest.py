@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import gc
 import os
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 KVM_OBJECTS = ("kvm", "gmem", "guest_memfd", "memfd:")
 FAILED = pytest.StashKey[bool]()
+
+# Who is started in the background of a script ignores Ctrl-C, and so would every program that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
