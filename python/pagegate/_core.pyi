@@ -57,6 +57,32 @@ class Host:
         """What is missing: a sentence each, with what to do about it."""
 
 @final
+class Region:
+    """Where a decision holds for more than one request: it is remembered, and the policy is not asked again.
+
+    It answers requests that lie in the region and are of the same kind: implicit or explicit, to private or to shared.
+    ``gpa`` and ``size`` are in bytes, multiples of 4096. ``uses``: how many requests it answers, at least 1.
+    ``seconds``: for how long. Without them it holds until ``vm.policy.forget()``, or until later ones have pushed it
+    out: at most 4096 are kept, and where two overlap the later one holds. Raises ValueError.
+    """
+
+    def __new__(cls, gpa: int, size: int, *, uses: int | None = None, seconds: float | None = None) -> Self: ...
+    @property
+    def gpa(self) -> int:
+        """Start in bytes."""
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    @property
+    def uses(self) -> int | None:
+        """How many requests it answers; ``None``: any number."""
+    @property
+    def seconds(self) -> float | None:
+        """For how long; ``None``: for good."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
 class Convert:
     """Converts: as asked, or to another state, or other pages.
 
@@ -76,6 +102,7 @@ class Convert:
         *,
         prefault: bool = False,
         discard: bool = True,
+        remember: Region | None = None,
     ) -> Self: ...
     @property
     def to(self) -> _State | None:
@@ -92,6 +119,9 @@ class Convert:
     @property
     def prefault(self) -> bool:
         """Have KVM map the pages before the guest touches them (KVM_PRE_FAULT_MEMORY), where the host can."""
+    @property
+    def remember(self) -> Region | None:
+        """Where else this holds, without asking again."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -102,9 +132,12 @@ class Deny:
     ``errno`` is in 1..=4095 (ValueError). SNP and TDX guests accept only EINVAL and EAGAIN.
     """
 
-    def __new__(cls, errno: int = 22) -> Self: ...
+    def __new__(cls, errno: int = 22, *, remember: Region | None = None) -> Self: ...
     @property
     def errno(self) -> int: ...
+    @property
+    def remember(self) -> Region | None:
+        """Where else this holds, without asking again."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -123,7 +156,10 @@ class Retry:
     After ``LIVELOCK_BOUND`` identical faults with no change in between the run ends as "livelock".
     """
 
-    def __new__(cls) -> Self: ...
+    def __new__(cls, *, remember: Region | None = None) -> Self: ...
+    @property
+    def remember(self) -> Region | None:
+        """Where else this holds, without asking again."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -240,7 +276,7 @@ class MemoryFault:
         """How often this very fault came before with no change of its page in between; 0 the first time."""
     @property
     def time(self) -> int:
-        """When it came, in nanoseconds since the machine was made."""
+        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
 
 @final
 class MemoryPoison(MemoryFault):
@@ -273,7 +309,7 @@ class MapGpaRange:
         """The present state of the range."""
     @property
     def time(self) -> int:
-        """When it came, in nanoseconds since the machine was made."""
+        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
 
 @final
 class Io:
@@ -382,7 +418,7 @@ class Event:
         """Position among all of the machine's events, from 0."""
     @property
     def time(self) -> int:
-        """When it came, in nanoseconds since the machine was made."""
+        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
     @property
     def vcpu(self) -> int: ...
     @property
@@ -431,6 +467,29 @@ class Events:
         """The kept events with this sequence number or a higher one."""
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Event]: ...
+
+@final
+class Gate:
+    """Who judges a machine's requests, and what a Python policy taught (``remember=``)."""
+
+    @property
+    def current(self) -> object | None:
+        """The policy, as it was given; ``None`` for the default."""
+    def replace(self, policy: object) -> None:
+        """Puts another policy in place, also while the machine runs.
+
+        Each request is judged by one of them: what comes after this has returned by the new one, what is being judged
+        meanwhile by the old one. What the old one taught goes with it. Raises PolicyError for an object that is no
+        policy; then the old one stays.
+        """
+    def forget(self, region: Region | None = None) -> None:
+        """Forgets what was remembered about a region, or everything: the policy is asked again."""
+    @property
+    def seen(self) -> int:
+        """Requests that the Python policy was asked about."""
+    @property
+    def spared(self) -> int:
+        """Requests that it was spared, because it had said ``remember=``."""
 
 @final
 class Change:
@@ -546,6 +605,8 @@ class Vm:
     def vcpus(self) -> tuple[Vcpu, ...]: ...
     @property
     def attributes(self) -> Attributes: ...
+    @property
+    def policy(self) -> Gate: ...
     @property
     def events(self) -> Events: ...
     def load(self, image: Buffer | str | PathLike[str], at: int = 0x1000) -> int:

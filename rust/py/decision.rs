@@ -1,14 +1,102 @@
 //! What a hook may answer.
 
-use pagegate_core::attributes::State;
+use std::time::Duration;
+
+use pagegate_core::attributes::{Range, State};
 use pagegate_core::errno::{EINVAL, Errno};
 use pagegate_core::policy::{Conversion, Decision};
+use pagegate_core::rules::{Lesson, Region};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::{errors, names};
 
 const MAX_ERRNO: i32 = 4095;
+
+/// Where a decision holds for more than one request: it is remembered, and the policy is not asked again.
+///
+/// It answers requests that lie in the region and are of the same kind: implicit or explicit, to private or to shared.
+/// ``gpa`` and ``size`` are in bytes, multiples of 4096. ``uses``: how many requests it answers, at least 1.
+/// ``seconds``: for how long. Without them it holds until ``vm.policy.forget()``, or until later ones have pushed it
+/// out: at most 4096 are kept, and where two overlap the later one holds. Raises ValueError.
+#[pyclass(name = "Region", module = "pagegate", frozen, eq, hash, from_py_object)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct PyRegion(Region);
+
+#[pymethods]
+impl PyRegion {
+    #[new]
+    #[pyo3(signature = (gpa, size, *, uses = None, seconds = None))]
+    fn new(
+        #[pyo3(from_py_with = names::u64)] gpa: u64,
+        #[pyo3(from_py_with = names::u64)] size: u64,
+        #[pyo3(from_py_with = names::optional_u64)] uses: Option<u64>,
+        seconds: Option<f64>,
+    ) -> PyResult<Self> {
+        let range = Range::new(gpa, size).ok_or_else(|| {
+            PyValueError::new_err(format!(
+                "Region({gpa:#x}, {size:#x}): gpa and size must be multiples of 4096, and size above 0"
+            ))
+        })?;
+        if uses == Some(0) {
+            return Err(PyValueError::new_err("uses is 0: it must be at least 1"));
+        }
+        let nanoseconds = seconds.map(nanoseconds).transpose()?;
+        Ok(Self(Region {
+            range,
+            uses,
+            nanoseconds,
+        }))
+    }
+
+    /// Start in bytes.
+    #[getter]
+    fn gpa(&self) -> u64 {
+        self.0.range.gpa()
+    }
+
+    /// Bytes.
+    #[getter]
+    fn size(&self) -> u64 {
+        self.0.range.size()
+    }
+
+    /// How many requests it answers; ``None``: any number.
+    #[getter]
+    fn uses(&self) -> Option<u64> {
+        self.0.uses
+    }
+
+    /// For how long; ``None``: for good.
+    #[getter]
+    fn seconds(&self) -> Option<f64> {
+        self.0.nanoseconds.map(|time| time as f64 / 1e9)
+    }
+
+    fn __repr__(&self) -> String {
+        let uses = self.uses().map(|uses| format!(", uses={uses}")).unwrap_or_default();
+        let seconds = self
+            .seconds()
+            .map(|time| format!(", seconds={time}"))
+            .unwrap_or_default();
+        format!("Region({:#x}, {:#x}{uses}{seconds})", self.gpa(), self.size())
+    }
+}
+
+impl PyRegion {
+    pub(crate) fn range(&self) -> Range {
+        self.0.range
+    }
+}
+
+fn nanoseconds(seconds: f64) -> PyResult<u64> {
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(time) if !time.is_zero() => Ok(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
+        _ => Err(PyValueError::new_err(format!(
+            "seconds is {seconds}: it must be a number above 0"
+        ))),
+    }
+}
 
 /// Converts: as asked, or to another state, or other pages.
 ///
@@ -34,18 +122,22 @@ pub(crate) struct PyConvert {
     /// Free the stale side. If not, its bytes come back when the page does, and memory is held twice till then.
     #[pyo3(get)]
     discard: bool,
+    /// Where else this holds, without asking again.
+    #[pyo3(get)]
+    remember: Option<PyRegion>,
 }
 
 #[pymethods]
 impl PyConvert {
     #[new]
-    #[pyo3(signature = (to = None, gpa = None, size = None, *, prefault = false, discard = true))]
+    #[pyo3(signature = (to = None, gpa = None, size = None, *, prefault = false, discard = true, remember = None))]
     fn new(
         to: Option<&str>,
         #[pyo3(from_py_with = names::optional_u64)] gpa: Option<u64>,
         #[pyo3(from_py_with = names::optional_u64)] size: Option<u64>,
         prefault: bool,
         discard: bool,
+        remember: Option<PyRegion>,
     ) -> PyResult<Self> {
         let to = to.map(|to| names::state(to, "to")).transpose()?;
         Ok(Self {
@@ -54,6 +146,7 @@ impl PyConvert {
             size,
             prefault,
             discard,
+            remember,
         })
     }
 
@@ -68,10 +161,18 @@ impl PyConvert {
         let to = self.to.map(|to| format!("to={:?}", to.as_str()));
         let prefault = self.prefault.then(|| "prefault=True".to_owned());
         let discard = (!self.discard).then(|| "discard=False".to_owned());
-        let parts: Vec<String> = [to, hex("gpa", self.gpa), hex("size", self.size), prefault, discard]
-            .into_iter()
-            .flatten()
-            .collect();
+        let remember = remembered(self.remember.as_ref());
+        let parts: Vec<String> = [
+            to,
+            hex("gpa", self.gpa),
+            hex("size", self.size),
+            prefault,
+            discard,
+            remember,
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         format!("Convert({})", parts.join(", "))
     }
 }
@@ -83,15 +184,17 @@ impl PyConvert {
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct PyDeny {
     errno: i32,
+    /// Where else this holds, without asking again.
+    remember: Option<PyRegion>,
 }
 
 #[pymethods]
 impl PyDeny {
     #[new]
-    #[pyo3(signature = (errno = EINVAL), text_signature = "(errno=22)")]
-    fn new(errno: i32) -> PyResult<Self> {
+    #[pyo3(signature = (errno = EINVAL, *, remember = None), text_signature = "(errno=22, *, remember=None)")]
+    fn new(errno: i32, remember: Option<PyRegion>) -> PyResult<Self> {
         match (1..=MAX_ERRNO).contains(&errno) {
-            true => Ok(Self { errno }),
+            true => Ok(Self { errno, remember }),
             false => Err(PyValueError::new_err(format!(
                 "errno is {errno}: it must be in 1..={MAX_ERRNO}"
             ))),
@@ -99,27 +202,36 @@ impl PyDeny {
     }
 
     fn __repr__(&self) -> String {
-        format!("Deny(errno={})", self.errno)
+        let remember = remembered(self.remember.as_ref()).map(|region| format!(", {region}"));
+        format!("Deny(errno={}{})", self.errno, remember.unwrap_or_default())
     }
 }
 
 /// Lets the guest try again: an implicit request re-executes, an explicit one finds EAGAIN in RAX.
 ///
 /// After ``LIVELOCK_BOUND`` identical faults with no change in between the run ends as "livelock".
-#[pyclass(name = "Retry", module = "pagegate", frozen, eq, hash)]
+#[pyclass(name = "Retry", module = "pagegate", frozen, get_all, eq, hash)]
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(crate) struct PyRetry;
+pub(crate) struct PyRetry {
+    /// Where else this holds, without asking again.
+    remember: Option<PyRegion>,
+}
 
 #[pymethods]
 impl PyRetry {
     #[new]
-    fn new() -> Self {
-        Self
+    #[pyo3(signature = (*, remember = None))]
+    fn new(remember: Option<PyRegion>) -> Self {
+        Self { remember }
     }
 
-    fn __repr__(&self) -> &'static str {
-        "Retry()"
+    fn __repr__(&self) -> String {
+        format!("Retry({})", remembered(self.remember.as_ref()).unwrap_or_default())
     }
+}
+
+fn remembered(region: Option<&PyRegion>) -> Option<String> {
+    region.map(|region| format!("remember={}", region.__repr__()))
 }
 
 /// Ends the run: ``report.reason`` is ``reason``. Nothing is converted; an explicit request finds EAGAIN.
@@ -159,33 +271,37 @@ impl PyDiscard {
 }
 
 /// Reads a hook's answer.
-pub(crate) fn read(answer: &Bound<'_, PyAny>, hook: &str) -> PyResult<Decision> {
-    if let Ok(convert) = answer.cast::<PyConvert>() {
+pub(crate) fn read(answer: &Bound<'_, PyAny>, hook: &str) -> PyResult<Lesson> {
+    let (decision, remember) = if let Ok(convert) = answer.cast::<PyConvert>() {
         let convert = convert.get();
-        return Ok(Decision::Convert(Conversion {
+        let decision = Decision::Convert(Conversion {
             to: convert.to,
             gpa: convert.gpa,
             size: convert.size,
             prefault: convert.prefault,
             keep: !convert.discard,
             max_shared: None,
-        }));
-    }
-    if let Ok(deny) = answer.cast::<PyDeny>() {
-        return Ok(Decision::Deny(Errno(deny.get().errno)));
-    }
-    if answer.is_instance_of::<PyRetry>() {
-        return Ok(Decision::Retry);
-    }
-    if let Ok(stop) = answer.cast::<PyStop>() {
-        return Ok(Decision::Stop(stop.get().reason.clone()));
-    }
-    if answer.is_instance_of::<PyDiscard>() {
-        return Ok(Decision::Discard);
-    }
-    let answer = answer.repr()?;
-    Err(errors::policy_error(
-        answer.py(),
-        format!("{hook} answered {answer}, which is no decision: return Convert(), Deny(), Retry() or Stop(reason)"),
-    ))
+        });
+        (decision, convert.remember.as_ref())
+    } else if let Ok(deny) = answer.cast::<PyDeny>() {
+        (Decision::Deny(Errno(deny.get().errno)), deny.get().remember.as_ref())
+    } else if let Ok(retry) = answer.cast::<PyRetry>() {
+        (Decision::Retry, retry.get().remember.as_ref())
+    } else if let Ok(stop) = answer.cast::<PyStop>() {
+        (Decision::Stop(stop.get().reason.clone()), None)
+    } else if answer.is_instance_of::<PyDiscard>() {
+        (Decision::Discard, None)
+    } else {
+        let answer = answer.repr()?;
+        return Err(errors::policy_error(
+            answer.py(),
+            format!(
+                "{hook} answered {answer}, which is no decision: return Convert(), Deny(), Retry() or Stop(reason)"
+            ),
+        ));
+    };
+    Ok(Lesson {
+        decision,
+        remember: remember.map(|region| region.0),
+    })
 }

@@ -12,7 +12,7 @@ use crate::names;
 pub(crate) struct PyEvent {
     /// Position among all of the machine's events, from 0.
     sequence: u64,
-    /// When it came, in nanoseconds since the machine was made.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: u64,
     vcpu: u32,
     kind: &'static str,

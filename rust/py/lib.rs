@@ -4,6 +4,7 @@ mod decision;
 mod devices;
 mod errors;
 mod events;
+mod gate;
 mod host;
 mod listener;
 mod machine;
@@ -21,11 +22,13 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::decision::{PyConvert, PyDeny, PyDiscard, PyRetry, PyStop};
+    use crate::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
     #[pymodule_export]
     use crate::devices::{PyIo, PyMmio};
     #[pymodule_export]
     use crate::events::{PyEvent, PyEvents};
+    #[pymodule_export]
+    use crate::gate::PyGate;
     #[pymodule_export]
     use crate::host::{PyHost, probe};
     #[pymodule_export]

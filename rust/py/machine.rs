@@ -17,8 +17,9 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::devices::Handler;
 use crate::events::PyEvents;
+use crate::gate::PyGate;
 use crate::listener::PyListener;
-use crate::policy::Judge;
+use crate::policy::{Judge, PyPolicy};
 use crate::report::PyReport;
 use crate::testing::PyFake;
 use crate::{errors, names};
@@ -26,6 +27,8 @@ use crate::{errors, names};
 /// What Python objects a machine refers to, for the garbage collector.
 struct Callbacks {
     judge: Judge,
+    /// The judge as it was given.
+    policy: Option<Py<PyAny>>,
     handlers: Vec<Arc<Handler>>,
     listeners: Vec<Arc<PyListener>>,
 }
@@ -59,6 +62,37 @@ impl PyVm {
     pub(crate) fn machine(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
         let machine = lock(&self.machine).clone();
         machine.ok_or_else(|| errors::busy(py, "this machine is closed"))
+    }
+
+    /// The policy as it was given.
+    pub(crate) fn given(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        let callbacks = lock(&self.callbacks);
+        callbacks.as_ref()?.policy.as_ref().map(|policy| policy.clone_ref(py))
+    }
+
+    /// The Python policy at the end of the chain.
+    pub(crate) fn hooks(&self) -> Option<Arc<PyPolicy>> {
+        lock(&self.callbacks).as_ref()?.judge.hooks().cloned()
+    }
+
+    pub(crate) fn replace(&self, py: Python<'_>, policy: &Bound<'_, PyAny>) -> PyResult<()> {
+        let judge = Judge::of(Some(policy))?;
+        let machine = self.machine(py)?;
+        if judge.enters_python {
+            self.enters_python.store(true, Ordering::Relaxed);
+        }
+        let given = Some(policy.clone().unbind());
+        let old = match lock(&self.callbacks).as_mut() {
+            Some(callbacks) => {
+                machine.replace_policy(judge.policy.clone());
+                let judge = std::mem::replace(&mut callbacks.judge, judge);
+                Some((judge, std::mem::replace(&mut callbacks.policy, given)))
+            }
+            None => None,
+        };
+        // Outside the lock: what it refers to may run Python code when it goes.
+        drop(old);
+        Ok(())
     }
 
     fn keep(&self, handler: &Arc<Handler>) {
@@ -133,6 +167,7 @@ impl PyVm {
             machine: Mutex::new(Some(Arc::new(machine))),
             callbacks: Mutex::new(Some(Callbacks {
                 judge,
+                policy: policy.map(|policy| policy.clone().unbind()),
                 handlers: Vec::new(),
                 listeners: Vec::new(),
             })),
@@ -174,6 +209,11 @@ impl PyVm {
     #[getter]
     fn attributes(slf: &Bound<'_, Self>) -> PyAttributes {
         PyAttributes(slf.clone().unbind())
+    }
+
+    #[getter]
+    fn policy(slf: &Bound<'_, Self>) -> PyGate {
+        PyGate(slf.clone().unbind())
     }
 
     #[getter]
@@ -411,6 +451,9 @@ impl PyVm {
         // A lock that is taken belongs to a call in progress, which refers to this object: it is no garbage.
         if let Ok(Some(callbacks)) = self.callbacks.try_lock().as_deref() {
             callbacks.judge.traverse(&visit)?;
+            if let Some(policy) = &callbacks.policy {
+                visit.call(policy)?;
+            }
             for handler in &callbacks.handlers {
                 visit.call(&handler.0)?;
             }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use pagegate_core::error::Failure;
+use pagegate_core::policies::Request;
 use pagegate_core::policy::{Allow, Call, Decision, Fault, Policy};
+use pagegate_core::rules::{Lesson, Rules};
 use pyo3::prelude::*;
 use pyo3::{PyClass, PyTraverseError, PyVisit};
 
@@ -13,8 +15,9 @@ use crate::{decision, errors};
 
 type Hook = Option<Py<PyAny>>;
 
-/// A policy's hooks, resolved once.
+/// A policy's hooks, resolved once, and what it taught.
 pub(crate) struct PyPolicy {
+    pub(crate) rules: Rules,
     memory_fault: Hook,
     map_gpa_range: Hook,
     memory_poison: Hook,
@@ -66,6 +69,15 @@ impl Judge {
         }
     }
 
+    /// The Python policy that is asked at the end of the chain, if there is one.
+    pub(crate) fn hooks(&self) -> Option<&Arc<PyPolicy>> {
+        match &self.held {
+            Held::Nothing => None,
+            Held::Hooks(hooks) => Some(hooks),
+            Held::Builtin(builtin) => builtin.get().0.hooks(),
+        }
+    }
+
     pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         match &self.held {
             Held::Nothing => Ok(()),
@@ -81,6 +93,7 @@ impl PyPolicy {
         let resolve = policy.py().import("pagegate.hooks")?.getattr("resolve")?;
         let (memory_fault, map_gpa_range, memory_poison) = resolve.call1((policy,))?.extract()?;
         Ok(Self {
+            rules: Rules::default(),
             memory_fault,
             map_gpa_range,
             memory_poison,
@@ -97,7 +110,7 @@ fn ask<T: PyClass>(
     hook: &Py<PyAny>,
     name: &'static str,
     request: impl Into<PyClassInitializer<T>>,
-) -> Result<Decision, Failure> {
+) -> Result<Lesson, Failure> {
     Python::attach(|py| {
         let request = Bound::new(py, request)?;
         let answer = hook.bind(py).call1((request,))?;
@@ -109,21 +122,31 @@ fn ask<T: PyClass>(
 impl Policy for PyPolicy {
     fn memory_fault(&self, fault: &Fault) -> Result<Decision, Failure> {
         match &self.memory_fault {
-            Some(hook) => ask(hook, "memory_fault", PyMemoryFault::from(fault)),
+            Some(hook) => self.rules.ask(Request::Implicit(fault), || {
+                ask(hook, "memory_fault", PyMemoryFault::from(fault))
+            }),
             None => Allow.memory_fault(fault),
         }
     }
 
     fn map_gpa_range(&self, call: &Call) -> Result<Decision, Failure> {
         match &self.map_gpa_range {
-            Some(hook) => ask(hook, "map_gpa_range", PyMapGpaRange::from(call)),
+            Some(hook) => self.rules.ask(Request::Explicit(call), || {
+                ask(hook, "map_gpa_range", PyMapGpaRange::from(call))
+            }),
             None => Allow.map_gpa_range(call),
         }
     }
 
     fn memory_poison(&self, poison: &Fault) -> Result<Decision, Failure> {
         match &self.memory_poison {
-            Some(hook) => ask(hook, "memory_poison", PyMemoryPoison::of(poison)),
+            Some(hook) => {
+                let lesson = ask(hook, "memory_poison", PyMemoryPoison::of(poison))?;
+                match lesson.remember {
+                    None => Ok(lesson.decision),
+                    Some(_) => Err("memory_poison cannot answer with remember: each poisoned page is news".into()),
+                }
+            }
             None => Allow.memory_poison(poison),
         }
     }

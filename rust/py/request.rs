@@ -25,7 +25,7 @@ pub(crate) struct PyMemoryFault {
     rip: u64,
     /// How often this very fault came before with no change of its page in between; 0 the first time.
     repeats: u32,
-    /// When it came, in nanoseconds since the machine was made.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: u64,
 }
 
@@ -97,7 +97,7 @@ pub(crate) struct PyMapGpaRange {
     raw: u64,
     /// The present state of the range.
     state: &'static str,
-    /// When it came, in nanoseconds since the machine was made.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: u64,
 }
 

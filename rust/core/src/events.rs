@@ -68,7 +68,7 @@ impl Outcome {
 pub struct Event {
     /// Position among all events of the machine, from 0.
     pub sequence: u64,
-    /// Nanoseconds since the machine was made.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
     /// The vCPU's index.
     pub vcpu: u32,

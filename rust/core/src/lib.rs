@@ -28,6 +28,7 @@ pub mod policy;
 pub mod probe;
 mod range_lock;
 pub mod report;
+pub mod rules;
 pub mod run;
 mod slots;
 mod sys;

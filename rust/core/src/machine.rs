@@ -1,8 +1,10 @@
 //! A virtual machine: memory, vCPUs, the gate between private and shared, and who judges.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use kvm_bindings::kvm_regs;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -25,6 +27,7 @@ use crate::policy::Policy;
 use crate::probe::{self, VmType};
 use crate::report::{Report, Tally};
 use crate::run::VcpuLoop;
+use crate::sys;
 use crate::vcpu::VcpuState;
 use crate::views::Views;
 
@@ -62,10 +65,12 @@ pub struct Machine {
     vcpus: Vec<Mutex<VcpuState>>,
     kicks: Vec<Arc<Kick>>,
     gate: Gate,
-    policy: Arc<dyn Policy>,
+    policy: ArcSwap<Arc<dyn Policy>>,
     devices: Devices,
     events: EventLog,
     born: Instant,
+    /// The same by the host's monotonic clock, in nanoseconds.
+    born_at: u64,
     /// The run in progress.
     current: Mutex<Option<Arc<Control>>>,
     around: Option<ThreadWrapper>,
@@ -128,9 +133,10 @@ impl Machine {
             events: EventLog::new(config.events, vcpus.len()),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
-            policy: config.policy,
+            policy: ArcSwap::from_pointee(config.policy),
             devices: Devices::default(),
             born: Instant::now(),
+            born_at: sys::monotonic(),
             current: Mutex::new(None),
             around: config.around,
             pre_fault: limits.pre_fault,
@@ -158,8 +164,15 @@ impl Machine {
         &self.events
     }
 
-    pub(crate) fn policy(&self) -> &dyn Policy {
-        self.policy.as_ref()
+    /// Who judges a request that comes now. It stays even if it is replaced meanwhile.
+    pub(crate) fn policy(&self) -> impl Deref<Target = Arc<Arc<dyn Policy>>> {
+        self.policy.load()
+    }
+
+    /// Another policy judges from now on: every request that comes once this has returned. One that is being judged is
+    /// answered by the old one.
+    pub fn replace_policy(&self, policy: Arc<dyn Policy>) {
+        self.policy.store(Arc::new(policy));
     }
 
     pub(crate) fn devices(&self) -> &Devices {
@@ -170,8 +183,9 @@ impl Machine {
         &self.kicks[vcpu as usize]
     }
 
+    /// By the host's monotonic clock, which all machines and the kernel's traces share.
     pub(crate) fn nanoseconds(&self, at: Instant) -> u64 {
-        at.saturating_duration_since(self.born).as_nanos() as u64
+        self.born_at + at.saturating_duration_since(self.born).as_nanos() as u64
     }
 
     /// Answers a port from now on.

@@ -25,7 +25,7 @@ pub struct Fault {
     pub rip: u64,
     /// How often this very fault came before, with no change of the page in between.
     pub repeats: u32,
-    /// When it came, in nanoseconds since the machine was made.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
     /// Bytes of guest memory.
     pub memory: u64,
@@ -46,7 +46,7 @@ pub struct Call {
     pub raw: u64,
     /// The present state; `None` where it is mixed.
     pub state: Option<State>,
-    /// When it came, in nanoseconds since the machine was made.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
     /// Bytes of guest memory.
     pub memory: u64,

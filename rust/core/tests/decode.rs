@@ -13,9 +13,10 @@ const MMIO: u32 = 6;
 const SHUTDOWN: u32 = 8;
 const FAIL_ENTRY: u32 = 9;
 const INTR: u32 = 10;
+const SET_TPR: u32 = 11;
 const INTERNAL_ERROR: u32 = 17;
 const SYSTEM_EVENT: u32 = 24;
-const KNOWN: [u32; 9] = [
+const KNOWN: [u32; 10] = [
     IO,
     HYPERCALL,
     HLT,
@@ -23,6 +24,7 @@ const KNOWN: [u32; 9] = [
     SHUTDOWN,
     FAIL_ENTRY,
     INTR,
+    SET_TPR,
     INTERNAL_ERROR,
     SYSTEM_EVENT,
 ];
@@ -124,6 +126,7 @@ fn oracle(errno: i32, page: &[u8]) -> Exit {
         HLT => Some(Exit::Halt),
         SHUTDOWN => Some(Exit::Shutdown),
         INTR => Some(Exit::Interrupted),
+        SET_TPR => Some(Exit::SetTpr),
         INTERNAL_ERROR => number(page, UNION, 4).map(|error| Exit::InternalError { suberror: error as u32 }),
         SYSTEM_EVENT => number(page, UNION, 4).map(|kind| Exit::SystemEvent { kind: kind as u32 }),
         FAIL_ENTRY => word(0).map(|reason| Exit::FailEntry { reason }),

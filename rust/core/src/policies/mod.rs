@@ -46,10 +46,12 @@ impl Policy for ExplicitOnly {
     }
 }
 
-/// Either kind of request, for policies that treat them alike.
-#[derive(Clone, Copy)]
-pub(crate) enum Request<'a> {
+/// Either kind of request, for what treats them alike.
+#[derive(Clone, Copy, Debug)]
+pub enum Request<'a> {
+    /// By an access.
     Implicit(&'a Fault),
+    /// By KVM_HC_MAP_GPA_RANGE.
     Explicit(&'a Call),
 }
 
