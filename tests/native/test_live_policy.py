@@ -1,0 +1,102 @@
+"""Policies that teach, and policies that change, under real guests."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from pagegate import Convert, Region
+from pagegate.guests import Script
+
+pytestmark = pytest.mark.kvm
+
+PAGE = 4096
+DATA = 0x30_0000
+PAGES = 16
+
+
+class Counting:
+    def __init__(self, decision=None) -> None:
+        self.decision = decision or Convert()
+        self.asked = []
+
+    def memory_fault(self, fault):
+        self.asked.append((fault.vcpu, fault.gpa, fault.private))
+        return self.decision
+
+    def map_gpa_range(self, call):
+        self.asked.append((call.vcpu, call.gpa, call.to))
+        return self.decision
+
+
+def test_implicit_requests_are_learned(make, shared_bit) -> None:
+    policy = Counting(Convert(remember=Region(DATA, PAGES * PAGE)))
+    vm = make(policy=policy, shared_bit=shared_bit)
+    script = Script()
+    begin = script.fill(DATA, PAGES * PAGE, 0x11)
+    wrong = script.check(DATA, PAGES * PAGE, 0x11)
+    script.touch(DATA | 1 << shared_bit, PAGES)
+    script.loop(begin, 3)
+    script.start(vm)
+    report = vm.run(timeout=60)
+    assert (report.reason, report.conversions, script.result(vm, wrong)) == ("halt", 3 * 2 * PAGES, 0)
+    assert policy.asked == [(0, DATA, True), (0, DATA, False)]
+    assert (vm.policy.seen, vm.policy.spared) == (2, 3 * 2 * PAGES - 2)
+    assert vm.attributes.runs(DATA, PAGES * PAGE) == [(DATA, PAGES * PAGE, "shared")]
+
+
+def test_forgotten_between_two_runs(make) -> None:
+    policy = Counting(Convert(remember=Region(DATA, PAGES * PAGE)))
+    vm = make(policy=policy)
+    script = Script(call="doorbell")
+    for page in range(4):
+        script.map(DATA + page * PAGE, PAGE, to="private")
+    for forget, asked in ((False, 1), (False, 1), (True, 2)):
+        if forget:
+            vm.policy.forget()
+        script.start(vm)
+        assert vm.run(timeout=20).conversions == 4
+        assert len(policy.asked) == asked
+
+
+@pytest.mark.parametrize("bit", [None, 35], ids=["explicit", "implicit"])
+def test_replaced_under_load(make, bit) -> None:
+    # Each request is judged once, by one of the policies, and none is lost.
+    rounds, vcpus = 24, 2
+    policies = [Counting()]
+    vm = make(policy=policies[0], vcpus=vcpus, shared_bit=bit)
+    scripts, at = [], 0x1000
+    for vcpu in range(vcpus):
+        base = DATA + vcpu * (PAGES << 12)
+        script = Script(call="doorbell")
+        if bit is None:
+            begin = script.map(base, PAGE, to="private")
+            script.map(base, PAGE, to="shared")
+            script.loop(begin, rounds)
+        else:
+            begin = script.touch(base, 1)
+            script.touch(base | 1 << bit, 1)
+            script.loop(begin, rounds)
+        at = -(-script.start(vm, vcpu, at=at) // PAGE) * PAGE
+        scripts.append(script)
+    done = threading.Event()
+
+    def reload() -> None:
+        while not done.is_set():
+            policies.append(Counting())
+            vm.policy.replace(policies[-1])
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=reload)
+    thread.start()
+    try:
+        report = vm.run(timeout=100)
+    finally:
+        done.set()
+        thread.join()
+    assert report.reason == "halt"
+    assert report.requests == report.conversions == 2 * rounds * vcpus
+    asked = [each for policy in policies for each in policy.asked]
+    assert len(asked) == report.requests
+    assert sum(1 for policy in policies if policy.asked) > 1
