@@ -111,7 +111,7 @@ class Ran:
         return {
             "denied": f"the policy denied what the guest had touched{what}, so the guest could not go on",
             "livelock": f"the same fault came again and again{what}, so the run was ended",
-            "timeout": f"the guest did not come to its end within {self.timeout:g} s",
+            "timeout": f"the guest did not come to its end within {self.timeout or 0:g} s",
             "shutdown": "the guest shut down: it met an exception that it cannot handle",
             "stopped": "the run was stopped before the guest came to its end",
         }.get(reason, f"the run ended before the guest did: {reason}")
