@@ -13,12 +13,13 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pagegate import options as _options
 from pagegate._core import Builtin
 from pagegate.errors import PolicyError
 from pagegate.hooks import NAMES, Policy, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from types import CodeType, ModuleType
 
 _OBJECT = "policy"
@@ -26,16 +27,24 @@ _numbers = itertools.count()
 _files: set[str] = set()
 
 
-def load(path: str | os.PathLike[str], name: str | None = None) -> object:
+def load(
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> object:
     """The policy in a Python file.
 
-    With ``name`` it is that object of the file, or an object of that class. Without, it is what the file calls
-    ``policy``; else an object of its only ``Policy`` class, not counting those that another class of the file derives
-    from; else the module itself with its functions.
+    With ``name`` it is that object of the file, or an object of that class, or what that function returns. Without, it
+    is what the file calls ``policy``; else an object of its only ``Policy`` class, not counting those that another
+    class of the file derives from; else the module itself with its functions.
+
+    ``options`` are the arguments of that class or function, as text: each becomes what its annotation says, or else
+    what its default is.
 
     The file's directory is on ``sys.path`` while it is loaded, so that it can import its neighbours.
 
-    Raises PolicyError for a file that cannot be read or run, and for one without any policy or with several.
+    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, and for
+    options that the policy does not take.
     """
     file = os.path.abspath(path)  # noqa: PTH100 - what a traceback names is this very path, links and all
     number = next(_numbers)
@@ -43,7 +52,7 @@ def load(path: str | os.PathLike[str], name: str | None = None) -> object:
     with _neighbours(file):
         module = _execute(file, module_name)
         found = _chosen(module, file, name)
-        policy = _made(found, file) if inspect.isclass(found) else found
+        policy = _policy(found, file, name, options or {})
     if not isinstance(policy, Builtin):
         try:
             resolve(policy)
@@ -100,27 +109,60 @@ def _execute(file: str, module_name: str) -> ModuleType:
     return module
 
 
-def _made(kind: type, file: str) -> object:
+def _policy(found: object, file: str, name: str | None, options: Mapping[str, str]) -> object:
+    """What was found, or what it makes."""
+    if inspect.isclass(found):
+        return _made(found, file, options, f"has a {found.__name__} that cannot be made")
+    if name in NAMES and inspect.isroutine(found):
+        raise PolicyError(
+            f"{file}: {name} is a hook and not a policy: leave the name out to have all of the file's hooks"
+        )
+    if inspect.isroutine(found):
+        return _made(found, file, options, f"has a {name} that makes no policy")
+    if options:
+        what = "a module of functions" if inspect.ismodule(found) else f"a {type(found).__name__} that is made already"
+        raise PolicyError(
+            f"{file}: its policy is {what} and takes no options ({', '.join(options)}): "
+            "name a class or a function that makes a policy"
+        )
+    return found
+
+
+def _made(by: Callable[..., object], file: str, options: Mapping[str, str], failing: str) -> object:
     try:
-        return kind()
+        make = _options.call(by, options)
+    except PolicyError as error:
+        # An annotation of the file's own would name the module, which has no name that a user knows.
+        text = str(error).replace(f"{getattr(by, '__module__', '')}.", "")
+        raise PolicyError(f"{_place(file, _line_of(by))} {text}") from None
+    try:
+        return make()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise _refused(file, f"has a {kind.__name__} that cannot be made", error, kind) from error
+        raise _refused(file, failing, error, by) from error
 
 
-def _refused(file: str, what: str, error: BaseException, kind: type | None = None) -> PolicyError:
+def _line_of(by: Callable[..., object]) -> int | None:
+    try:
+        return inspect.getsourcelines(by)[1]
+    except (OSError, TypeError):
+        return None
+
+
+def _place(file: str, line: int | None) -> str:
+    return f"{file}:" if line is None else f"{file}, line {line}:"
+
+
+def _refused(file: str, what: str, error: BaseException, by: Callable[..., object] | None = None) -> PolicyError:
     """The error with the last line of the file that had a part in it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = lines[-1] if lines else None
     text = str(error)
     if isinstance(error, SyntaxError) and error.filename == file:
         line, text = error.lineno, error.msg
-    if line is None and kind is not None:
-        try:
-            line = inspect.getsourcelines(kind)[1]
-        except (OSError, TypeError):
-            line = None
+    if line is None and by is not None:
+        line = _line_of(by)
     place = file if line is None else f"{file}, line {line},"
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     refusal = PolicyError(f"{place} {what}: {said}")

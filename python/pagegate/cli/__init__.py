@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "demo": "pagegate.cli.demo:demo",
     "doctor": "pagegate.cli.doctor:doctor",
+    "run": "pagegate.cli.run:run",
     "testbed": "pagegate.testbed.command:testbed",
 }
 _INTERRUPTED = 130

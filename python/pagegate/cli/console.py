@@ -1,0 +1,71 @@
+"""What a guest prints: at the debug console's port and at a serial port."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from pagegate import Io, Vm
+
+_DEBUG_CONSOLE = 0xE9
+_COM1 = 0x3F8
+_LINE_CONTROL, _LINE_STATUS = _COM1 + 3, _COM1 + 5
+_DIVISOR_LATCH = 0x80
+_IDLE = b"\x60"
+
+
+class Console:
+    """Passes the guest's bytes on at once."""
+
+    def __init__(self, *, err: bool, phases: tuple[str, ...] = ()) -> None:
+        """To stderr or to stdout. With ``phases`` a byte at the debug console stands for one of these lines."""
+        self._err = err
+        self._phases = phases
+        self._latch = False
+        self._amid_line = False
+
+    def attach(self, vm: Vm) -> None:
+        """Answers the ports of a machine."""
+        vm.on_io(_DEBUG_CONSOLE, self._debug)
+        vm.on_io(_COM1, self._serial)
+        vm.on_io(_LINE_CONTROL, self._line_control)
+        vm.on_io(_LINE_STATUS, self._line_status)
+
+    def end(self) -> None:
+        """Ends the guest's last line."""
+        if self._amid_line:
+            self._print(b"\n")
+
+    def _debug(self, io: Io) -> bytes:
+        if not io.write:
+            # By this value a guest finds out that there is a debug console.
+            return bytes([_DEBUG_CONSOLE]) * (io.size * io.count)
+        if self._phases:
+            said = [f"{each + 1}. {self._phases[each]}\n" for each in io.data if each < len(self._phases)]
+            self._print("".join(said).encode())
+        else:
+            self._print(io.data)
+        return b""
+
+    def _serial(self, io: Io) -> bytes:
+        if not io.write:
+            return bytes(io.size * io.count)
+        if not self._latch:  # else it is the speed
+            self._print(io.data)
+        return b""
+
+    def _line_control(self, io: Io) -> bytes:
+        if io.write:
+            self._latch = bool(io.data[-1] & _DIVISOR_LATCH)
+            return b""
+        return bytes(io.size * io.count)
+
+    def _line_status(self, io: Io) -> bytes:
+        return b"" if io.write else _IDLE * (io.size * io.count)
+
+    def _print(self, data: bytes) -> None:
+        if data:
+            self._amid_line = not data.endswith(b"\n")
+            click.echo(data, nl=False, err=self._err)

@@ -1,0 +1,194 @@
+"""`pagegate run`: a guest of yours, or a bundled one, under a policy of yours."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from rich.console import Console as Terminal
+
+from pagegate import Report, Vm, guests, script
+from pagegate.bundled import GUESTS, SHARED_BIT, Guest
+from pagegate.cli.console import Console
+from pagegate.cli.policy_file import PolicyFile
+from pagegate.cli.summary import Ran, facts, size, summary
+from pagegate.options import integer
+from pagegate.watch import Machine, Watcher
+
+_ENTRY = 0x1000
+_PAGE = 4096
+
+
+class _Size(click.ParamType[int]):
+    """Bytes: whole pages."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, with its unit taken in."""
+        try:
+            count = value if isinstance(value, int) else integer(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if count <= 0 or count % _PAGE:
+            self.fail(f"{value} is no positive multiple of {_PAGE} bytes, such as 64M", param, ctx)
+        return count
+
+
+def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise click.BadParameter(f"{value!r} is no KEY=VALUE", ctx, param)
+        if key in given:
+            raise click.BadParameter(f"{key} is given twice", ctx, param)
+        given[key] = text
+    return given
+
+
+def _known(ctx: click.Context, param: click.Parameter, name: str | None) -> Guest | None:
+    if name is None or name in GUESTS:
+        return GUESTS[name] if name else None
+    about = "\n".join(f"  {each:9} {guest.about}" for each, guest in GUESTS.items())
+    raise click.BadParameter(f"there is no guest {name!r}; there are\n{about}", ctx, param)
+
+
+def _check(guest: Guest, memory: int, vcpus: int, shared_bit: int) -> None:
+    if guest.one_vcpu and vcpus > 1:
+        raise click.UsageError("this guest runs on one vCPU: leave --vcpus out")
+    if guest.shared_bit not in (None, shared_bit):
+        raise click.UsageError(f"this guest is written for shared bit {guest.shared_bit}: leave --shared-bit out")
+    if memory < guest.needs(vcpus):
+        raise click.UsageError(f"this guest needs {size(guest.needs(vcpus))} of memory: raise --memory")
+
+
+def _start_image(vm: Vm, image: Path) -> None:
+    try:
+        entry = vm.load(image, _ENTRY)
+        for vcpu in vm.vcpus:
+            vcpu.start(mode="long", rip=entry, rdi=vcpu.index)
+    except (ValueError, IndexError) as error:
+        raise click.UsageError(f"{image} cannot be started in {size(vm.memory)} of memory: {error}") from None
+
+
+@click.command()
+@click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
+@click.option("-p", "--policy", "named", type=PolicyFile(), required=True, help="The Python file that judges.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_options,
+    help="An argument for the policy's class or function.",
+)
+@click.option("--guest", metavar="NAME", callback=_known, help=f"A bundled guest: {', '.join(GUESTS)}.")
+@click.option("--memory", type=_Size(), default="64M", show_default=True, help="Guest memory.")
+@click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--enforcement", type=click.Choice(["auto", "attributes", "memslots"]), default="auto", show_default=True)
+@click.option(
+    "--shared-bit",
+    type=int,
+    help=f"The address bit of a page's shared view. Default: none for an IMAGE, {SHARED_BIT} for a bundled guest.",
+)
+@click.option(
+    "--initial",
+    type=click.Choice(["private", "shared"]),
+    help="All pages' state at first. Default: shared for an IMAGE, private for a bundled guest.",
+)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="End the run after S seconds."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the guest's output goes to stderr.")
+@click.option("--events", type=click.Path(dir_okay=False, path_type=Path), help="Record every request in this file.")
+@click.option("--watch", is_flag=True, help="Load the policy's file again when it changes (not what it imports).")
+def run(  # noqa: PLR0913 - one for each option
+    *,
+    image: Path | None,
+    named: tuple[Path, str | None],
+    options: dict[str, str],
+    guest: Guest | None,
+    memory: int,
+    vcpus: int,
+    enforcement: str,
+    shared_bit: int | None,
+    initial: guests.State | None,
+    timeout: float | None,
+    as_json: bool,
+    events: Path | None,
+    watch: bool,
+) -> int:
+    """Runs IMAGE, or a bundled guest, under a policy.
+
+    A raw IMAGE is loaded at 0x1000 and started there in long mode on every vCPU, with the vCPU's index in RDI; an ELF
+    file is started at its entry. What the guest writes to ports 0xE9 and 0x3F8 is printed.
+    """
+    if (guest is None) == (image is None):
+        raise click.UsageError("name either an IMAGE or a bundled guest (--guest NAME)")
+    if guest is not None:
+        shared_bit = SHARED_BIT if shared_bit is None else shared_bit
+        _check(guest, memory, vcpus, shared_bit)
+    file, name = named
+    judge = script.load(file, name, options)
+    call: guests.Call | None = None
+    if guest is not None:
+        call = "hypercall" if guests.hypercall_completes() else "doorbell"
+    try:
+        vm = Vm(
+            memory,
+            vcpus=vcpus,
+            policy=judge,
+            enforcement=enforcement,
+            shared_bit=shared_bit,
+            initial=initial or ("shared" if guest is None else "private"),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    console = Console(err=as_json, phases=guest.phases if guest else ())
+    with vm:
+        console.attach(vm)
+        if guest is not None and call is not None:
+            guest.start(vm, call)
+        elif image is not None:
+            _start_image(vm, image)
+        watched = (file, name, options) if watch else None
+        report = _run(vm, timeout, events, watched)
+        console.end()
+        ran = Ran(vm, report, report.seconds, call, timeout)
+        if as_json:
+            click.echo(json.dumps(facts(ran, f"{file}:{name}" if name else str(file))))
+        else:
+            Terminal(highlight=False).print(summary(ran))
+    # The user's own time limit is an end as good as the guest's.
+    done = ran.halted or (report.reason == "timeout" and not ran.outcomes["stopped"])
+    if not done:
+        click.echo(f"pagegate: {ran.ending()}", err=True)
+    return 0 if done else 1
+
+
+def _run(
+    vm: Vm, timeout: float | None, events: Path | None, watched: tuple[Path, str | None, dict[str, str]] | None
+) -> Report:
+    with ExitStack() as stack:
+        recorder = None
+        if events is not None:
+            # Its imports are heavy, and most runs do not record.
+            traces = importlib.import_module("pagegate.traces")
+            recorder = stack.enter_context(traces.Recorder(vm, events))
+        if watched is not None:
+            stack.enter_context(Watcher(cast("Machine", vm), *watched, _say))
+        report = vm.run(timeout=timeout)
+    if recorder is not None and recorder.lost:
+        _say(f"{recorder.lost} requests came too fast to be recorded in {events}")
+    return report
+
+
+def _say(text: str) -> None:
+    click.echo(f"pagegate: {text}", err=True)

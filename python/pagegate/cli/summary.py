@@ -1,0 +1,169 @@
+"""What there is to say about a run: its requests, its end and its memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pagegate import Event, Report, Vm
+
+_STRIP_CELLS = 64
+_STYLE = {"converted": "green", "denied": "red", "stopped": "red", "failed": "red"}
+
+
+def size(count: int) -> str:
+    """Bytes, for people."""
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit} {name}"
+    return f"{count} bytes"
+
+
+def _nanoseconds(value: int) -> str:
+    return f"{value / 1000:.1f} µs" if value < 10**6 else f"{value / 10**6:.2f} ms"
+
+
+def strip(vm: Vm) -> Text:
+    """All of memory on one line: private, shared and mixed parts."""
+    cell = vm.memory // _STRIP_CELLS
+    text = Text("0 ")
+    for start in range(0, cell * _STRIP_CELLS, cell):
+        state = vm.attributes.state(start, cell)
+        text.append(*{"private": ("█", "magenta"), "shared": ("░", "cyan"), "mixed": ("▒", "yellow")}[state])
+    return text.append(f" {size(vm.memory)}")
+
+
+def _legend() -> Text:
+    legend = Text("  ")
+    for mark, style, word in (("█", "magenta", "private"), ("░", "cyan", "shared"), ("▒", "yellow", "mixed")):
+        legend.append(mark, style).append(f" {word}   ")
+    return legend
+
+
+def _how(event: Event) -> str:
+    """What the policy made of the pages that were asked for, given that it converted others."""
+    end, done_end = event.gpa + event.size, event.done_gpa + event.done_size
+    if event.done_gpa <= event.gpa and end <= done_end:
+        return "widened"
+    return "narrowed" if event.gpa <= event.done_gpa and done_end <= end else "other pages"
+
+
+def line(event: Event) -> Text:
+    """Asked, decided, done."""
+    text = Text(f"  {event.kind:8} {event.gpa:#010x} + {size(event.size):8} to {event.to:7} → ")
+    text.append(event.outcome, _STYLE.get(event.outcome, "yellow"))
+    if event.outcome == "denied" or event.errno:
+        text.append(f", the guest finds errno {event.errno}")
+    elif event.outcome == "converted" and (event.done_gpa, event.done_size) != (event.gpa, event.size):
+        text.append(f" {event.done_gpa:#010x} + {size(event.done_size)}", "yellow").append(f" ({_how(event)})")
+    return text.append(f"  {_nanoseconds(event.latency)}", "dim")
+
+
+_DECIDED = {
+    "converted": "converted",
+    "denied": "denied",
+    "retried": "to be tried again",
+    "stopped": "stopped the run",
+    "failed": "failed",
+    "superseded": "superseded by another vCPU's",
+    "discarded": "discarded",
+}
+
+
+@dataclass
+class Ran:
+    """A run that is over, and what there is to say about it."""
+
+    vm: Vm
+    report: Report
+    seconds: float
+    call: str | None = None
+    """How the guest makes explicit requests, where that is known."""
+    timeout: float | None = None
+    events: list[Event] = field(init=False)
+    kinds: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        """Counts the log once."""
+        self.events = list(self.vm.events)
+        self.kinds.update(event.kind for event in self.events)
+        self.outcomes.update(event.outcome for event in self.events)
+
+    @property
+    def halted(self) -> bool:
+        """Whether the guest came to its end; a policy's Stop may be called anything."""
+        return self.report.reason == "halt" and not self.outcomes["stopped"]
+
+    def ending(self) -> str:
+        """Why the guest did not come to its end, in one sentence."""
+        last = self.events[-1:]
+        what = f" ({last[0].kind}, {last[0].gpa:#x}, to {last[0].to})" if last else ""
+        reason = self.report.reason
+        if self.outcomes["stopped"]:
+            return f"the policy stopped the run at a request{what}: {reason}"
+        return {
+            "denied": f"the policy denied what the guest had touched{what}, so the guest could not go on",
+            "livelock": f"the same fault came again and again{what}, so the run was ended",
+            "timeout": f"the guest did not come to its end within {self.timeout or 0:g} s",
+            "shutdown": "the guest shut down: it met an exception that it cannot handle",
+            "stopped": "the run was stopped before the guest came to its end",
+        }.get(reason, f"the run ended before the guest did: {reason}")
+
+
+def summary(ran: Ran, note: str = "") -> Group:
+    """For people; ``note`` is on the time that it took."""
+    vm, report = ran.vm, ran.report
+    table = Table(box=None, show_header=False, pad_edge=False)
+    by = f" by {ran.call}" if ran.call else ""
+    kinds = [f"{ran.kinds['implicit']} implicit", f"{ran.kinds['explicit']} explicit{by}"]
+    if ran.kinds["poison"]:
+        kinds.append(f"{ran.kinds['poison']} for poisoned memory")
+    table.add_row("asked", f"{ran.kinds.total()} times: {', '.join(kinds)}")
+    table.add_row("", f"and {report.malformed} malformed, which no policy saw")
+    table.add_row(
+        "decided", ", ".join(f"{ran.outcomes[name]} {word}" for name, word in _DECIDED.items() if ran.outcomes[name])
+    )
+    if vm.events.dropped:
+        table.add_row("", f"and {vm.events.dropped} older requests, of which no record was kept")
+    to_private, to_shared = size(report.bytes_to_private), size(report.bytes_to_shared)
+    table.add_row("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
+    usage = vm.memory_usage()
+    at_most = "" if usage.exact else "at most "
+    table.add_row("resident", f"{size(usage.shared)} shared, {at_most}{size(usage.private)} private")
+    quantiles = ("p50", "p90", "p99", "max")
+    latency = ", ".join(f"{name} {_nanoseconds(getattr(report.latency, name))}" for name in quantiles)
+    table.add_row("latency", latency)
+    table.add_row("ended", Text(f"{report.reason} after {ran.seconds:.2f} s{note}"))
+    return Group(Text(), strip(vm), _legend(), Text("  latency is from exit to resume\n", "dim"), table)
+
+
+def event_facts(event: Event) -> dict[str, Any]:
+    """A request, for programs."""
+    names = ("kind", "gpa", "size", "to", "outcome", "done_gpa", "done_size", "done_to", "errno", "latency")
+    return {name: getattr(event, name) for name in names}
+
+
+def facts(ran: Ran, policy: str) -> dict[str, Any]:
+    """A run, for programs."""
+    vm, report = ran.vm, ran.report
+    names = ("reason", "requests", "conversions", "denied", "retries", "faults", "hypercalls", "malformed")
+    counts = ("bytes_to_private", "bytes_to_shared")
+    usage = vm.memory_usage()
+    return {
+        "enforcement": vm.enforcement,
+        **({"explicit_by": ran.call} if ran.call else {}),
+        "policy": policy,
+        **{name: getattr(report, name) for name in (*names, *counts)},
+        "seconds": ran.seconds,
+        "outcomes": dict(ran.outcomes),
+        "latency": {name: getattr(report.latency, name) for name in ("p50", "p90", "p99", "max")},
+        "resident": {"shared": usage.shared, "private": usage.private, "exact": usage.exact},
+        "map": [{"gpa": gpa, "size": size, "state": state} for gpa, size, state in vm.attributes.runs()],
+    }

@@ -1,0 +1,181 @@
+"""`pagegate run`, as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pagegate
+import pytest
+
+HELLO = b"".join(bytes([0xB0, each, 0xE6, 0xE9]) for each in b"hello") + b"\xf4"  # mov al, x; out 0xe9, al; hlt
+SERIAL = b"\x66\xba\xf8\x03\xb0\x21\xee\xf4"  # mov dx, 0x3f8; mov al, '!'; out dx, al; hlt
+FOREVER = b"\xeb\xfe"
+DOORBELL = b"\x31\xdb\xb9\x01\x00\x00\x00\xba\x10\x00\x00\x00\xb8\x0c\x00\x00\x00\xe6" + bytes([pagegate.DOORBELL_PORT])
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "pagegate", "run", *map(str, arguments)]
+
+
+def run(*arguments, stdout=subprocess.PIPE):
+    return subprocess.run(
+        command(*arguments), stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100, check=False
+    )
+
+
+@pytest.fixture
+def policy(tmp_path):
+    def policy(text="policy = policies.Allow()\n"):
+        path = tmp_path / "mine.py"
+        path.write_text("from pagegate import *\n" + text)
+        return path
+
+    return policy
+
+
+@pytest.fixture
+def image(tmp_path):
+    def image(code):
+        path = tmp_path / "image"
+        path.write_bytes(code)
+        return path
+
+    return image
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "either an IMAGE or a bundled guest"),
+        (("--guest", "nobody"), "there is no guest 'nobody'; there are.*demo.*touch.*explicit.*pingpong"),
+        (("--guest", "touch", "/bin/true"), "either an IMAGE"),
+        (("--guest", "touch", "--memory", "63K"), "63K is no positive multiple of 4096"),
+        (("--guest", "touch", "--memory", "1M"), "raise --memory"),
+        (("--guest", "demo", "--vcpus", "2"), "one vCPU"),
+        (("--guest", "demo", "--shared-bit", "40"), "shared bit 35"),
+        (("--guest", "touch", "--vcpus", "0"), "--vcpus"),
+        (("--guest", "touch", "--timeout", "0"), "--timeout"),
+        (("--guest", "touch", "-o", "limit"), "is no KEY=VALUE"),
+        (("--guest", "touch", "-o", "a=1", "-o", "a=2"), "a is given twice"),
+        (("/nonexistent",), "/nonexistent"),
+    ],
+)
+def test_a_usage_error_is_2(policy, arguments, said):
+    import re
+
+    done = run("-p", policy(), *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(said, done.stderr, re.DOTALL), done.stderr
+
+
+def test_a_missing_policy_is_2():
+    assert run("-p", "/nonexistent.py", "--guest", "touch").returncode == 2
+    assert run("--guest", "touch").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("class A(Policy):\n  def memory_falt(self, fault): pass\n", (), "did you mean memory_fault"),
+        ("class A(Policy):\n  def memory_fault(self): pass\n", (), "exactly one argument"),
+        ("class A(Policy):\n  def __init__(self, limit: int = 1): pass\n", ("-o", "limt=1"), "did you mean limit"),
+        ("class A(Policy):\n  def __init__(self, limit: int): pass\n", (), "needs the option limit"),
+    ],
+)
+def test_a_wrong_policy_is_one_sentence_before_the_guest(policy, text, options, said):
+    done = run("-p", policy(text), "--guest", "touch", *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("guest", "vcpus"), [("demo", 1), ("touch", 2), ("explicit", 2), ("pingpong", 1)])
+def test_a_bundled_guest_halts(policy, guest, vcpus):
+    done = run("-p", policy(), "--guest", guest, "--vcpus", vcpus, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["reason"] == "halt"
+    assert told["requests"] == told["faults"] + told["hypercalls"] > 0
+    keys = ("conversions", "denied", "retries", "bytes_to_private", "bytes_to_shared", "seconds", "enforcement", "map")
+    assert set(keys) < set(told)
+    assert set(told["latency"]) == {"p50", "p90", "p99", "max"}
+
+
+@pytest.mark.kvm
+def test_an_image_prints_and_the_summary_follows(policy, image):
+    done = run("-p", policy(), image(HELLO))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("hello\n")
+    assert "ended     halt" in done.stdout
+    done = run("-p", policy(), image(SERIAL), "--json")
+    assert (done.returncode, done.stderr) == (0, "!\n")
+    assert json.loads(done.stdout)["reason"] == "halt"
+
+
+@pytest.mark.kvm
+def test_how_it_ended_is_the_status(policy, image):
+    assert run("-p", policy(), image(FOREVER), "--timeout", "0.2").returncode == 0
+    assert run("-p", policy(), image(b"\x0f\x0b")).returncode == 1
+    done = run("-p", policy("policy = policies.ExplicitOnly()\n"), "--guest", "touch")
+    assert done.returncode == 1
+    assert "the policy denied" in done.stderr
+    stopping = "def map_gpa_range(call): return Stop('timeout')\n"
+    assert run("-p", policy(stopping), image(DOORBELL + b"\xf4")).returncode == 1
+
+
+@pytest.mark.kvm
+def test_an_image_that_is_too_large_is_2(policy, image):
+    done = run("-p", policy(), image(bytes(1 << 20)), "--memory", "1M")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.kvm
+def test_ctrl_c_is_130(policy, image):
+    process = subprocess.Popen(
+        command("-p", policy(), image(HELLO[:-1] + FOREVER)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.read(5) == b"hello"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr.strip()) == (130, b"interrupted")
+
+
+@pytest.mark.kvm
+def test_a_closed_pipe_is_quiet(policy, image):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = run("-p", policy(), image(HELLO), stdout=pipe)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.kvm
+def test_events_are_recorded(policy, tmp_path):
+    pytest.importorskip("pagegate.traces")
+    done = run("-p", policy(), "--guest", "pingpong", "--events", tmp_path / "events")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "events").stat().st_size > 0
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(not hasattr(pagegate.Vm, "policy"), reason="this core cannot change a policy yet")
+def test_watch_changes_the_policy_in_a_run(policy, image):
+    path = policy()
+    loop = b"\xeb" + bytes([256 - len(DOORBELL) - 2])
+    process = subprocess.Popen(
+        command("-p", path, "--watch", "--timeout", "30", image(DOORBELL + loop)), stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    policy("class\n")
+    assert "the policy in force stays" in process.stderr.readline()
+    policy("def map_gpa_range(call): return Stop('changed')\n")
+    assert "was loaded again" in process.stderr.readline()
+    assert "changed" in process.communicate(timeout=30)[1]
+    assert process.returncode == 1
