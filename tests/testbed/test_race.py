@@ -54,6 +54,7 @@ def test_a_stale_fault_never_undoes_a_conversion() -> None:
         other.start(vm, 1, at=MIB)
         report = vm.run(timeout=SECONDS)
         assert report.reason == "timeout"
+        assert report.stale > 0, "there was no race"
         assert policy.faults == 0, "each of them would have undone a conversion"
         assert report.conversions == policy.calls > 10
         # The last result of each kind, and the map is what was asked for last.

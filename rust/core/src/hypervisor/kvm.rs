@@ -58,8 +58,7 @@ impl KvmVm {
         }
         if kind == u64::from(VmType::Default.number()) && cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE) > 0 {
             // Without it KVM queues #UD besides telling us, and a fetch from the other view kills the guest. Where pages
-            // have attributes such a fetch is a memory fault; there, on Linux 6.12, this made guests that race with a
-            // conversion end in a triple fault.
+            // have attributes such a fetch is a memory fault.
             vm.enable_cap(&kvm_enable_cap {
                 cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
                 args: [1, 0, 0, 0],
