@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 from rich.console import Console as Terminal
 
-from pagegate import Report, Vm, guests, script
+from pagegate import Vm, guests, script
 from pagegate.bundled import GUESTS, SHARED_BIT, Guest
 from pagegate.cli.console import Console
 from pagegate.cli.policy_file import PolicyFile
 from pagegate.cli.summary import Ran, facts, size, summary
 from pagegate.options import integer
-from pagegate.watch import Machine, Watcher
+from pagegate.watch import Watcher
 
 _ENTRY = 0x1000
 _PAGE = 4096
@@ -107,7 +106,6 @@ def _start_image(vm: Vm, image: Path) -> None:
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="End the run after S seconds."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the guest's output goes to stderr.")
-@click.option("--events", type=click.Path(dir_okay=False, path_type=Path), help="Record every request in this file.")
 @click.option("--watch", is_flag=True, help="Load the policy's file again when it changes (not what it imports).")
 def run(  # noqa: PLR0913 - one for each option
     *,
@@ -122,7 +120,6 @@ def run(  # noqa: PLR0913 - one for each option
     initial: guests.State | None,
     timeout: float | None,
     as_json: bool,
-    events: Path | None,
     watch: bool,
 ) -> int:
     """Runs IMAGE, or a bundled guest, under a policy.
@@ -158,8 +155,8 @@ def run(  # noqa: PLR0913 - one for each option
             guest.start(vm, call)
         elif image is not None:
             _start_image(vm, image)
-        watched = (file, name, options) if watch else None
-        report = _run(vm, timeout, events, watched)
+        with Watcher(vm, file, name, options, _say) if watch else nullcontext():
+            report = vm.run(timeout=timeout)
         console.end()
         ran = Ran(vm, report, report.seconds, call, timeout)
         if as_json:
@@ -171,23 +168,6 @@ def run(  # noqa: PLR0913 - one for each option
     if not done:
         click.echo(f"pagegate: {ran.ending()}", err=True)
     return 0 if done else 1
-
-
-def _run(
-    vm: Vm, timeout: float | None, events: Path | None, watched: tuple[Path, str | None, dict[str, str]] | None
-) -> Report:
-    with ExitStack() as stack:
-        recorder = None
-        if events is not None:
-            # Its imports are heavy, and most runs do not record.
-            traces = importlib.import_module("pagegate.traces")
-            recorder = stack.enter_context(traces.Recorder(vm, events))
-        if watched is not None:
-            stack.enter_context(Watcher(cast("Machine", vm), *watched, _say))
-        report = vm.run(timeout=timeout)
-    if recorder is not None and recorder.lost:
-        _say(f"{recorder.lost} requests came too fast to be recorded in {events}")
-    return report
 
 
 def _say(text: str) -> None:
