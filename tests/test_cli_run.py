@@ -136,6 +136,15 @@ def test_an_image_that_is_too_large_is_2(policy, image):
 
 
 @pytest.mark.kvm
+@pytest.mark.parametrize(("memory", "cells"), [("64K", 16), (str((64 << 20) + 4096), 64)])
+def test_the_map_of_memory_of_any_size(policy, image, memory, cells):
+    done = run("-p", policy(), "--memory", memory, image(HELLO))
+    assert (done.returncode, done.stderr) == (0, "")
+    strip = next(line for line in done.stdout.splitlines() if line.startswith("0 "))
+    assert strip.split()[1] == "░" * cells
+
+
+@pytest.mark.kvm
 def test_ctrl_c_is_130(policy, image):
     process = subprocess.Popen(
         command("-p", policy(), image(HELLO[:-1] + FOREVER)), stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -13,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pagegate import Event, Report, Vm
 
+_PAGE = 4096
 _STRIP_CELLS = 64
 _STYLE = {"converted": "green", "denied": "red", "stopped": "red", "failed": "red"}
 
@@ -31,10 +33,12 @@ def _nanoseconds(value: int) -> str:
 
 def strip(vm: Vm) -> Text:
     """All of memory on one line: private, shared and mixed parts."""
-    cell = vm.memory // _STRIP_CELLS
+    pages = vm.memory // _PAGE
+    cells = min(_STRIP_CELLS, pages)
+    borders = [cell * pages // cells * _PAGE for cell in range(cells + 1)]
     text = Text("0 ")
-    for start in range(0, cell * _STRIP_CELLS, cell):
-        state = vm.attributes.state(start, cell)
+    for start, end in pairwise(borders):
+        state = vm.attributes.state(start, end - start)
         text.append(*{"private": ("█", "magenta"), "shared": ("░", "cyan"), "mixed": ("▒", "yellow")}[state])
     return text.append(f" {size(vm.memory)}")
 
