@@ -245,8 +245,26 @@ class PingPong(Builtin):
 
 @disjoint_base
 class MemoryFault:
-    """An implicit request: an access met a page that is not in the accessed state (KVM_EXIT_MEMORY_FAULT)."""
+    """An implicit request: an access met a page that is not in the accessed state (KVM_EXIT_MEMORY_FAULT).
 
+    One can be made, to try a policy on it. ``flags`` are by default those of the access, ``state`` is the opposite of
+    what was accessed. ``gpa`` and ``size`` are multiples of 4096. Raises ValueError.
+    """
+
+    def __new__(
+        cls,
+        gpa: int,
+        *,
+        private: bool = False,
+        vcpu: int = 0,
+        size: int = 4096,
+        flags: int | None = None,
+        errno: int = 14,
+        state: _State | None = None,
+        rip: int = 0,
+        repeats: int = 0,
+        time: int = 0,
+    ) -> Self: ...
     @property
     def vcpu(self) -> int:
         """Index of the vCPU."""
@@ -280,12 +298,46 @@ class MemoryFault:
 
 @final
 class MemoryPoison(MemoryFault):
-    """An access met a poisoned page (EHWPOISON). No conversion repairs that: ``Convert`` is no answer here."""
+    """An access met a poisoned page (EHWPOISON). No conversion repairs that: ``Convert`` is no answer here.
+
+    One can be made, as a ``MemoryFault``; ``state`` is by default what was accessed.
+    """
+
+    def __new__(
+        cls,
+        gpa: int,
+        *,
+        private: bool = False,
+        vcpu: int = 0,
+        size: int = 4096,
+        flags: int | None = None,
+        errno: int = 133,
+        state: _State | None = None,
+        rip: int = 0,
+        repeats: int = 0,
+        time: int = 0,
+    ) -> Self: ...
 
 @final
 class MapGpaRange:
-    """An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE. Malformed ones find EINVAL and reach no policy."""
+    """An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE. Malformed ones find EINVAL and reach no policy.
 
+    One can be made, to try a policy on it. ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
+    ``state`` is by default the opposite of ``to``. Raises ValueError.
+    """
+
+    def __new__(
+        cls,
+        gpa: int,
+        size: int = 4096,
+        *,
+        to: _State,
+        vcpu: int = 0,
+        page_size: int = 4096,
+        raw: int | None = None,
+        state: Literal["private", "shared", "mixed"] | None = None,
+        time: int = 0,
+    ) -> Self: ...
     @property
     def vcpu(self) -> int:
         """Index of the vCPU."""
@@ -744,3 +796,18 @@ class Fake:
         """How many slots there are."""
     def calls(self, call: Literal["set_attributes", "create_memslot", "delete_memslot", "discard", "pre_fault"]) -> int:
         """How many calls were made."""
+
+@final
+class Trial:
+    """Asks a policy as a machine does, without one, and carries its decisions out on a map of states."""
+
+    def __new__(cls, policy: object | None, memory: int, initial: str) -> Self: ...
+    def judge(self, request: MemoryFault | MapGpaRange) -> Convert | Deny | Discard | Retry | Stop:
+        """What the policy decides; what it converts is converted here. ValueError for a request outside memory."""
+    def state(self, gpa: int, size: int) -> Literal["private", "shared", "mixed"]:
+        """The state of a range of whole pages: "private", "shared" or "mixed"."""
+    def runs(self) -> list[tuple[int, int, _State]]:
+        """Maximal runs of one state as ``(gpa, size, state)``, ascending."""
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that are shared."""

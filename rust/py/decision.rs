@@ -305,3 +305,26 @@ pub(crate) fn read(answer: &Bound<'_, PyAny>, hook: &str) -> PyResult<Lesson> {
         remember: remember.map(|region| region.0),
     })
 }
+
+/// A decision as a hook would have answered it. What it is remembered for is known to who remembers it.
+pub(crate) fn write(py: Python<'_>, decision: Decision) -> PyResult<Py<PyAny>> {
+    let remember = None;
+    Ok(match decision {
+        Decision::Convert(conversion) => Py::new(
+            py,
+            PyConvert {
+                to: conversion.to,
+                gpa: conversion.gpa,
+                size: conversion.size,
+                prefault: conversion.prefault,
+                discard: !conversion.keep,
+                remember,
+            },
+        )?
+        .into_any(),
+        Decision::Deny(Errno(errno)) => Py::new(py, PyDeny { errno, remember })?.into_any(),
+        Decision::Retry | Decision::Wait(_) => Py::new(py, PyRetry { remember })?.into_any(),
+        Decision::Discard => Py::new(py, PyDiscard)?.into_any(),
+        Decision::Stop(reason) => Py::new(py, PyStop { reason })?.into_any(),
+    })
+}

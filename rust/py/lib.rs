@@ -14,6 +14,7 @@ mod policy;
 mod report;
 mod request;
 mod testing;
+mod trial;
 
 use pyo3::prelude::*;
 
@@ -45,6 +46,8 @@ mod _core {
     use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
     #[pymodule_export]
     use crate::testing::{PyFake, PyReply, PyStep};
+    #[pymodule_export]
+    use crate::trial::PyTrial;
 
     #[pymodule_export]
     const DOORBELL_PORT: u16 = pagegate_core::explicit::DOORBELL_PORT;

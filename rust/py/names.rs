@@ -45,7 +45,7 @@ pub(crate) fn choose<T>(word: &str, what: &str, choices: impl IntoIterator<Item 
 macro_rules! numbers {
     ($($name:ident, $optional:ident: $type:ty;)*) => {$(
         pub(crate) fn $name(value: &Bound<'_, PyAny>) -> PyResult<$type> {
-            value.extract().map_err(|error: PyErr| out_of_range(value, error, &<$type>::MAX))
+            value.extract().map_err(|error: PyErr| out_of_range(value, error, &<$type>::MIN, &<$type>::MAX))
         }
 
         #[allow(dead_code, reason = "not every type is optional somewhere")]
@@ -60,11 +60,19 @@ numbers! {
     u32, optional_u32: u32;
     u16, optional_u16: u16;
     usize, optional_usize: usize;
+    i32, optional_i32: i32;
 }
 
-fn out_of_range(value: &Bound<'_, PyAny>, error: PyErr, most: &dyn std::fmt::Display) -> PyErr {
+fn out_of_range(
+    value: &Bound<'_, PyAny>,
+    error: PyErr,
+    least: &dyn std::fmt::Display,
+    most: &dyn std::fmt::Display,
+) -> PyErr {
     match error.is_instance_of::<PyOverflowError>(value.py()) {
-        true => PyValueError::new_err(format!("{value} is out of range: it must be between 0 and {most}")),
+        true => PyValueError::new_err(format!(
+            "{value} is out of range: it must be between {least} and {most}"
+        )),
         false => error,
     }
 }

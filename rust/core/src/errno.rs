@@ -5,6 +5,10 @@ use std::io;
 
 /// What a guest gets for a request that is refused without a reason of its own.
 pub const EINVAL: i32 = libc::EINVAL;
+/// What KVM_RUN returns with a memory fault.
+pub const EFAULT: i32 = libc::EFAULT;
+/// What it returns with one that met poisoned memory.
+pub const EHWPOISON: i32 = libc::EHWPOISON;
 
 /// A positive errno.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

@@ -60,3 +60,17 @@ pub fn parse(call: &Hypercall, views: &Views) -> Result<MapGpaRange, Errno> {
         raw,
     })
 }
+
+/// The attribute word that asks for this: RDX, as [`parse`] reads it. `None` for a page size that has no hint.
+pub const fn attributes(to: State, page_size: u64) -> Option<u64> {
+    let hint = match page_size {
+        PAGE_SIZE => 0,
+        0x20_0000 => 1,
+        0x4000_0000 => 2,
+        _ => return None,
+    };
+    match to {
+        State::Private => Some(ENCRYPTED | hint),
+        State::Shared => Some(hint),
+    }
+}

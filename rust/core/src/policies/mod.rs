@@ -56,14 +56,16 @@ pub enum Request<'a> {
 }
 
 impl Request<'_> {
-    pub(crate) fn range(self) -> Range {
+    /// What was asked for.
+    pub fn range(self) -> Range {
         match self {
             Request::Implicit(fault) => fault.range,
             Request::Explicit(call) => call.range,
         }
     }
 
-    pub(crate) fn to(self) -> State {
+    /// What the pages are to become.
+    pub fn to(self) -> State {
         match self {
             Request::Implicit(fault) => fault.access,
             Request::Explicit(call) => call.to,
