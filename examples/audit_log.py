@@ -1,0 +1,133 @@
+"""Every request and what was decided about it, as JSON lines; the decisions are another policy's.
+
+Against not knowing: a record of what the guest asked for, which outlives the machine. A line is written before its
+decision takes effect, and a record that cannot be written ends the run, so nothing happens off the record. For the
+same reason ``remember=`` is taken out of the answers: what is remembered would not be recorded.
+
+    pagegate run -p examples/audit_log.py --guest demo
+    pagegate run -p examples/audit_log.py -o path=audit.jsonl -o inner=examples/explicit_only.py --guest demo
+
+A built-in policy goes around it, ``Quota(8 << 20, AuditLog())``, and may then be stricter than what the log says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - `pagegate run -o` looks the annotation up
+from typing import TYPE_CHECKING
+
+from pagegate import Convert, Deny, Discard, MapGpaRange, MemoryFault, MemoryPoison, Policy, PolicyError, Retry, Stop
+from pagegate.hooks import resolve
+from pagegate.policies import Builtin
+from pagegate.script import load
+
+if TYPE_CHECKING:
+    from pagegate import Decision
+    from pagegate.hooks import Hook
+
+
+@dataclass
+class AuditLog(Policy):
+    """Asks ``inner``, and writes down what it was asked and answered."""
+
+    path: Path | None = None
+    """Where to; it is appended to. Without one, standard error."""
+    inner: str | Policy | None = None
+    """Who decides: a policy, or FILE[:NAME]. Without one everything is converted as asked."""
+
+    def __post_init__(self) -> None:
+        """Opens the log, so that a path that cannot be written to is an error before the guest runs."""
+        inner: object = self.inner
+        if isinstance(inner, str):
+            file, _, name = inner.partition(":")
+            inner = load_policy(file, name)
+        hooks = resolve(inner) if inner is not None else (None, None, None)
+        self._fault, self._call, self._poison = hooks
+        # A line at a time: it is in the kernel's hands when write() is back.
+        self._log = sys.stderr if self.path is None else self.path.open("a", encoding="utf-8", buffering=1)
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the file, if it is one."""
+        if self.path is not None:
+            self._log.close()
+
+    def memory_fault(self, fault: MemoryFault) -> Decision:
+        """An implicit request."""
+        asked = "private" if fault.private else "shared"
+        return self._audit("implicit", fault, self._fault, Convert(), to=asked, rip=hex(fault.rip))
+
+    def map_gpa_range(self, call: MapGpaRange) -> Decision:
+        """An explicit request."""
+        return self._audit("explicit", call, self._call, Convert(), to=call.to)
+
+    def memory_poison(self, poison: MemoryPoison) -> Decision:
+        """A poisoned page."""
+        return self._audit("poison", poison, self._poison, Stop("poison"), rip=hex(poison.rip))
+
+    def _audit(
+        self, kind: str, request: MemoryFault | MapGpaRange, hook: Hook | None, default: Decision, **more: str
+    ) -> Decision:
+        about: dict[str, object] = {
+            "time": request.time,
+            "vcpu": request.vcpu,
+            "kind": kind,
+            "gpa": hex(request.gpa),
+            "size": request.size,
+            "state": request.state,
+            **more,
+        }
+        try:
+            decision = default if hook is None else forgetful(hook(request))
+        except BaseException as error:
+            self._write({**about, "raised": repr(error)})
+            raise
+        self._write({**about, **described(decision)})
+        return decision
+
+    def _write(self, record: dict[str, object]) -> None:
+        line = json.dumps(record) + "\n"
+        with self._lock:
+            self._log.write(line)
+            self._log.flush()
+
+
+def load_policy(file: str, name: str) -> object:
+    """A policy whose answers can be seen from Python."""
+    policy = load(file, name or None)
+    if isinstance(policy, Builtin):
+        raise PolicyError(f"{file}: a built-in policy is asked by the core only: put it around AuditLog()")
+    return policy
+
+
+def forgetful(decision: Decision) -> Decision:
+    """The same, for this one request."""
+    match decision:
+        case Convert(remember=region) if region is not None:
+            to, gpa, size = decision.to, decision.gpa, decision.size
+            return Convert(to, gpa, size, prefault=decision.prefault, discard=decision.discard)
+        case Deny(remember=region) if region is not None:
+            return Deny(decision.errno)
+        case Retry(remember=region) if region is not None:
+            return Retry()
+        case _:
+            return decision
+
+
+def described(decision: Decision) -> dict[str, object]:
+    """A decision as JSON has it: what differs from the default, and nothing else."""
+    match decision:
+        case Convert():
+            where = {"done_to": decision.to, "done_gpa": decision.gpa, "done_size": decision.size}
+            return {"decision": "convert", **{key: value for key, value in where.items() if value is not None}}
+        case Deny():
+            return {"decision": "deny", "errno": decision.errno}
+        case Stop():
+            return {"decision": "stop", "reason": decision.reason}
+        case Retry() | Discard():
+            return {"decision": type(decision).__name__.lower()}
+    # The core will not accept it, and the log says why the run ended.
+    return {"decision": "none", "answer": repr(decision)}
