@@ -1,5 +1,6 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
+mod bare;
 mod decision;
 mod devices;
 mod errors;
@@ -8,6 +9,7 @@ mod gate;
 mod host;
 mod listener;
 mod machine;
+mod marks;
 mod names;
 mod policies;
 mod policy;
@@ -23,6 +25,8 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
+    use crate::bare::bare_loop;
+    #[pymodule_export]
     use crate::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
     #[pymodule_export]
     use crate::devices::{PyIo, PyMmio};
@@ -36,6 +40,8 @@ mod _core {
     use crate::listener::PyChange;
     #[pymodule_export]
     use crate::machine::{PyAttributes, PyMemoryUsage, PyVcpu, PyVm};
+    #[pymodule_export]
+    use crate::marks::PyMarks;
     #[pymodule_export]
     use crate::policies::{
         PyAlign, PyAllow, PyBuiltin, PyDenyAll, PyExplicitOnly, PyPingPong, PyQuota, PyRateLimit, PyWindow,

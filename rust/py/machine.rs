@@ -19,6 +19,7 @@ use crate::devices::Handler;
 use crate::events::PyEvents;
 use crate::gate::PyGate;
 use crate::listener::PyListener;
+use crate::marks::PyMarks;
 use crate::policy::{Judge, PyPolicy};
 use crate::report::PyReport;
 use crate::testing::PyFake;
@@ -259,8 +260,12 @@ impl PyVm {
         #[pyo3(from_py_with = names::u16)] port: u16,
         handler: Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let handler = callable(handler)?;
         let machine = self.machine(py)?;
+        if let Ok(marks) = handler.cast::<PyMarks>() {
+            let added = machine.on_io(port, marks.get().0.clone());
+            return added.map_err(|error| errors::raise(py, error));
+        }
+        let handler = callable(handler)?;
         machine
             .on_io(port, handler.clone())
             .map_err(|error| errors::raise(py, error))?;
