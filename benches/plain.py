@@ -71,7 +71,9 @@ class Plain:
     def __init__(self, memory: int, at: int, image: bytes, table: int) -> None:
         kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self.vm = fcntl.ioctl(kvm, KVM_CREATE_VM, KVM_X86_SW_PROTECTED_VM)
-        fcntl.ioctl(self.vm, KVM_ENABLE_CAP, struct.pack("<II4Q64x", KVM_CAP_EXIT_HYPERCALL, 0, 1 << MAP_GPA_RANGE, 0, 0, 0))
+        fcntl.ioctl(
+            self.vm, KVM_ENABLE_CAP, struct.pack("<II4Q64x", KVM_CAP_EXIT_HYPERCALL, 0, 1 << MAP_GPA_RANGE, 0, 0, 0)
+        )
         self.private = fcntl.ioctl(self.vm, KVM_CREATE_GUEST_MEMFD, bytearray(struct.pack("<8Q", memory, *[0] * 7)))
         self.shared = os.memfd_create("plain")
         os.ftruncate(self.shared, memory)

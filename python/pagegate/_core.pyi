@@ -36,16 +36,19 @@ def bare_loop(
 ) -> tuple[int, int, int]:
     """Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
 
-    ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks`` where
-    the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block. ``work``:
-    "nothing", "enforce" or "discard", how much of each conversion is carried out. The rest as for ``Vm``.
+    ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
+    where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
+    ``work``: "nothing", "enforce" or "discard", how much of each conversion is carried out. The rest as for ``Vm``.
 
     Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
     """
 
 @final
 class Marks:
-    """A port for ``Vm.on_io`` that notes when it is written, and never enters Python. Read, it answers how often that was."""
+    """A port for ``Vm.on_io`` that notes when it is written, without entering Python.
+
+    Read, it answers how often that was.
+    """
 
     def __new__(cls) -> Self: ...
     @property

@@ -1,7 +1,7 @@
 """Guests that ask for conversions at a stretch, and say when they begin and end: what a benchmark measures.
 
-Both kinds walk over a few buffers, a buffer apart from each other, and have all of them private, then all shared, and so
-on. Before the first mark each buffer was both once.
+Both kinds walk over a few buffers, a buffer apart from each other, and have all of them private, then all shared, and
+so on. Before the first mark each buffer was both once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
     part = _up(part, _LEAST_PART)
     memory = part * (vcpus + 2)
     if (touch or kind == "implicit") and part * (vcpus + 1) > _MAPPED:
-        raise ValueError(f"{pages} pages a request on {vcpus} vCPUs are more than the guest's first GiB, which it reaches")
+        raise ValueError(
+            f"{pages} pages a request on {vcpus} vCPUs are more than the guest's first GiB, which it reaches"
+        )
     walk = _Walk(kind, size, buffers, touch=touch, barrier=part - PAGE)
     each, more = divmod(requests, vcpus)
     return Workload(

@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
-
 use pagegate_core::decode::Io;
 use pagegate_core::devices::IoHandler;
 use pagegate_core::error::Failure;
+use parking_lot::Mutex;
 use pyo3::prelude::*;
 
 /// What was written, when, and by which vCPU.
@@ -20,7 +19,9 @@ pub(crate) struct Marks {
     count: AtomicU32,
 }
 
-/// A port for ``Vm.on_io`` that notes when it is written, and never enters Python. Read, it answers how often that was.
+/// A port for ``Vm.on_io`` that notes when it is written, without entering Python.
+///
+/// Read, it answers how often that was.
 #[pyclass(name = "Marks", module = "pagegate._core", frozen)]
 pub(crate) struct PyMarks(pub(crate) Arc<Marks>);
 

@@ -75,11 +75,11 @@ impl BareVm {
         };
         let joins = |slot: &(u64, Slot)| slot.1.state == to;
         let part = slots.part;
-        let below = (pages.gpa() == outer_start && pages.gpa() % part != 0)
+        let below = (pages.gpa() == outer_start && !pages.gpa().is_multiple_of(part))
             .then(|| slots.around(pages.gpa() - 1))
             .flatten()
             .filter(joins);
-        let above = (pages.end() == outer.end && pages.end() % part != 0)
+        let above = (pages.end() == outer.end && !pages.end().is_multiple_of(part))
             .then(|| slots.around(pages.end()))
             .flatten()
             .filter(joins);
@@ -103,5 +103,8 @@ impl BareVm {
 }
 
 pub(crate) fn unexpected(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the bare loop does not know {what}"))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the bare loop does not know {what}"),
+    )
 }

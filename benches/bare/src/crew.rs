@@ -49,7 +49,9 @@ impl Crew {
 
     /// Whether all have ended, waiting this long for it.
     pub(crate) fn wait(&self, time: Duration) -> bool {
-        let waited = self.ended.wait_timeout_while(self.inner(), time, |inner| inner.left > 0);
+        let waited = self
+            .ended
+            .wait_timeout_while(self.inner(), time, |inner| inner.left > 0);
         let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
         inner.left == 0
     }

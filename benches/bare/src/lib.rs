@@ -79,7 +79,8 @@ impl Plan {
     pub fn is_sound(&self) -> bool {
         let part = self.memory.checked_div(self.memslots).unwrap_or_default();
         let whole = part > 0 && part.is_multiple_of(PAGE_SIZE) && part * self.memslots == self.memory;
-        let fits = |start: &Start| (start.at.checked_add(start.image.len() as u64)).is_some_and(|end| end <= self.memory);
+        let fits =
+            |start: &Start| (start.at.checked_add(start.image.len() as u64)).is_some_and(|end| end <= self.memory);
         let bit = self.shared_bit.is_none_or(|bit| bit < 52 && self.memory <= 1 << bit);
         let block = self.block >= PAGE_SIZE && self.block.is_power_of_two();
         whole && bit && block && self.vcpus.iter().all(fits) && !self.vcpus.is_empty()

@@ -202,13 +202,19 @@ impl<'a> BareVcpu<'a> {
         let mut mmio = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.mmio };
         let (gpa, state) = self.touched(mmio.phys_addr)?;
         let side = self.vm.side(state);
-        let data = mmio.data.get_mut(..mmio.len as usize).ok_or(io::ErrorKind::InvalidData)?;
+        let data = mmio
+            .data
+            .get_mut(..mmio.len as usize)
+            .ok_or(io::ErrorKind::InvalidData)?;
         let write = mmio.is_write != 0;
         match (side.guest_memfd, write) {
             (false, true) => side.file.write_all_at(data, gpa)?,
             (false, false) => side.file.read_exact_at(data, gpa)?,
             (true, _) => {
-                let slice = side.mapping.get_slice(gpa as usize, data.len()).map_err(io::Error::other)?;
+                let slice = side
+                    .mapping
+                    .get_slice(gpa as usize, data.len())
+                    .map_err(io::Error::other)?;
                 if write {
                     slice.copy_from(data);
                 } else {

@@ -221,7 +221,9 @@ fn private(fd: &VmFd, plan: &Plan) -> io::Result<Side> {
         flags,
         ..Default::default()
     };
-    let raw = fd.create_guest_memfd(arguments).map_err(failed("create a guest_memfd"))?;
+    let raw = fd
+        .create_guest_memfd(arguments)
+        .map_err(failed("create a guest_memfd"))?;
     // SAFETY: the kernel just made this descriptor and nobody else has it.
     let file = Arc::new(File::from(unsafe { OwnedFd::from_raw_fd(raw) }));
     let mapping = match flags {
@@ -243,7 +245,10 @@ fn private(fd: &VmFd, plan: &Plan) -> io::Result<Side> {
 }
 
 fn map(file: &Arc<File>, size: u64) -> io::Result<MmapRegion> {
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+    let (prot, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | libc::MAP_NORESERVE,
+    );
     let file = FileOffset::from_arc(file.clone(), 0);
     MmapRegion::build(Some(file), size as usize, prot, flags).map_err(io::Error::other)
 }

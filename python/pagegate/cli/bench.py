@@ -36,9 +36,7 @@ class _Judge(PolicyFile):
 
     name = "allow|python|FILE[:NAME]"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Path, str | None]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, str | None]:
         return value if value in _BUILT_IN else super().convert(value, param, ctx)
 
 

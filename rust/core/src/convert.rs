@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::attributes::{AttributeMap, PAGE_SIZE, Range, Run, Snapshot, State};
 use crate::books::Books;
-use crate::enforce::{self, Enforcement, Mode};
+use crate::enforce::{self, Before, Enforcement, Mode};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
@@ -279,18 +279,21 @@ impl Gate {
                 let undo = errno;
                 return Err(ConvertError::Inconsistent { range, errno, undo });
             }
-            if self.with_map(|map| map.uniform(part)) != Some(order.to) {
-                changed += self.carry_out(Order { range: part, ..order })?;
+            let uniform = self.with_map(|map| map.uniform(part));
+            if uniform != Some(order.to) {
+                changed += self.carry_out(Order { range: part, ..order }, uniform)?;
             }
             start = part.end();
         }
         Ok(Converted::Done { changed })
     }
 
-    /// With the range held.
-    fn carry_out(&self, order: Order) -> Result<u64, ConvertError> {
+    /// With the range held, whose state is known if it is uniform.
+    fn carry_out(&self, order: Order, uniform: Option<State>) -> Result<u64, ConvertError> {
         let Order { range, to, keep, .. } = order;
-        self.clean(order)
+        let runs = |part: Range| -> Vec<Run> { self.with_map(|map| map.runs_in(part).collect()) };
+        let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
+        self.clean(order, before)
             .map_err(|errno| ConvertError::Undone { range, errno })?;
         // Nobody listens as a rule, and then nobody needs to know what exactly changes.
         let snapshot = (!self.listeners.is_empty()).then(|| self.snapshot());
@@ -298,8 +301,7 @@ impl Gate {
         if let Some(conversion) = &conversion {
             self.listeners.prepare(conversion)?;
         }
-        let before = |part: Range| self.with_map(|map| map.runs_in(part).collect());
-        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, &before) {
+        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, before) {
             let told = conversion.map_or(Ok(()), |conversion| self.listeners.abort(&conversion));
             let failure = self.failed(range, failure);
             // What KVM enforces matters more than what a listener says of it.
@@ -322,7 +324,7 @@ impl Gate {
 
     /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
     /// when the page comes back, and it is before that they go: later they might be the guest's.
-    fn clean(&self, order: Order) -> Result<(), Errno> {
+    fn clean(&self, order: Order, before: Before<'_>) -> Result<(), Errno> {
         if order.keep {
             self.kept.store(true, Ordering::Relaxed);
         }
@@ -331,13 +333,11 @@ impl Gate {
             return Ok(());
         }
         // Of pages that are shared already, the bytes stay.
-        let private: Vec<Range> = self.with_map(|map| {
-            let private = map.runs_in(order.range).filter(|run| run.state == State::Private);
-            private.map(|run| run.range).collect()
-        });
+        let runs = before.runs(order.range);
+        let private = runs.iter().filter(|run| run.state == State::Private);
         let file = self.memory.shared.file();
         private
-            .iter()
+            .map(|run| run.range)
             .try_for_each(|range| self.vm.discard(file, range.gpa(), range.size()))
     }
 

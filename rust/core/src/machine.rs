@@ -10,6 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::attributes::{AttributeMap, PAGE_SIZE, Range, State};
 use crate::boot;
+use crate::clock::Moment;
 use crate::control::Control;
 use crate::convert::{Converted, Gate, Resident};
 use crate::devices::{Devices, IoHandler, MmioHandler};
@@ -27,7 +28,6 @@ use crate::policy::Policy;
 use crate::probe::{self, VmType};
 use crate::report::{Report, Tally};
 use crate::run::VcpuLoop;
-use crate::sys;
 use crate::vcpu::VcpuState;
 use crate::views::Views;
 
@@ -68,9 +68,6 @@ pub struct Machine {
     policy: ArcSwap<Arc<dyn Policy>>,
     devices: Devices,
     events: EventLog,
-    born: Instant,
-    /// The same by the host's monotonic clock, in nanoseconds.
-    born_at: u64,
     /// The run in progress.
     current: Mutex<Option<Arc<Control>>>,
     around: Option<ThreadWrapper>,
@@ -135,8 +132,6 @@ impl Machine {
             kicks,
             policy: ArcSwap::from_pointee(config.policy),
             devices: Devices::default(),
-            born: Instant::now(),
-            born_at: sys::monotonic(),
             current: Mutex::new(None),
             around: config.around,
             pre_fault: limits.pre_fault,
@@ -184,8 +179,9 @@ impl Machine {
     }
 
     /// By the host's monotonic clock, which all machines and the kernel's traces share.
-    pub(crate) fn nanoseconds(&self, at: Instant) -> u64 {
-        self.born_at + at.saturating_duration_since(self.born).as_nanos() as u64
+    #[expect(clippy::unused_self, reason = "the machine's clock")]
+    pub(crate) fn nanoseconds(&self, at: Moment) -> u64 {
+        at.nanoseconds()
     }
 
     /// Answers a port from now on.

@@ -1,11 +1,13 @@
 //! The way of a request: exit, decode, policy, convert, record, resume.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::clock::Moment;
 use crate::control::Control;
 use crate::convert::{Converted, Entry, Order, Standing, Wanted};
 use crate::decode::{self, Exit, Hypercall, Io, MemoryFault, Mmio};
+use crate::devices::KnownPort;
 use crate::enforce::Mode;
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
@@ -57,7 +59,7 @@ enum Judged {
 /// A request between exit and resume.
 struct Open {
     event: Event,
-    since: Instant,
+    since: Moment,
 }
 
 /// How often a fault came in a row.
@@ -78,8 +80,9 @@ pub(crate) struct VcpuLoop<'a> {
     repeats: Repeats,
     refused: u32,
     /// When the exit that is being handled was seen, for those that can be requests.
-    exited: Instant,
+    exited: Moment,
     open: Option<Open>,
+    known_port: KnownPort,
     tally: Tally,
 }
 
@@ -92,8 +95,9 @@ impl<'a> VcpuLoop<'a> {
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
             refused: 0,
-            exited: Instant::now(),
+            exited: Moment::now(),
             open: None,
+            known_port: KnownPort::default(),
             tally: Tally::default(),
         }
     }
@@ -181,7 +185,7 @@ impl<'a> VcpuLoop<'a> {
     // ---- implicit requests
 
     fn memory_fault(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
         match self.judge(page, access, fault.flags)? {
             Judged::Look => Ok(Flow::Resume),
@@ -198,7 +202,7 @@ impl<'a> VcpuLoop<'a> {
         }) else {
             return self.device_mmio(mmio);
         };
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let access = place.view.unwrap_or(State::Private);
         if place.view.is_some() && !self.machine.gate().side(access).is_reachable() {
             return Err(self.failed(format!(
@@ -250,7 +254,7 @@ impl<'a> VcpuLoop<'a> {
         if suberror == KVM_INTERNAL_ERROR_EMULATION
             && let Some((page, access)) = self.unfetchable()
         {
-            self.exited = Instant::now();
+            self.exited = Moment::now();
             return Ok(match self.judge(page, access, implied_flags(access))? {
                 Judged::Look => Flow::Resume,
                 Judged::Leave(reason) => Flow::Leave(reason, None),
@@ -338,9 +342,12 @@ impl<'a> VcpuLoop<'a> {
         self.tally.faults += 1;
         self.open_request(Kind::Implicit, page, access);
         let decision = self.machine.policy().memory_fault(&fault);
-        let site = self.site(Some(page));
-        match decision.map_err(|failure| self.hook(&site, failure))? {
-            Decision::Convert(change) => self.convert_implicit(change, wanted, site),
+        let decision = match decision {
+            Ok(decision) => decision,
+            Err(failure) => return Err(self.hook(&Self::faulting(&fault), failure)),
+        };
+        match decision {
+            Decision::Convert(change) => self.convert_implicit(change, wanted, &fault),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -362,7 +369,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Stopped, 0);
                 Ok(Judged::Leave(reason))
             }
-            Decision::Discard => Err(self.only_for_poison(&site)),
+            Decision::Discard => Err(self.only_for_poison(&Self::faulting(&fault))),
         }
     }
 
@@ -370,8 +377,11 @@ impl<'a> VcpuLoop<'a> {
         self.hook(site, "Discard() is an answer to memory_poison only".into())
     }
 
-    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, site: Site) -> Result<Judged, Error> {
-        let order = self.decided(change, wanted.page, wanted.access, &site)?;
+    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
+        let order = match self.decided(change, wanted.page, wanted.access) {
+            Ok(order) => order,
+            Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
+        };
         match self
             .machine
             .gate()
@@ -396,13 +406,13 @@ impl<'a> VcpuLoop<'a> {
             }
             Err(source) => {
                 self.close(Outcome::Failed, 0);
-                Err(conversion(site, source))
+                Err(conversion(Self::faulting(fault), source))
             }
         }
     }
 
     fn poison(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
         let repeats = self.repeats(page, access);
         let poison = Fault {
@@ -506,7 +516,7 @@ impl<'a> VcpuLoop<'a> {
 
     /// What RAX becomes, and how the run goes on.
     fn explicit(&mut self, call: Hypercall) -> Result<(i64, Flow), Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         if call.nr != KVM_HC_MAP_GPA_RANGE {
             self.tally.malformed += 1;
             return Ok((-KVM_ENOSYS, Flow::Resume));
@@ -532,12 +542,15 @@ impl<'a> VcpuLoop<'a> {
         self.tally.hypercalls += 1;
         self.open_request(Kind::Explicit, range, request.to);
         let decision = self.machine.policy().map_gpa_range(&judged);
-        let decision = decision.map_err(|failure| {
-            let site = self.site(Some(range));
-            self.hook(&site, failure)
-        })?;
+        let decision = match decision {
+            Ok(decision) => decision,
+            Err(failure) => {
+                let site = self.called(&judged);
+                return Err(self.hook(&site, failure));
+            }
+        };
         let (errno, flow) = match decision {
-            Decision::Convert(change) => (self.convert_explicit(change, range, request.to)?, Flow::Resume),
+            Decision::Convert(change) => (self.convert_explicit(change, &judged)?, Flow::Resume),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -554,7 +567,7 @@ impl<'a> VcpuLoop<'a> {
                 (libc::EAGAIN, Flow::Leave(reason, None))
             }
             Decision::Discard => {
-                let site = self.site(Some(range));
+                let site = self.called(&judged);
                 return Err(self.only_for_poison(&site));
             }
         };
@@ -562,9 +575,14 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// The errno for the guest, 0 for success.
-    fn convert_explicit(&mut self, change: Conversion, asked: Range, to: State) -> Result<i32, Error> {
-        let site = self.site(Some(asked));
-        let order = self.decided(change, asked, to, &site)?;
+    fn convert_explicit(&mut self, change: Conversion, call: &Call) -> Result<i32, Error> {
+        let order = match self.decided(change, call.range, call.to) {
+            Ok(order) => order,
+            Err(failure) => {
+                let site = self.called(call);
+                return Err(self.hook(&site, failure));
+            }
+        };
         match self.machine.gate().convert_if(order, None, &|| self.control.leaving()) {
             Ok(converted) => {
                 let errno = self.converted(order, converted);
@@ -583,7 +601,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Failed, errno.map_or(0, |errno| errno.0));
                 match errno {
                     Some(errno) => Ok(errno.0),
-                    None => Err(conversion(site, source)),
+                    None => Err(conversion(self.called(call), source)),
                 }
             }
         }
@@ -592,12 +610,12 @@ impl<'a> VcpuLoop<'a> {
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn decided(&self, change: Conversion, asked: Range, to: State, site: &Site) -> Result<Order, Error> {
+    fn decided(&self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
         let gpa = change.gpa.unwrap_or(asked.gpa());
         let size = change.size.unwrap_or(asked.size());
         let range = self.machine.gate().range(gpa, size);
         Ok(Order {
-            range: range.map_err(|error| self.hook(site, format!("Convert: {error}").into()))?,
+            range: range.map_err(|error| format!("Convert: {error}"))?,
             to: change.to.unwrap_or(to),
             keep: change.keep,
             max_shared: change.max_shared,
@@ -714,7 +732,7 @@ impl<'a> VcpuLoop<'a> {
             .page()
             .get_mut(io.data..io.data + io.len())
             .unwrap_or_default();
-        match self.machine.devices().port(io.port) {
+        match self.machine.devices().port(io.port, &mut self.known_port) {
             Some(handler) => {
                 if let Err(failure) = handler.io(self.vcpu.index, &io, data) {
                     let site = self.site(None);
@@ -766,6 +784,26 @@ impl<'a> VcpuLoop<'a> {
             gpa: pages.map(|range| range.gpa()),
             state: pages.map(|range| self.machine.gate().describe(range)),
             rip: self.vcpu.rip(),
+        }
+    }
+
+    /// Where an explicit request was made, with the pages as they were then.
+    fn called(&mut self, call: &Call) -> Site {
+        Site {
+            vcpu: call.vcpu,
+            gpa: Some(call.range.gpa()),
+            state: Some(call.state.map_or("mixed", State::as_str)),
+            rip: self.vcpu.rip(),
+        }
+    }
+
+    /// Where an implicit request was made, with its page as it was then.
+    fn faulting(fault: &Fault) -> Site {
+        Site {
+            vcpu: fault.vcpu,
+            gpa: Some(fault.range.gpa()),
+            state: Some(fault.state.as_str()),
+            rip: fault.rip,
         }
     }
 

@@ -104,7 +104,7 @@ pub trait Vcpu: Send {
     /// What makes a running or a coming KVM_RUN return EINTR.
     fn exit_flag(&self) -> Arc<dyn ExitFlag>;
 
-    /// Whether the run page carries the general registers after each exit (KVM_CAP_SYNC_REGS).
+    /// Whether the run page carries the general registers after an exit, if it is asked to (KVM_CAP_SYNC_REGS).
     fn syncs_regs(&self) -> bool;
 
     /// KVM_GET_REGS.
