@@ -31,14 +31,14 @@ def bare_loop(
     shared_bit: int | None = None,
     doorbell: bool = False,
     block: int = 4096,
-    work: str = "discard",
+    work: str = "all",
     timeout: float | None = None,
 ) -> tuple[int, int, int]:
     """Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
 
     ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
     where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
-    ``work``: "nothing", "enforce" or "discard", how much of each conversion is carried out. The rest as for ``Vm``.
+    ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for ``Vm``.
 
     Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
     """

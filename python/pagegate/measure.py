@@ -12,6 +12,8 @@ from pagegate.policies import Align
 from pagegate.workload import BEGIN, END, MARKS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pagegate import Report
     from pagegate.workload import Workload
 
@@ -28,10 +30,18 @@ class Measured:
     """Of the whole run, warm-up included."""
 
 
-def under_policy(
-    workload: Workload, policy: object, *, enforcement: str = "auto", timeout: float | None = None
+def under_policy(  # noqa: PLR0913 - one for each thing that is varied
+    workload: Workload,
+    policy: object,
+    *,
+    enforcement: str = "auto",
+    events: int = 65536,
+    prepare: Callable[[Vm], None] | None = None,
+    timeout: float | None = None,
 ) -> Measured:
     """Runs a workload. The policy is widened to the workload's blocks where the guest cannot ask for them.
+
+    ``prepare`` is given the machine before it runs.
 
     Raises PagegateError for a run that did not do what was to be measured.
     """
@@ -45,6 +55,7 @@ def under_policy(
         enforcement=enforcement,
         shared_bit=workload.shared_bit,
         memslots=workload.memslots,
+        events=events,
     )
     with vm:
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
@@ -52,6 +63,8 @@ def under_policy(
             vm.load(image, at)
             vcpu.start(mode="long", rip=at | shared, rdi=table | shared)
         vm.on_io(MARKS, marks)
+        if prepare is not None:
+            prepare(vm)
         report = vm.run(timeout=timeout)
         if report.reason != "halt":
             raise PagegateError(f"the guest did not come to its end: the run ended with {report.reason!r}")
@@ -65,7 +78,7 @@ def under_policy(
 
 
 def in_bare_loop(
-    workload: Workload, *, enforcement: str, work: str = "discard", timeout: float | None = None
+    workload: Workload, *, enforcement: str, work: str = "all", timeout: float | None = None
 ) -> tuple[float, int]:
     """Runs a workload in the bare loop: the seconds and the port IO exits of its measured part.
 

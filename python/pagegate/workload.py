@@ -1,7 +1,7 @@
 """Guests that ask for conversions at a stretch, and say when they begin and end: what a benchmark measures.
 
 Both kinds walk over a few buffers, a buffer apart from each other, and have all of them private, then all shared, and
-so on. Before the first mark each buffer was both once.
+so on. Before the first mark each buffer was both.
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ class Workload:
 
 
 def make(  # noqa: PLR0913 - one for each thing that is varied
-    kind: Kind, requests: int, *, pages: int = 1, touch: bool = False, vcpus: int = 1, call: Call
+    kind: Kind, requests: int, *, pages: int = 1, touch: bool = False, vcpus: int = 1, call: Call, rounds: int = 1
 ) -> Workload:
-    """A workload of ``requests`` requests in all. ValueError for one that does not fit a machine."""
+    """A workload of ``requests`` requests in all, and before them ``rounds`` over all buffers.
+
+    ValueError for one that does not fit a machine.
+    """
     if requests < vcpus:
         raise ValueError(f"{requests} requests are too few for {vcpus} vCPUs")
     size = pages * PAGE
@@ -90,14 +93,14 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
         raise ValueError(
             f"{pages} pages a request on {vcpus} vCPUs are more than the guest's first GiB, which it reaches"
         )
-    walk = _Walk(kind, size, buffers, touch=touch, barrier=part - PAGE)
+    walk = _Walk(kind, size, buffers, rounds, touch=touch, barrier=part - PAGE)
     each, more = divmod(requests, vcpus)
     return Workload(
         kind=kind,
         pages=pages,
         touch=touch,
         requests=requests,
-        warm_up=2 * buffers * vcpus,
+        warm_up=2 * buffers * rounds * vcpus,
         memory=memory,
         memslots=vcpus + 2,
         call=call,
@@ -112,6 +115,7 @@ class _Walk:
     kind: Kind
     size: int
     buffers: int
+    rounds: int
     touch: bool
     barrier: int
 
@@ -119,6 +123,7 @@ class _Walk:
         script = Script(call=call)
         steps = [(area + i * 2 * self.size, private) for private in (True, False) for i in range(self.buffers)]
         self._append(script, steps)
+        script.loop(0, self.rounds)
         script.barrier(self._view(self.barrier, private=False), vcpus)
         script.out(MARKS, BEGIN)
         rounds, rest = divmod(requests, len(steps))

@@ -12,12 +12,12 @@ use crate::names;
 ///
 /// ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
 /// where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
-/// ``work``: "nothing", "enforce" or "discard", how much of each conversion is carried out. The rest as for ``Vm``.
+/// ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for ``Vm``.
 ///
 /// Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
 #[pyfunction]
 #[pyo3(signature = (memory, vcpus, *, enforcement, marks, memslots = 1, shared_bit = None, doorbell = false, block = 4096,
-                    work = "discard", timeout = None))]
+                    work = "all", timeout = None))]
 #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
 pub(crate) fn bare_loop(
     py: Python<'_>,
@@ -39,6 +39,7 @@ pub(crate) fn bare_loop(
         ("nothing", Work::Nothing),
         ("enforce", Work::Enforce),
         ("discard", Work::Discard),
+        ("all", Work::All),
     ];
     let plan = Plan {
         memory,

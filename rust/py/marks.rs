@@ -53,8 +53,10 @@ impl IoHandler for Marks {
             }
             _ => {
                 let count = self.count.load(Ordering::Relaxed).to_le_bytes();
-                let from = count.into_iter().chain(std::iter::repeat(0));
-                data.iter_mut().zip(from).for_each(|(to, from)| *to = from);
+                if data.len() > count.len() {
+                    data.fill(0);
+                }
+                data.iter_mut().zip(count).for_each(|(to, from)| *to = from);
             }
         }
         Ok(())

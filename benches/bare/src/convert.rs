@@ -17,6 +17,9 @@ impl BareVm {
         if self.plan.work == Work::Nothing {
             return Ok(());
         }
+        if self.plan.work == Work::All && self.plan.mode == Mode::Attributes && to == State::Shared {
+            self.clean(pages)?;
+        }
         match (self.plan.mode, self.plan.shared_bit) {
             (Mode::Attributes, None) => self.attribute(pages, to)?,
             (Mode::Attributes, Some(_)) => {
@@ -26,7 +29,7 @@ impl BareVm {
             (Mode::Memslots, _) => self.swap(pages, to)?,
         }
         match self.plan.work {
-            Work::Discard => self.discard(pages, to.other()),
+            Work::Discard | Work::All => self.discard(pages, to.other()),
             Work::Nothing | Work::Enforce => Ok(()),
         }
     }

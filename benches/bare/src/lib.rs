@@ -36,8 +36,11 @@ pub enum Work {
     Nothing,
     /// KVM enforces the state, and the stale side stays.
     Enforce,
-    /// All: the stale side is discarded, too.
+    /// The stale side is discarded, too.
     Discard,
+    /// All that pagegate has the kernel do: it looks for what KVM's emulation, which knows no attributes, may have left on
+    /// the shared side, too.
+    All,
 }
 
 /// What one vCPU executes, in long mode.

@@ -177,6 +177,19 @@ impl BareVm {
     }
 }
 
+impl BareVm {
+    /// Frees what KVM's emulation left on the shared side of private pages, if it left anything.
+    pub(crate) fn clean(&self, range: Range) -> io::Result<()> {
+        let file = self.shared.file.as_raw_fd();
+        // SAFETY: no memory is passed.
+        let data = unsafe { libc::lseek(file, range.gpa() as libc::off_t, libc::SEEK_DATA) };
+        match data {
+            0.. if (data as u64) < range.end() => self.discard(range, State::Shared),
+            _ => Ok(()),
+        }
+    }
+}
+
 fn enable(fd: &VmFd, cap: u32, argument: u64) -> io::Result<()> {
     let cap = kvm_enable_cap {
         cap,

@@ -226,6 +226,10 @@ impl Gate {
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
         let range = order.range;
+        if wanted.is_none() && order.max_shared.is_none() && self.enforcement.is_one_part(range) {
+            let _held = self.hold(range);
+            return self.one_part(order).map(|changed| Converted::Done { changed });
+        }
         let quota = order.max_shared.filter(|_| order.to == State::Shared);
         // The page that faulted is held too, so that it cannot change between the look at it and the conversion. What is
         // not held whole is held part by part.
@@ -274,18 +278,24 @@ impl Gate {
             }
             let part = self.enforcement.part(left);
             let _held = hold.then(|| self.hold(part));
-            if self.broken.load(Ordering::SeqCst) {
-                let (range, errno) = (part, Errno(libc::EIO));
-                let undo = errno;
-                return Err(ConvertError::Inconsistent { range, errno, undo });
-            }
-            let uniform = self.with_map(|map| map.uniform(part));
-            if uniform != Some(order.to) {
-                changed += self.carry_out(Order { range: part, ..order }, uniform)?;
-            }
+            changed += self.one_part(Order { range: part, ..order })?;
             start = part.end();
         }
         Ok(Converted::Done { changed })
+    }
+
+    /// With the range held.
+    fn one_part(&self, order: Order) -> Result<u64, ConvertError> {
+        if self.broken.load(Ordering::SeqCst) {
+            let (range, errno) = (order.range, Errno(libc::EIO));
+            let undo = errno;
+            return Err(ConvertError::Inconsistent { range, errno, undo });
+        }
+        let uniform = self.with_map(|map| map.uniform(order.range));
+        match uniform == Some(order.to) {
+            true => Ok(0),
+            false => self.carry_out(order, uniform),
+        }
     }
 
     /// With the range held, whose state is known if it is uniform.

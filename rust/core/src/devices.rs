@@ -50,6 +50,14 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
+    /// Who answers a port, if the calling vCPU remembers that.
+    #[inline]
+    pub(crate) fn known<'a>(&self, port: u16, known: &'a KnownPort) -> Option<&'a dyn IoHandler> {
+        // Acquire: a change that is counted is there to be read.
+        let current = known.port == port && known.version == self.version.load(Ordering::Acquire);
+        known.handler.as_deref().filter(|_| current)
+    }
+
     /// Who answers a port, through what the calling vCPU remembers.
     pub(crate) fn port<'a>(&self, port: u16, known: &'a mut KnownPort) -> Option<&'a dyn IoHandler> {
         // Acquire: a change that is counted is there to be read.

@@ -171,6 +171,12 @@ impl Enforcement {
         }
     }
 
+    /// Whether one transaction is enough for `range`, as far as can be told at once.
+    #[inline]
+    pub(crate) fn is_one_part(&self, range: Range) -> bool {
+        self.mode == Mode::Attributes && !self.views.split() && range.size() <= PART
+    }
+
     /// The part of `range`, from its start, that one transaction is for: so much that a run which ends need not wait
     /// for more.
     pub(crate) fn part(&self, range: Range) -> Range {
@@ -225,6 +231,16 @@ impl Enforcement {
     }
 
     fn set_attributes(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+        if let Before::Uniform(state) = before
+            && state != to
+            && range.gpa() / CHUNK == (range.end() - 1) / CHUNK
+        {
+            let done = self.vm.set_attributes(range, to);
+            return done.or_else(|errno| {
+                let undo = self.restore(range, before);
+                Err(Failure::Kernel { errno, undo })
+            });
+        }
         for chunk in chunks(range) {
             if before.all(chunk, to) {
                 continue;

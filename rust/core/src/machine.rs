@@ -1,7 +1,7 @@
 //! A virtual machine: memory, vCPUs, the gate between private and shared, and who judges.
 
-use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -66,6 +66,8 @@ pub struct Machine {
     kicks: Vec<Arc<Kick>>,
     gate: Gate,
     policy: ArcSwap<Arc<dyn Policy>>,
+    /// Grows when the policy is replaced.
+    policy_version: AtomicU64,
     devices: Devices,
     events: EventLog,
     /// The run in progress.
@@ -74,6 +76,12 @@ pub struct Machine {
     pre_fault: bool,
     /// Last, so that it outlives the VM whose slots point into it.
     _memory: Arc<GuestMemory>,
+}
+
+/// The policy that judged a vCPU's last request.
+pub(crate) struct KnownPolicy {
+    version: u64,
+    policy: Arc<dyn Policy>,
 }
 
 /// The largest memslot, where slots are swapped.
@@ -131,6 +139,7 @@ impl Machine {
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
             policy: ArcSwap::from_pointee(config.policy),
+            policy_version: AtomicU64::new(0),
             devices: Devices::default(),
             current: Mutex::new(None),
             around: config.around,
@@ -159,15 +168,29 @@ impl Machine {
         &self.events
     }
 
-    /// Who judges a request that comes now. It stays even if it is replaced meanwhile.
-    pub(crate) fn policy(&self) -> impl Deref<Target = Arc<Arc<dyn Policy>>> {
-        self.policy.load()
+    /// Who judges a request that comes now, for a vCPU that knows who judged the last one. It stays even if it is
+    /// replaced meanwhile.
+    pub(crate) fn policy<'a>(&self, known: &'a mut KnownPolicy) -> &'a dyn Policy {
+        // Acquire, and before the policy is read: a replacement that is counted is the one that is found.
+        let version = self.policy_version.load(Ordering::Acquire);
+        if known.version != version {
+            *known = self.known_policy();
+        }
+        known.policy.as_ref()
+    }
+
+    pub(crate) fn known_policy(&self) -> KnownPolicy {
+        KnownPolicy {
+            version: self.policy_version.load(Ordering::Acquire),
+            policy: Arc::clone(&self.policy.load()),
+        }
     }
 
     /// Another policy judges from now on: every request that comes once this has returned. One that is being judged is
     /// answered by the old one.
     pub fn replace_policy(&self, policy: Arc<dyn Policy>) {
         self.policy.store(Arc::new(policy));
+        self.policy_version.fetch_add(1, Ordering::Release);
     }
 
     pub(crate) fn devices(&self) -> &Devices {

@@ -13,11 +13,13 @@ use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::{Event, Kind, Outcome};
 use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
-use crate::machine::Machine;
+use crate::kick::Kick;
+use crate::machine::{KnownPolicy, Machine};
 use crate::policy::{Call, Conversion, Decision, Fault};
 use crate::report::Tally;
 use crate::vcpu::VcpuState;
 use crate::views::Place;
+use crate::world::World;
 
 /// The only flag of KVM_EXIT_MEMORY_FAULT.
 pub const MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
@@ -76,6 +78,9 @@ pub(crate) struct VcpuLoop<'a> {
     machine: &'a Machine,
     control: &'a Control,
     vcpu: &'a mut VcpuState,
+    kick: &'a Kick,
+    /// Where the vCPU waits while slots change, if it has to.
+    world: Option<&'a World>,
     entry: Entry,
     repeats: Repeats,
     refused: u32,
@@ -83,6 +88,7 @@ pub(crate) struct VcpuLoop<'a> {
     exited: Moment,
     open: Option<Open>,
     known_port: KnownPort,
+    policy: KnownPolicy,
     tally: Tally,
 }
 
@@ -91,6 +97,8 @@ impl<'a> VcpuLoop<'a> {
         Self {
             machine,
             control,
+            kick: machine.kick(vcpu.index),
+            world: machine.gate().enforcement().world(),
             vcpu,
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
@@ -98,6 +106,7 @@ impl<'a> VcpuLoop<'a> {
             exited: Moment::now(),
             open: None,
             known_port: KnownPort::default(),
+            policy: machine.known_policy(),
             tally: Tally::default(),
         }
     }
@@ -105,7 +114,7 @@ impl<'a> VcpuLoop<'a> {
     /// Runs until the vCPU or the run ends.
     pub(crate) fn run(mut self) -> Tally {
         loop {
-            self.machine.kick(self.vcpu.index).clear();
+            self.kick.clear();
             if self.control.leaving() {
                 break;
             }
@@ -113,6 +122,11 @@ impl<'a> VcpuLoop<'a> {
                 Some(exit) => exit,
                 None => self.enter(),
             };
+            if let Exit::Io(io) = exit
+                && self.answered(&io)
+            {
+                continue;
+            }
             let handled = self.handle(exit);
             if handled.is_err() && exit.awaits_reply() {
                 // Nobody answered it, so it is the first thing to do should the run go on.
@@ -138,18 +152,18 @@ impl<'a> VcpuLoop<'a> {
             }
         }
         self.close_request();
-        let world = self.machine.gate().enforcement().world();
-        self.vcpu.settle(self.machine.kick(self.vcpu.index), world);
+        self.vcpu.settle(self.kick, self.world);
         self.tally
     }
 
     /// Resume, and the next exit.
     fn enter(&mut self) -> Exit {
-        self.close_request();
+        if self.open.is_some() {
+            self.close_request();
+        }
         self.entry = self.machine.gate().entry();
-        let world = self.machine.gate().enforcement().world();
-        let _inside = world.map(|world| world.enter());
-        self.vcpu.enter(self.machine.kick(self.vcpu.index))
+        let _inside = self.world.map(World::enter);
+        self.vcpu.enter(self.kick)
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
@@ -341,7 +355,7 @@ impl<'a> VcpuLoop<'a> {
         };
         self.tally.faults += 1;
         self.open_request(Kind::Implicit, page, access);
-        let decision = self.machine.policy().memory_fault(&fault);
+        let decision = self.machine.policy(&mut self.policy).memory_fault(&fault);
         let decision = match decision {
             Ok(decision) => decision,
             Err(failure) => return Err(self.hook(&Self::faulting(&fault), failure)),
@@ -429,7 +443,7 @@ impl<'a> VcpuLoop<'a> {
         };
         self.tally.poisons += 1;
         self.open_request(Kind::Poison, page, access);
-        let decision = self.machine.policy().memory_poison(&poison);
+        let decision = self.machine.policy(&mut self.policy).memory_poison(&poison);
         let site = self.site(Some(page));
         match decision.map_err(|failure| self.hook(&site, failure))? {
             Decision::Convert(_) => Err(self.hook(
@@ -541,7 +555,7 @@ impl<'a> VcpuLoop<'a> {
         };
         self.tally.hypercalls += 1;
         self.open_request(Kind::Explicit, range, request.to);
-        let decision = self.machine.policy().map_gpa_range(&judged);
+        let decision = self.machine.policy(&mut self.policy).map_gpa_range(&judged);
         let decision = match decision {
             Ok(decision) => decision,
             Err(failure) => {
@@ -611,11 +625,16 @@ impl<'a> VcpuLoop<'a> {
 
     /// What the policy wants converted, which may be another range or state than was asked for.
     fn decided(&self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
-        let gpa = change.gpa.unwrap_or(asked.gpa());
-        let size = change.size.unwrap_or(asked.size());
-        let range = self.machine.gate().range(gpa, size);
+        let range = match (change.gpa, change.size) {
+            (None, None) => asked,
+            (gpa, size) => {
+                let (gpa, size) = (gpa.unwrap_or(asked.gpa()), size.unwrap_or(asked.size()));
+                let range = self.machine.gate().range(gpa, size);
+                range.map_err(|error| format!("Convert: {error}"))?
+            }
+        };
         Ok(Order {
-            range: range.map_err(|error| format!("Convert: {error}"))?,
+            range,
             to: change.to.unwrap_or(to),
             keep: change.keep,
             max_shared: change.max_shared,
@@ -723,6 +742,26 @@ impl<'a> VcpuLoop<'a> {
     }
 
     // ---- devices
+
+    /// Port IO to the handler that this vCPU used last, if that is all there is to it: the shortest way there is, for
+    /// what is by far the most frequent exit of a guest with devices.
+    fn answered(&mut self, io: &Io) -> bool {
+        let Some(handler) = self.machine.devices().known(io.port, &self.known_port) else {
+            return false;
+        };
+        let Some(data) = self.vcpu.hv.page().get_mut(io.data..io.data + io.len()) else {
+            return false;
+        };
+        if let Err(failure) = handler.io(self.vcpu.index, io, data) {
+            self.vcpu.pending = Some(Exit::Io(*io));
+            let site = self.site(None);
+            self.control.finish(Err(self.hook(&site, failure)));
+            return true;
+        }
+        self.refused = 0;
+        self.vcpu.reply_due = true;
+        true
+    }
 
     fn io(&mut self, io: Io) -> Result<Flow, Error> {
         self.vcpu.reply_due = true;
