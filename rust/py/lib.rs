@@ -4,6 +4,7 @@ mod decision;
 mod devices;
 mod errors;
 mod events;
+mod fields;
 mod gate;
 mod host;
 mod listener;
@@ -13,6 +14,7 @@ mod policies;
 mod policy;
 mod report;
 mod request;
+mod reuse;
 mod testing;
 mod trial;
 
