@@ -5,6 +5,7 @@ mod decision;
 mod devices;
 mod errors;
 mod events;
+mod fields;
 mod gate;
 mod host;
 mod listener;
@@ -15,6 +16,7 @@ mod policies;
 mod policy;
 mod report;
 mod request;
+mod reuse;
 mod testing;
 mod trial;
 

@@ -20,7 +20,7 @@ use crate::events::PyEvents;
 use crate::gate::PyGate;
 use crate::listener::PyListener;
 use crate::marks::PyMarks;
-use crate::policy::{Judge, PyPolicy};
+use crate::policy::{Judge, PyPolicy, forget_requests};
 use crate::report::PyReport;
 use crate::testing::PyFake;
 use crate::{errors, names};
@@ -107,7 +107,10 @@ impl PyVm {
 /// One attach for the thread's whole life, so that each hook only switches to a thread state that is there already.
 fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
     Arc::new(move |body| match enters_python.load(Ordering::Relaxed) {
-        true => Python::attach(|py| py.detach(body)),
+        true => Python::attach(|py| {
+            py.detach(body);
+            forget_requests(py);
+        }),
         false => body(),
     })
 }

@@ -11,8 +11,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::fields::Standing;
 use crate::policy::Judge;
-use crate::request::{MIXED, PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
+use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
 use crate::{decision, errors, names};
 
 /// Asks a policy as a machine does, without one, and carries its decisions out on a map of states.
@@ -125,7 +126,7 @@ impl PyTrial {
             self.inside(call.range)?;
             let answer = self.judge.policy.map_gpa_range(&call);
             let answer = answer.and_then(|decision| self.carry_out(Request::Explicit(&call), decision));
-            let state = call.state.map_or(MIXED, State::as_str);
+            let state = Standing::from(call.state).as_str();
             (answer, site(call.vcpu, call.range, state, 0))
         } else {
             let poison = request.is_instance_of::<PyMemoryPoison>();
@@ -150,7 +151,7 @@ impl PyTrial {
         #[pyo3(from_py_with = names::u64)] size: u64,
     ) -> PyResult<&'static str> {
         let range = self.range(gpa, size).ok_or_else(|| self.outside(gpa, size))?;
-        Ok(self.map().uniform(range).map_or(MIXED, State::as_str))
+        Ok(Standing::from(self.map().uniform(range)).as_str())
     }
 
     /// Maximal runs of one state as ``(gpa, size, state)``, ascending.

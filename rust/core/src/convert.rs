@@ -323,7 +323,7 @@ impl Gate {
         let stale = self.side(to.other());
         let discarded = match keep {
             true => Ok(()),
-            false => self.vm.discard(stale.file(), range.gpa(), range.size()),
+            false => self.vm.discard(stale, range),
         };
         let changed = self.commit(order);
         let told = conversion.map_or(Ok(()), |conversion| self.listeners.commit(&conversion));
@@ -339,16 +339,15 @@ impl Gate {
             self.kept.store(true, Ordering::Relaxed);
         }
         let emulated = order.to == State::Shared && self.enforcement.mode() == Mode::Attributes;
-        if !emulated || self.kept.load(Ordering::Relaxed) || !self.memory.shared.has_data(order.range)? {
+        if !emulated || self.kept.load(Ordering::Relaxed) || !self.vm.has_data(&self.memory.shared, order.range)? {
             return Ok(());
         }
         // Of pages that are shared already, the bytes stay.
         let runs = before.runs(order.range);
         let private = runs.iter().filter(|run| run.state == State::Private);
-        let file = self.memory.shared.file();
         private
             .map(|run| run.range)
-            .try_for_each(|range| self.vm.discard(file, range.gpa(), range.size()))
+            .try_for_each(|range| self.vm.discard(&self.memory.shared, range))
     }
 
     /// Where the bytes of a page in this state are.
@@ -366,10 +365,8 @@ impl Gate {
     pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
         let _held = self.hold(range);
         let runs: Vec<Run> = self.with_map(|map| map.runs_in(range).collect());
-        runs.iter().try_for_each(|run| {
-            let (file, run) = (self.side(run.state).file(), run.range);
-            self.vm.discard(file, run.gpa(), run.size())
-        })
+        runs.iter()
+            .try_for_each(|run| self.vm.discard(self.side(run.state), run.range))
     }
 
     /// Tells a listener the present state and from then on every change, with nothing in between.

@@ -5,7 +5,6 @@
 pub mod fake;
 pub mod kvm;
 
-use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::attributes::{Range, State};
 use crate::errno::Errno;
-use crate::memory::HostAddress;
+use crate::memory::{Backing, HostAddress};
 
 /// What one virtual machine can do, asked once when it is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,11 +75,17 @@ pub trait Hypervisor: Send + Sync {
     /// ENOMEM changes nothing; EINVAL where the VM has no private memory.
     fn set_attributes(&self, range: Range, to: State) -> Result<(), Errno>;
 
-    /// Frees `len` bytes of `file` from `offset` on (FALLOC_FL_PUNCH_HOLE); what is read there next is zero.
+    /// Frees a part of a side (FALLOC_FL_PUNCH_HOLE); what is read there next is zero. The caller holds the range.
     ///
     /// # Errors
     /// Those of fallocate(2).
-    fn discard(&self, file: &File, offset: u64, len: u64) -> Result<(), Errno>;
+    fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno>;
+
+    /// Whether anything was written to this part of a memfd since it was last discarded. The caller holds the range.
+    ///
+    /// # Errors
+    /// Those of lseek(2).
+    fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno>;
 
     /// KVM_CREATE_VCPU, with the CPUID that this host supports.
     ///
