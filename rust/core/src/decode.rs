@@ -218,6 +218,17 @@ fn dispatch(reason: u32, page: &[u8], len: usize) -> Option<Exit> {
     })
 }
 
+/// Port IO, if KVM_RUN returned 0 and left that: what is asked first, for it is by far the most frequent exit of a guest
+/// with devices.
+#[inline]
+pub(crate) fn port_io(page: &[u8]) -> Option<Io> {
+    let head = page.first_chunk::<HEAD>()?;
+    match u32_at(head, offset::EXIT_REASON) {
+        Some(kvm_bindings::KVM_EXIT_IO) => io(head, page.len()),
+        _ => None,
+    }
+}
+
 fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
     Some(MemoryFault {
         flags: u64_at(page, UNION)?,

@@ -118,15 +118,16 @@ impl<'a> VcpuLoop<'a> {
             if self.control.leaving() {
                 break;
             }
-            let exit = match self.vcpu.pending.take() {
-                Some(exit) => exit,
-                None => self.enter(),
+            let exit = match self.vcpu.pending {
+                Some(exit) => {
+                    self.vcpu.pending = None;
+                    exit
+                }
+                None => match self.enter() {
+                    Some(exit) => exit,
+                    None => continue,
+                },
             };
-            if let Exit::Io(io) = exit
-                && self.answered(&io)
-            {
-                continue;
-            }
             let handled = self.handle(exit);
             if handled.is_err() && exit.awaits_reply() {
                 // Nobody answered it, so it is the first thing to do should the run go on.
@@ -156,14 +157,36 @@ impl<'a> VcpuLoop<'a> {
         self.tally
     }
 
-    /// Resume, and the next exit.
-    fn enter(&mut self) -> Exit {
+    /// Resume, and the next exit, unless it was answered already.
+    fn enter(&mut self) -> Option<Exit> {
         if self.open.is_some() {
             self.close_request();
         }
         self.entry = self.machine.gate().entry();
-        let _inside = self.world.map(World::enter);
-        self.vcpu.enter(self.kick)
+        let vcpu = self.vcpu.index;
+        let (result, page) = {
+            let _inside = self.world.map(World::enter);
+            self.vcpu.run(self.kick)
+        };
+        // Port IO to the handler that this vCPU used last takes the shortest way there is.
+        if result.is_ok()
+            && let Some(io) = decode::port_io(page)
+            && let Some(handler) = self.machine.devices().known(io.port, &self.known_port)
+            && let Some(data) = page.get_mut(io.data..io.data + io.len())
+        {
+            let answered = handler.io(vcpu, &io, data);
+            self.refused = 0;
+            match answered {
+                Ok(()) => self.vcpu.reply_due = true,
+                Err(failure) => {
+                    self.vcpu.pending = Some(Exit::Io(io));
+                    let site = self.site(None);
+                    self.control.finish(Err(self.hook(&site, failure)));
+                }
+            }
+            return None;
+        }
+        Some(decode::decode(result, page))
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
@@ -742,26 +765,6 @@ impl<'a> VcpuLoop<'a> {
     }
 
     // ---- devices
-
-    /// Port IO to the handler that this vCPU used last, if that is all there is to it: the shortest way there is, for
-    /// what is by far the most frequent exit of a guest with devices.
-    fn answered(&mut self, io: &Io) -> bool {
-        let Some(handler) = self.machine.devices().known(io.port, &self.known_port) else {
-            return false;
-        };
-        let Some(data) = self.vcpu.hv.page().get_mut(io.data..io.data + io.len()) else {
-            return false;
-        };
-        if let Err(failure) = handler.io(self.vcpu.index, io, data) {
-            self.vcpu.pending = Some(Exit::Io(*io));
-            let site = self.site(None);
-            self.control.finish(Err(self.hook(&site, failure)));
-            return true;
-        }
-        self.refused = 0;
-        self.vcpu.reply_due = true;
-        true
-    }
 
     fn io(&mut self, io: Io) -> Result<Flow, Error> {
         self.vcpu.reply_due = true;

@@ -50,11 +50,18 @@ impl VcpuState {
 
     /// One KVM_RUN.
     pub(crate) fn enter(&mut self, kick: &Kick) -> Exit {
-        decode::put(self.hv.page(), offset::EXIT_REASON, &decode::SENTINEL.to_le_bytes());
+        let (result, page) = self.run(kick);
+        decode(result, page)
+    }
+
+    /// One KVM_RUN: its result, and the run page as it left it.
+    #[inline]
+    pub(crate) fn run(&mut self, kick: &Kick) -> (Result<(), Errno>, &mut [u8]) {
         self.reply_due = false;
-        self.sync();
-        let result = kick.inside(|| self.hv.run());
-        decode(result, self.hv.page())
+        if self.synced || self.sync_for > 0 {
+            self.sync();
+        }
+        kick.inside(|| self.hv.enter())
     }
 
     /// Has the coming exit's registers put into the run page, or not.

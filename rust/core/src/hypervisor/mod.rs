@@ -11,6 +11,7 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::attributes::{Range, State};
+use crate::decode;
 use crate::errno::Errno;
 use crate::memory::{Backing, HostAddress};
 
@@ -101,6 +102,17 @@ pub trait Vcpu: Send {
     /// # Errors
     /// The errno of the ioctl; only with the run page does it mean something, see [`crate::decode`].
     fn run(&mut self) -> Result<(), Errno>;
+
+    /// KVM_RUN after the sentinel: its result, and the run page as it left it.
+    fn enter(&mut self) -> (Result<(), Errno>, &mut [u8]) {
+        decode::put(
+            self.page(),
+            decode::offset::EXIT_REASON,
+            &decode::SENTINEL.to_le_bytes(),
+        );
+        let result = self.run();
+        (result, self.page())
+    }
 
     /// The run page from `exit_reason` on, without the first [`crate::decode::PAGE_START`] bytes, which other
     /// threads may write.
