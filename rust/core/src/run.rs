@@ -113,21 +113,7 @@ impl<'a> VcpuLoop<'a> {
 
     /// Runs until the vCPU or the run ends.
     pub(crate) fn run(mut self) -> Tally {
-        loop {
-            self.kick.clear();
-            if self.control.leaving() {
-                break;
-            }
-            let exit = match self.vcpu.pending {
-                Some(exit) => {
-                    self.vcpu.pending = None;
-                    exit
-                }
-                None => match self.enter() {
-                    Some(exit) => exit,
-                    None => continue,
-                },
-            };
+        while let Some(exit) = self.next_exit() {
             let handled = self.handle(exit);
             if handled.is_err() && exit.awaits_reply() {
                 // Nobody answered it, so it is the first thing to do should the run go on.
@@ -157,36 +143,52 @@ impl<'a> VcpuLoop<'a> {
         self.tally
     }
 
-    /// Resume, and the next exit, unless it was answered already.
-    fn enter(&mut self) -> Option<Exit> {
-        if self.open.is_some() {
-            self.close_request();
-        }
-        self.entry = self.machine.gate().entry();
-        let vcpu = self.vcpu.index;
-        let (result, page) = {
-            let _inside = self.world.map(World::enter);
-            self.vcpu.run(self.kick)
-        };
-        // Port IO to the handler that this vCPU used last takes the shortest way there is.
-        if result.is_ok()
-            && let Some(io) = decode::port_io(page)
-            && let Some(handler) = self.machine.devices().known(io.port, &self.known_port)
-            && let Some(data) = page.get_mut(io.data..io.data + io.len())
-        {
-            let answered = handler.io(vcpu, &io, data);
-            self.refused = 0;
-            match answered {
-                Ok(()) => self.vcpu.reply_due = true,
-                Err(failure) => {
-                    self.vcpu.pending = Some(Exit::Io(io));
-                    let site = self.site(None);
-                    self.control.finish(Err(self.hook(&site, failure)));
-                }
+    /// Resume, and the next exit that is not answered by the way; `None` when the run ends.
+    ///
+    /// Port IO to the handler that this vCPU used last is answered here and takes the shortest way there is: it is by far
+    /// the most frequent exit of a guest with devices.
+    #[inline(never)]
+    fn next_exit(&mut self) -> Option<Exit> {
+        let (machine, kick, world, vcpu) = (self.machine, self.kick, self.world, self.vcpu.index);
+        loop {
+            kick.clear();
+            if self.control.leaving() {
+                return None;
             }
-            return None;
+            if let Some(exit) = self.vcpu.pending.take() {
+                return Some(exit);
+            }
+            if self.open.is_some() {
+                self.close_request();
+            }
+            self.entry = machine.gate().entry();
+            let (result, page) = {
+                let _inside = world.map(World::enter);
+                self.vcpu.run(kick)
+            };
+            if result.is_ok()
+                && let Some(io) = decode::port_io(page)
+                && let Some(handler) = machine.devices().known(io.port, &self.known_port)
+                && let Some(data) = page.get_mut(io.data..io.data + io.len())
+            {
+                let answered = handler.io(vcpu, &io, data);
+                self.refused = 0;
+                match answered {
+                    Ok(()) => self.vcpu.reply_due = true,
+                    Err(failure) => self.unanswered(io, failure),
+                }
+                continue;
+            }
+            return Some(decode::decode(result, page));
         }
-        Some(decode::decode(result, page))
+    }
+
+    /// A handler failed: the run ends, and its exit is the first thing to do should it go on.
+    #[cold]
+    fn unanswered(&mut self, io: Io, failure: Failure) {
+        self.vcpu.pending = Some(Exit::Io(io));
+        let site = self.site(None);
+        self.control.finish(Err(self.hook(&site, failure)));
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
