@@ -1,5 +1,6 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
+mod arrow;
 mod decision;
 mod devices;
 mod errors;
@@ -14,6 +15,7 @@ mod policy;
 mod report;
 mod request;
 mod testing;
+mod trace;
 mod trial;
 
 use pyo3::prelude::*;
@@ -46,6 +48,10 @@ mod _core {
     use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
     #[pymodule_export]
     use crate::testing::{PyFake, PyReply, PyStep};
+    #[pymodule_export]
+    use crate::trace::{
+        PyDifference, PyJudged, PyRecorder, PyReplay, PyTrace, PyTraceIterator, read_trace, replay, synthetic_trace,
+    };
     #[pymodule_export]
     use crate::trial::PyTrial;
 

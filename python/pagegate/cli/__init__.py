@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "demo": "pagegate.cli.demo:demo",
     "doctor": "pagegate.cli.doctor:doctor",
+    "replay": "pagegate.cli.replay:replay",
     "run": "pagegate.cli.run:run",
     "testbed": "pagegate.testbed.command:testbed",
+    "trace": "pagegate.cli.trace:trace",
 }
 _INTERRUPTED = 130
 
