@@ -1,5 +1,6 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
+mod arrow;
 mod bare;
 mod decision;
 mod devices;
@@ -18,6 +19,7 @@ mod report;
 mod request;
 mod reuse;
 mod testing;
+mod trace;
 mod trial;
 
 use pyo3::prelude::*;
@@ -54,6 +56,10 @@ mod _core {
     use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
     #[pymodule_export]
     use crate::testing::{PyFake, PyReply, PyStep};
+    #[pymodule_export]
+    use crate::trace::{
+        PyDifference, PyJudged, PyRecorder, PyReplay, PyTrace, PyTraceIterator, read_trace, replay, synthetic_trace,
+    };
     #[pymodule_export]
     use crate::trial::PyTrial;
 

@@ -10,6 +10,7 @@ use pagegate_core::boot::{self, REGISTERS, SYSTEM_REGISTERS};
 use pagegate_core::image::Image;
 use pagegate_core::listener::Listener;
 use pagegate_core::machine::{Config, Machine, ThreadWrapper};
+use pagegate_core::trace::About;
 use pyo3::exceptions::{PyIndexError, PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
@@ -50,6 +51,8 @@ pub(crate) struct PyVm {
     /// vCPU threads keep a Python thread state only where something may be called.
     enters_python: Arc<AtomicBool>,
     memory: u64,
+    /// The memory as it was at first, for whoever reads the log later.
+    about: About,
     shared_bit: Option<u32>,
     enforcement: &'static str,
 }
@@ -63,6 +66,10 @@ impl PyVm {
     pub(crate) fn machine(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
         let machine = lock(&self.machine).clone();
         machine.ok_or_else(|| errors::busy(py, "this machine is closed"))
+    }
+
+    pub(crate) fn about(&self) -> &About {
+        &self.about
     }
 
     /// The policy as it was given.
@@ -167,6 +174,7 @@ impl PyVm {
             .map_err(|error| errors::raise(py, error))?;
         Ok(Self {
             memory,
+            about: About::now(machine.gate()),
             shared_bit,
             enforcement: machine.enforcement().as_str(),
             machine: Mutex::new(Some(Arc::new(machine))),

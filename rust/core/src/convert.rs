@@ -49,6 +49,8 @@ pub enum Converted {
     Interrupted {
         /// Bytes whose state changed.
         changed: u64,
+        /// How many of the range's bytes, from its start, are in the wanted state now.
+        size: u64,
     },
     /// The page that faulted changed meanwhile; nothing was done.
     Superseded,
@@ -274,7 +276,8 @@ impl Gate {
         let mut start = order.range.gpa();
         while let Some(left) = Range::new(start, order.range.end() - start) {
             if start > order.range.gpa() && cancel() {
-                return Ok(Converted::Interrupted { changed });
+                let size = start - order.range.gpa();
+                return Ok(Converted::Interrupted { changed, size });
             }
             let part = self.enforcement.part(left);
             let _held = hold.then(|| self.hold(part));

@@ -69,7 +69,7 @@ pub struct Machine {
     /// Grows when the policy is replaced.
     policy_version: AtomicU64,
     devices: Devices,
-    events: EventLog,
+    events: Arc<EventLog>,
     /// The run in progress.
     current: Mutex<Option<Arc<Control>>>,
     around: Option<ThreadWrapper>,
@@ -122,12 +122,16 @@ impl Machine {
         let enforcement = Enforcement::new(mode, vm.clone(), memory.clone(), views, borders);
         let all = Range::new(0, config.memory).ok_or(Error::Busy("memory is empty"))?;
         enforcement.start(all, config.initial).map_err(set_up)?;
-        let vcpu = |index| -> Result<VcpuState, Error> {
+        let (events, writers) = EventLog::new(config.events, config.vcpus as usize);
+        let vcpu = |(index, log)| -> Result<VcpuState, Error> {
             let what = "create a vCPU";
             let hv = vm.create_vcpu(index).map_err(|errno| Error::Host { what, errno })?;
-            VcpuState::new(index, hv).map_err(|errno| Error::Host { what, errno })
+            VcpuState::new(index, hv, log).map_err(|errno| Error::Host { what, errno })
         };
-        let vcpus = (0..config.vcpus).map(vcpu).collect::<Result<Vec<_>, _>>()?;
+        let vcpus = (0..config.vcpus)
+            .zip(writers)
+            .map(vcpu)
+            .collect::<Result<Vec<_>, _>>()?;
         let kicks: Vec<Arc<Kick>> = vcpus
             .iter()
             .map(|vcpu| Arc::new(Kick::new(vcpu.hv.exit_flag())))
@@ -135,7 +139,7 @@ impl Machine {
         let map = AttributeMap::new(config.memory, config.initial);
         Ok(Self {
             gate: Gate::new(map, views, enforcement, vm, memory.clone(), kicks.clone()),
-            events: EventLog::new(config.events, vcpus.len()),
+            events: Arc::new(events),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
             policy: ArcSwap::from_pointee(config.policy),
@@ -164,7 +168,7 @@ impl Machine {
     }
 
     /// The log of requests.
-    pub fn events(&self) -> &EventLog {
+    pub fn events(&self) -> &Arc<EventLog> {
         &self.events
     }
 

@@ -11,10 +11,12 @@ use crate::devices::KnownPort;
 use crate::enforce::Mode;
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
-use crate::events::{Event, Kind, Outcome};
+use crate::events::{Answer, Event, Kind, Outcome};
 use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
 use crate::kick::Kick;
 use crate::machine::{KnownPolicy, Machine};
+use crate::model;
+use crate::policies::Request;
 use crate::policy::{Call, Conversion, Decision, Fault};
 use crate::report::Tally;
 use crate::vcpu::VcpuState;
@@ -379,13 +381,9 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.faults += 1;
-        self.open_request(Kind::Implicit, page, access);
+        self.open_request(Request::Implicit(&fault), Kind::Implicit);
         let decision = self.machine.policy(&mut self.policy).memory_fault(&fault);
-        let decision = match decision {
-            Ok(decision) => decision,
-            Err(failure) => return Err(self.hook(&Self::faulting(&fault), failure)),
-        };
-        match decision {
+        match self.decided(decision, page, access)? {
             Decision::Convert(change) => self.convert_implicit(change, wanted, &fault),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
@@ -417,7 +415,7 @@ impl<'a> VcpuLoop<'a> {
     }
 
     fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
-        let order = match self.decided(change, wanted.page, wanted.access) {
+        let order = match self.order(change, wanted.page, wanted.access) {
             Ok(order) => order,
             Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
         };
@@ -434,8 +432,7 @@ impl<'a> VcpuLoop<'a> {
                 Ok(Judged::Look)
             }
             Err(ConvertError::OverQuota { .. }) => {
-                self.tally.denied += 1;
-                self.close(Outcome::Denied, libc::EINVAL);
+                self.over_quota();
                 Ok(Judged::Leave("denied".to_owned()))
             }
             Err(ConvertError::Refused { .. }) => {
@@ -467,14 +464,12 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.poisons += 1;
-        self.open_request(Kind::Poison, page, access);
+        self.open_request(Request::Implicit(&poison), Kind::Poison);
         let decision = self.machine.policy(&mut self.policy).memory_poison(&poison);
+        let decision = self.decided(decision, page, access)?;
         let site = self.site(Some(page));
-        match decision.map_err(|failure| self.hook(&site, failure))? {
-            Decision::Convert(_) => Err(self.hook(
-                &site,
-                "memory_poison cannot answer Convert: a conversion does not repair a poisoned page".into(),
-            )),
+        match decision {
+            Decision::Convert(_) => Err(self.hook(&site, model::POISON_IS_NOT_CONVERTED.into())),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -579,16 +574,9 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.hypercalls += 1;
-        self.open_request(Kind::Explicit, range, request.to);
+        self.open_request(Request::Explicit(&judged), Kind::Explicit);
         let decision = self.machine.policy(&mut self.policy).map_gpa_range(&judged);
-        let decision = match decision {
-            Ok(decision) => decision,
-            Err(failure) => {
-                let site = self.called(&judged);
-                return Err(self.hook(&site, failure));
-            }
-        };
-        let (errno, flow) = match decision {
+        let (errno, flow) = match self.decided(decision, range, request.to)? {
             Decision::Convert(change) => (self.convert_explicit(change, &judged)?, Flow::Resume),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
@@ -615,7 +603,7 @@ impl<'a> VcpuLoop<'a> {
 
     /// The errno for the guest, 0 for success.
     fn convert_explicit(&mut self, change: Conversion, call: &Call) -> Result<i32, Error> {
-        let order = match self.decided(change, call.range, call.to) {
+        let order = match self.order(change, call.range, call.to) {
             Ok(order) => order,
             Err(failure) => {
                 let site = self.called(call);
@@ -631,8 +619,7 @@ impl<'a> VcpuLoop<'a> {
                 Ok(errno)
             }
             Err(ConvertError::OverQuota { .. }) => {
-                self.tally.denied += 1;
-                self.close(Outcome::Denied, libc::EINVAL);
+                self.over_quota();
                 Ok(libc::EINVAL)
             }
             Err(source) => {
@@ -649,7 +636,7 @@ impl<'a> VcpuLoop<'a> {
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn decided(&self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
+    fn order(&self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
         let range = match (change.gpa, change.size) {
             (None, None) => asked,
             (gpa, size) => {
@@ -666,13 +653,22 @@ impl<'a> VcpuLoop<'a> {
         })
     }
 
+    /// A quota is a part of the policy, and it was the gate that could tell.
+    fn over_quota(&mut self) {
+        self.tally.denied += 1;
+        if let Some(open) = &mut self.open {
+            open.event.answer = Answer::deny(open.event.to, Errno(libc::EINVAL));
+        }
+        self.close(Outcome::Denied, libc::EINVAL);
+    }
+
     /// Books what was done: the errno for a guest that asked, 0 for all of it.
     fn converted(&mut self, order: Order, converted: Converted) -> i32 {
         let Order { range, to, .. } = order;
-        let (changed, outcome, errno) = match converted {
-            Converted::Done { changed } => (changed, Outcome::Converted, 0),
-            Converted::Interrupted { changed } => (changed, Outcome::Retried, libc::EAGAIN),
-            Converted::Superseded => (0, Outcome::Superseded, 0),
+        let (changed, size, outcome, errno) = match converted {
+            Converted::Done { changed } => (changed, range.size(), Outcome::Converted, 0),
+            Converted::Interrupted { changed, size } => (changed, size, Outcome::Retried, libc::EAGAIN),
+            Converted::Superseded => (0, 0, Outcome::Superseded, 0),
         };
         match outcome {
             Outcome::Converted => self.tally.conversions += 1,
@@ -683,11 +679,11 @@ impl<'a> VcpuLoop<'a> {
             State::Private => self.tally.bytes_to_private += changed,
             State::Shared => self.tally.bytes_to_shared += changed,
         }
-        if outcome == Outcome::Converted
-            && let Some(open) = &mut self.open
+        if let Some(open) = &mut self.open
+            && size > 0
         {
             open.event.done_gpa = range.gpa();
-            open.event.done_size = range.size();
+            open.event.done_size = size;
             open.event.done_to = to;
             open.event.changed = changed;
         }
@@ -727,18 +723,37 @@ impl<'a> VcpuLoop<'a> {
 
     // ---- record
 
-    fn open_request(&mut self, kind: Kind, asked: Range, to: State) {
+    fn open_request(&mut self, request: Request<'_>, kind: Kind) {
         self.close_request();
+        let (asked, to) = (request.range(), request.to());
+        let (state, page_size, raw) = match request {
+            Request::Implicit(fault) => (Some(fault.state), 0, 0),
+            // Both have passed the parser: a hint of at most 1 GiB, and five bits.
+            Request::Explicit(call) => (call.state, call.page_size as u32, call.raw as u32),
+        };
+        let (flags, rip, repeats) = match request {
+            // Only one flag is known, and others reach no policy.
+            Request::Implicit(fault) => (fault.flags as u32, fault.rip, fault.repeats),
+            Request::Explicit(_) => (0, 0, 0),
+        };
         self.open = Some(Open {
             since: self.exited,
             event: Event {
                 sequence: 0,
-                time: self.machine.nanoseconds(self.exited),
+                asked: self.machine.events().ask(),
+                time: request.time(),
                 vcpu: self.vcpu.index,
                 kind,
                 gpa: asked.gpa(),
                 size: asked.size(),
                 to,
+                state,
+                page_size,
+                raw,
+                flags,
+                rip,
+                repeats,
+                answer: Answer::none(to),
                 outcome: Outcome::Failed,
                 done_gpa: asked.gpa(),
                 done_size: 0,
@@ -748,6 +763,22 @@ impl<'a> VcpuLoop<'a> {
                 latency: 0,
             },
         });
+    }
+
+    /// What the policy made of the request that is open.
+    fn decided(&mut self, decision: Result<Decision, Failure>, asked: Range, to: State) -> Result<Decision, Error> {
+        match decision {
+            Ok(decision) => {
+                if let Some(open) = &mut self.open {
+                    open.event.answer = Answer::of(&decision, asked, to);
+                }
+                Ok(decision)
+            }
+            Err(failure) => {
+                let site = self.site(Some(asked));
+                Err(self.hook(&site, failure))
+            }
+        }
     }
 
     fn close(&mut self, outcome: Outcome, errno: i32) {
@@ -762,7 +793,7 @@ impl<'a> VcpuLoop<'a> {
         if let Some(mut open) = self.open.take() {
             open.event.latency = open.since.elapsed().as_nanos() as u64;
             self.tally.record_latency(open.event.latency);
-            self.machine.events().push(open.event);
+            self.machine.events().push(&mut self.vcpu.log, open.event);
         }
     }
 

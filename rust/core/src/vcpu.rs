@@ -4,6 +4,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::decode::{self, Exit, decode, offset};
 use crate::errno::Errno;
+use crate::events::Writer;
 use crate::hypervisor::Vcpu;
 use crate::kick::Kick;
 use crate::world::World;
@@ -16,6 +17,8 @@ const FRAGMENTS: usize = 16;
 pub(crate) struct VcpuState {
     pub index: u32,
     pub hv: Box<dyn Vcpu>,
+    /// Its part of the log.
+    pub log: Writer,
     /// `start` was called, and it did not end in a triple fault since.
     pub started: bool,
     /// An exit that was not answered yet.
@@ -34,7 +37,7 @@ pub(crate) struct VcpuState {
 }
 
 impl VcpuState {
-    pub(crate) fn new(index: u32, hv: Box<dyn Vcpu>) -> Result<Self, Errno> {
+    pub(crate) fn new(index: u32, hv: Box<dyn Vcpu>, log: Writer) -> Result<Self, Errno> {
         Ok(Self {
             index,
             reset_sregs: hv.sregs()?,
@@ -42,6 +45,7 @@ impl VcpuState {
             synced: false,
             sync_for: 0,
             hv,
+            log,
             started: false,
             pending: None,
             reply_due: false,
