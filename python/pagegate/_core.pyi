@@ -52,6 +52,9 @@ class Marks:
 
     def __new__(cls) -> Self: ...
     @property
+    def now(self) -> int:
+        """Nanoseconds since this object was made."""
+    @property
     def written(self) -> list[tuple[int, int, int]]:
         """Each as ``(vcpu, value, nanoseconds)``, the time since this object was made."""
 

@@ -36,6 +36,12 @@ impl PyMarks {
         }))
     }
 
+    /// Nanoseconds since this object was made.
+    #[getter]
+    fn now(&self) -> u64 {
+        self.0.born.elapsed().as_nanos() as u64
+    }
+
     /// Each as ``(vcpu, value, nanoseconds)``, the time since this object was made.
     #[getter]
     fn written(&self) -> Vec<Mark> {

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use smallvec::SmallVec;
+
 use crate::attributes::{Range, State};
 
 /// A slot that exists or is to be made.
@@ -28,9 +30,12 @@ pub(crate) struct Layer {
 /// What is to be done, deletions first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    pub delete: Vec<Slot>,
-    pub create: Vec<Slot>,
+    pub delete: Few<Slot>,
+    pub create: Few<Slot>,
 }
+
+/// As many as a page in the midst of others takes; more are rare.
+type Few<T> = SmallVec<[T; 4]>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OutOfSlots {
@@ -85,8 +90,8 @@ impl SlotTable {
     }
 
     pub(crate) fn plan(&self, range: Range, changes: &[LayerChange]) -> Result<Plan, OutOfSlots> {
-        let mut delete = Vec::new();
-        let mut create = Vec::new();
+        let mut delete = Few::new();
+        let mut create = Few::new();
         for (layer, present) in changes {
             for piece in self.cut(range) {
                 match present {
@@ -95,11 +100,11 @@ impl SlotTable {
                 }
             }
         }
-        let reused: Vec<u32> = delete.iter().map(|slot: &Slot| slot.id).collect();
+        let reused: Few<u32> = delete.iter().map(|slot: &Slot| slot.id).collect();
         let free = self.used.iter().enumerate().filter(|(_, used)| !**used);
         let mut ids = reused.into_iter().chain(free.map(|(id, _)| id as u32));
         let needed = create.len();
-        let create: Vec<Slot> = create
+        let create: Few<Slot> = create
             .into_iter()
             .map_while(|(layer, range)| ids.next().map(|id| Slot { id, layer, range }))
             .collect();
@@ -137,11 +142,11 @@ impl SlotTable {
         self.borders.iter().filter(inside).copied()
     }
 
-    fn plan_insert(&self, layer: usize, piece: Range, delete: &mut Vec<Slot>, create: &mut Vec<(usize, Range)>) {
+    fn plan_insert(&self, layer: usize, piece: Range, delete: &mut Few<Slot>, create: &mut Few<(usize, Range)>) {
         let (mut start, mut end) = (piece.gpa(), piece.end());
         let reach_down = u64::from(start > 0 && !self.borders.contains(&start));
         let reach_up = u64::from(!self.borders.contains(&end));
-        let touched: Vec<Slot> = self.overlapping(layer, start - reach_down, end + reach_up).collect();
+        let touched: Few<Slot> = self.overlapping(layer, start - reach_down, end + reach_up).collect();
         if let [only] = touched[..]
             && only.range.gpa() <= start
             && end <= only.range.end()
@@ -156,7 +161,7 @@ impl SlotTable {
         create.extend(Range::new(start, end - start).map(|range| (layer, range)));
     }
 
-    fn plan_remove(&self, layer: usize, piece: Range, delete: &mut Vec<Slot>, create: &mut Vec<(usize, Range)>) {
+    fn plan_remove(&self, layer: usize, piece: Range, delete: &mut Few<Slot>, create: &mut Few<(usize, Range)>) {
         for slot in self.overlapping(layer, piece.gpa(), piece.end()) {
             let before = Range::new(slot.range.gpa(), piece.gpa().saturating_sub(slot.range.gpa()));
             let after = Range::new(piece.end(), slot.range.end().saturating_sub(piece.end()));
