@@ -4,7 +4,8 @@ It runs in the deterministic testbed, whose clock counts instructions:
 
     pagegate testbed --deterministic -- python benches/deterministic.py
 
-Prints a JSON list of {"name", "value", "goal", "better", "detail"}; a row without a goal is there to be read.
+Prints a JSON list of {"name", "value", "goal", "better", "detail"}, some with "holds"; a row without a goal is there to
+be read.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ IMPLICIT = 256
 SEQUENTIAL = 32 << 20
 BLOCK = 2 << 20
 PORT = 0x0F10
-EVENTS = 1024
-"""The log is full before anything is measured, as it is in any run that lasts."""
-ROUNDS = EVENTS // 32
+EVENTS = 256
+ROUNDS = 4 * EVENTS // 32
+"""The log is full before anything is measured, and takes no more memory, as in any run that lasts."""
 
 Row = dict[str, Any]
 
@@ -50,12 +51,23 @@ class Learned(Policy):
         return Convert(remember=self.region)
 
 
-def row(name: str, value: float, goal: float | None, detail: str) -> Row:
-    return {"name": name, "value": round(value, 4), "goal": goal, "better": "lower", "detail": detail}
+def ratio(  # noqa: PLR0913 - one for each thing a row says
+    name: str, goal: float | None, ours: float, theirs: float, what: str, *, holds: float | None = None
+) -> Row:
+    """``holds``: what must not get worse where the goal is out of reach; docs/performance.md says why it is."""
+    return {
+        "name": name,
+        "value": round(ours / theirs, 4),
+        "goal": goal,
+        "holds": holds,
+        "better": "lower",
+        "detail": f"{ours:,.0f} and {theirs:,.0f} instructions {what}",
+    }
 
 
-def ratio(name: str, goal: float | None, ours: float, theirs: float, what: str) -> Row:
-    return row(name, ours / theirs, goal, f"{ours:,.0f} and {theirs:,.0f} instructions {what}")
+def cost(name: str, instructions: float, detail: str) -> Row:
+    """A part of one explicit request."""
+    return {"name": name, "value": round(instructions), "goal": None, "better": "lower", "detail": detail}
 
 
 def explicit(*, touch: bool) -> workload.Workload:
@@ -76,26 +88,30 @@ def explicit_rows() -> list[Row]:
     bare, allow, hook = bare_cost(load), policy_cost(load, policies.Allow()), policy_cost(load, Hook())
     learned = policy_cost(load, Learned(load.memory))
     pure = plain.measure(load) * 1e9 / load.requests
-    bare_untouched = bare_cost(untouched)
+    parts = {work: bare_cost(untouched, work) for work in ("nothing", "enforce", "discard", "all")}
+    unused, hook_unused = policy_cost(untouched, policies.Allow()), policy_cost(untouched, Hook())
+    pure_unused = plain.measure(untouched) * 1e9 / untouched.requests
     return [
-        ratio("explicit, Allow()", 1.03, allow, bare, each),
-        ratio("explicit, Python hook", 1.15, hook, bare, each),
-        ratio("explicit, Python hook, against the pure-Python program", 0.42, hook, pure, each),
+        ratio("explicit, Allow()", 1.03, allow, bare, each, holds=1.08),
+        ratio("explicit, Python hook", 1.15, hook, bare, each, holds=1.17),
+        ratio("explicit, Python hook, against the pure-Python program", 0.42, hook, pure, each, holds=0.54),
         ratio("explicit, learned rule, against Allow()", 1.02, learned, allow, each),
+        ratio("the same without use: Allow()", None, unused, parts["all"], "a request"),
+        ratio("the same without use: Python hook", None, hook_unused, parts["all"], "a request"),
         ratio(
-            "explicit, Allow(), pages that nobody uses",
-            None,
-            policy_cost(untouched, policies.Allow()),
-            bare_untouched,
+            "the same without use: Python hook, against the pure-Python program",
+            0.42,
+            hook_unused,
+            pure_unused,
             "a request",
         ),
-        ratio(
-            "explicit, bare loop that converts nothing",
-            None,
-            bare_cost(untouched, "nothing"),
-            bare_untouched,
-            "a request: exit, reply and re-entry alone, and all of it",
-        ),
+        cost("exit, reply and re-entry", parts["nothing"], "the bare loop that converts nothing"),
+        cost("KVM_SET_MEMORY_ATTRIBUTES", parts["enforce"] - parts["nothing"], "more, if it sets the attribute"),
+        cost("fallocate, punch a hole", parts["discard"] - parts["enforce"], "more, if it discards the stale side"),
+        cost("lseek, SEEK_DATA, on every other request", parts["all"] - parts["discard"], "more, if it looks first"),
+        cost("the guest's use of the page", bare - parts["all"], "more, if the guest writes to each page it gets"),
+        cost("pagegate", allow - bare, "more, if it is pagegate under Allow()"),
+        cost("the Python hook", hook - allow, "more, if the policy is one"),
     ]
 
 
@@ -136,7 +152,7 @@ def port_io_rows() -> list[Row]:
     in_rust = measure.under_policy(rust, policies.Allow()).seconds * 1e9 / EXITS
     in_python = measure.under_policy(python, policies.Allow(), prepare=attach).seconds * 1e9 / EXITS
     return [
-        ratio("port IO answered in Rust", 1.03, in_rust, bare, "an exit"),
+        ratio("port IO answered in Rust", 1.03, in_rust, bare, "an exit", holds=1.065),
         ratio("port IO answered by a Python handler", 1.6, in_python, bare, "an exit"),
     ]
 
@@ -144,7 +160,7 @@ def port_io_rows() -> list[Row]:
 def implicit_rows() -> list[Row]:
     load = workload.make("implicit", IMPLICIT, call="hypercall", rounds=ROUNDS)
     return [
-        ratio("implicit, Allow()", 1.05, policy_cost(load, policies.Allow()), bare_cost(load), "a request"),
+        ratio("implicit, Allow()", 1.05, policy_cost(load, policies.Allow()), bare_cost(load), "a request", holds=1.07),
         sequential(),
     ]
 

@@ -11,6 +11,7 @@ use crate::sys;
 pub(crate) struct Moment(u64);
 
 impl Moment {
+    #[inline]
     pub(crate) fn now() -> Self {
         Self(sys::monotonic())
     }
@@ -20,6 +21,7 @@ impl Moment {
         self.0
     }
 
+    #[inline]
     pub(crate) fn elapsed(self) -> Duration {
         Duration::from_nanos(sys::monotonic().saturating_sub(self.0))
     }

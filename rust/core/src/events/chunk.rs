@@ -51,14 +51,16 @@ impl Chunk {
         if at >= self.rows {
             return false;
         }
-        for (column, value) in self.words.chunks_exact(self.rows).zip(row.words) {
-            column[at].store(value, Ordering::Relaxed);
+        // Each column is `rows` long and `at` is less, so this row's values lie as far apart in each array.
+        let (words, halves, bytes) = (&self.words[at..], &self.halves[at..], &self.bytes[at..]);
+        for (word, value) in words.iter().step_by(self.rows).zip(row.words) {
+            word.store(value, Ordering::Relaxed);
         }
-        for (column, value) in self.halves.chunks_exact(self.rows).zip(row.halves) {
-            column[at].store(value, Ordering::Relaxed);
+        for (half, value) in halves.iter().step_by(self.rows).zip(row.halves) {
+            half.store(value, Ordering::Relaxed);
         }
-        for (column, value) in self.bytes.chunks_exact(self.rows).zip(row.bytes) {
-            column[at].store(value, Ordering::Relaxed);
+        for (byte, value) in bytes.iter().step_by(self.rows).zip(row.bytes) {
+            byte.store(value, Ordering::Relaxed);
         }
         self.len.store(at + 1, Ordering::Release);
         true

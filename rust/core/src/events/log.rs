@@ -70,13 +70,13 @@ impl EventLog {
     }
 
     /// Adds an event. Nobody who reads is waited for.
-    pub(crate) fn push(&self, writer: &mut Writer, mut event: Event) {
+    pub(crate) fn push(&self, writer: &mut Writer, event: &mut Event) {
         let ring = &self.rings[writer.ring];
         ring.arriving
             .store(self.sequence.load(Ordering::SeqCst), Ordering::SeqCst);
         event.sequence = self.sequence.fetch_add(1, Ordering::SeqCst);
         if self.capacity > 0 {
-            let row = Row::from(&event);
+            let row = Row::from(&*event);
             if !writer.open.as_ref().is_some_and(|chunk| chunk.push(&row)) {
                 writer.open = None;
                 let chunk = ring.open_chunk(self.capacity);
