@@ -300,8 +300,8 @@ def attributes(plan: Effort) -> Iterator[Row]:
             by_size(what, spread),
             1.3,
             "lower",
-            f"{figures[f'{what}_1t_{spread}']:.1f} against {figures[f'{what}_1g_{spread}']:.1f} ns for {spread} pages at "
-            f"random all over memory; {others}: above what the caches hold, memory's own latency counts",
+            f"{figures[f'{what}_1t_{spread}']:.1f} against {figures[f'{what}_1g_{spread}']:.1f} ns for {spread} pages "
+            f"at random all over memory; {others}: above what the caches hold, memory's own latency counts",
         )
     mib = figures["worst_case_resident"] / 2**20
     how = "every other page of a block in each 128 MiB, as bad as all" if plan.short else "every other page"
@@ -352,9 +352,8 @@ def main() -> int:
     else:
         for row in rows:
             sign = "<=" if row.better == "lower" else ">="
-            print(
-                f"{'met   ' if row.met else 'MISSED'} {row.value:8.3f} {sign} {row.goal:<5g} {row.name}\n{'':24}{row.detail}"
-            )
+            met = "met   " if row.met else "MISSED"
+            print(f"{met} {row.value:8.3f} {sign} {row.goal:<5g} {row.name}\n{'':24}{row.detail}")
     return 0 if all(row.met for row in rows) else 1
 
 

@@ -74,8 +74,8 @@ def explicit(*, touch: bool) -> workload.Workload:
     return workload.make("explicit", REQUESTS, touch=touch, call="hypercall", rounds=ROUNDS)
 
 
-def policy_cost(load: workload.Workload, policy: object) -> float:
-    return measure.under_policy(load, policy, events=EVENTS).seconds * 1e9 / load.requests
+def policy_cost(load: workload.Workload, policy: object, events: int = EVENTS) -> float:
+    return measure.under_policy(load, policy, events=events).seconds * 1e9 / load.requests
 
 
 def bare_cost(load: workload.Workload, work: str = "all") -> float:
@@ -111,6 +111,7 @@ def explicit_rows() -> list[Row]:
         cost("lseek, SEEK_DATA, on every other request", parts["all"] - parts["discard"], "more, if it looks first"),
         cost("the guest's use of the page", bare - parts["all"], "more, if the guest writes to each page it gets"),
         cost("pagegate", allow - bare, "more, if it is pagegate under Allow()"),
+        cost("of it, the log's columns", allow - policy_cost(load, policies.Allow(), 0), "less with events=0"),
         cost("the Python hook", hook - allow, "more, if the policy is one"),
     ]
 

@@ -237,9 +237,9 @@ impl Enforcement {
             && range.gpa() / CHUNK == (range.end() - 1) / CHUNK
         {
             let done = self.vm.set_attributes(range, to);
-            return done.or_else(|errno| {
+            return done.map_err(|errno| {
                 let undo = self.restore(range, before);
-                Err(Failure::Kernel { errno, undo })
+                Failure::Kernel { errno, undo }
             });
         }
         for chunk in chunks(range) {

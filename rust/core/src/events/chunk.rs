@@ -51,16 +51,18 @@ impl Chunk {
         if at >= self.rows {
             return false;
         }
-        // Each column is `rows` long and `at` is less, so this row's values lie as far apart in each array.
-        let (words, halves, bytes) = (&self.words[at..], &self.halves[at..], &self.bytes[at..]);
-        for (word, value) in words.iter().step_by(self.rows).zip(row.words) {
-            word.store(value, Ordering::Relaxed);
+        // Checked, each of these 28 stores costs three times as much.
+        for (i, value) in row.words.into_iter().enumerate() {
+            // SAFETY: `at < self.rows` and `i < WORDS`, and there are WORDS columns of `self.rows` values.
+            unsafe { self.words.get_unchecked(i * self.rows + at) }.store(value, Ordering::Relaxed);
         }
-        for (half, value) in halves.iter().step_by(self.rows).zip(row.halves) {
-            half.store(value, Ordering::Relaxed);
+        for (i, value) in row.halves.into_iter().enumerate() {
+            // SAFETY: as above, with HALVES.
+            unsafe { self.halves.get_unchecked(i * self.rows + at) }.store(value, Ordering::Relaxed);
         }
-        for (byte, value) in bytes.iter().step_by(self.rows).zip(row.bytes) {
-            byte.store(value, Ordering::Relaxed);
+        for (i, value) in row.bytes.into_iter().enumerate() {
+            // SAFETY: as above, with BYTES.
+            unsafe { self.bytes.get_unchecked(i * self.rows + at) }.store(value, Ordering::Relaxed);
         }
         self.len.store(at + 1, Ordering::Release);
         true
