@@ -21,6 +21,40 @@ def probe() -> Host:
 def script_guest() -> bytes:
     """The machine code that ``pagegate.guests.Script`` runs: position-independent, long mode."""
 
+def bare_loop(
+    memory: int,
+    vcpus: Sequence[tuple[int, bytes, int]],
+    *,
+    enforcement: str,
+    marks: int,
+    memslots: int = 1,
+    shared_bit: int | None = None,
+    doorbell: bool = False,
+    block: int = 4096,
+    work: str = "all",
+    timeout: float | None = None,
+) -> tuple[int, int, int]:
+    """Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
+
+    ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
+    where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
+    ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for ``Vm``.
+
+    Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
+    """
+
+@final
+class Marks:
+    """A port for ``Vm.on_io`` that notes when it is written, without entering Python.
+
+    Read, it answers how often that was.
+    """
+
+    def __new__(cls) -> Self: ...
+    @property
+    def written(self) -> list[tuple[int, int, int]]:
+        """Each as ``(vcpu, value, nanoseconds)``, the time since this object was made."""
+
 @final
 class Host:
     """What /dev/kvm offers, as far as pagegate uses it."""
@@ -717,7 +751,7 @@ class Vm:
         ``at`` is for what is no ELF file. Private pages that the image covers become shared first: KVM reads code
         through the shared side, and no host can fill the private one.
         """
-    def on_io(self, port: int, handler: Callable[[Io], Any]) -> None:
+    def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
         """Answers a port. For a read the handler returns ``size * count`` bytes, for a write its result is ignored.
 
         A port without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler.

@@ -1,13 +1,12 @@
 //! The log of requests.
 
-use pagegate_core::attributes::State;
 use pagegate_core::events::Event;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::fields::Standing;
 use crate::machine::PyVm;
-use crate::request::MIXED;
 use crate::{arrow, names};
 
 /// One request, from exit to resume.
@@ -81,7 +80,7 @@ impl From<Event> for PyEvent {
             gpa: event.gpa,
             size: event.size,
             to: event.to.as_str(),
-            state: event.state.map_or(MIXED, State::as_str),
+            state: Standing::from(event.state).as_str(),
             page_size: event.page_size,
             raw: event.raw,
             flags: event.flags,

@@ -1,19 +1,23 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
 mod arrow;
+mod bare;
 mod decision;
 mod devices;
 mod errors;
 mod events;
+mod fields;
 mod gate;
 mod host;
 mod listener;
 mod machine;
+mod marks;
 mod names;
 mod policies;
 mod policy;
 mod report;
 mod request;
+mod reuse;
 mod testing;
 mod trace;
 mod trial;
@@ -24,6 +28,8 @@ use pyo3::prelude::*;
 mod _core {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::bare::bare_loop;
     #[pymodule_export]
     use crate::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
     #[pymodule_export]
@@ -38,6 +44,8 @@ mod _core {
     use crate::listener::PyChange;
     #[pymodule_export]
     use crate::machine::{PyAttributes, PyMemoryUsage, PyVcpu, PyVm};
+    #[pymodule_export]
+    use crate::marks::PyMarks;
     #[pymodule_export]
     use crate::policies::{
         PyAlign, PyAllow, PyBuiltin, PyDenyAll, PyExplicitOnly, PyPingPong, PyQuota, PyRateLimit, PyWindow,

@@ -20,7 +20,8 @@ use crate::devices::Handler;
 use crate::events::PyEvents;
 use crate::gate::PyGate;
 use crate::listener::PyListener;
-use crate::policy::{Judge, PyPolicy};
+use crate::marks::PyMarks;
+use crate::policy::{Judge, PyPolicy, forget_requests};
 use crate::report::PyReport;
 use crate::testing::PyFake;
 use crate::{errors, names};
@@ -113,7 +114,10 @@ impl PyVm {
 /// One attach for the thread's whole life, so that each hook only switches to a thread state that is there already.
 fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
     Arc::new(move |body| match enters_python.load(Ordering::Relaxed) {
-        true => Python::attach(|py| py.detach(body)),
+        true => Python::attach(|py| {
+            py.detach(body);
+            forget_requests(py);
+        }),
         false => body(),
     })
 }
@@ -267,8 +271,12 @@ impl PyVm {
         #[pyo3(from_py_with = names::u16)] port: u16,
         handler: Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let handler = callable(handler)?;
         let machine = self.machine(py)?;
+        if let Ok(marks) = handler.cast::<PyMarks>() {
+            let added = machine.on_io(port, marks.get().0.clone());
+            return added.map_err(|error| errors::raise(py, error));
+        }
+        let handler = callable(handler)?;
         machine
             .on_io(port, handler.clone())
             .map_err(|error| errors::raise(py, error))?;

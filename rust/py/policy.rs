@@ -7,11 +7,11 @@ use pagegate_core::policies::Request;
 use pagegate_core::policy::{Allow, Call, Decision, Fault, Policy};
 use pagegate_core::rules::{Lesson, Rules};
 use pyo3::prelude::*;
-use pyo3::{PyClass, PyTraverseError, PyVisit};
+use pyo3::{PyTraverseError, PyVisit};
 
 use crate::policies::PyBuiltin;
 use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
-use crate::{decision, errors};
+use crate::{decision, errors, reuse};
 
 type Hook = Option<Py<PyAny>>;
 
@@ -106,24 +106,30 @@ impl PyPolicy {
 }
 
 /// Asks a hook about a request.
-fn ask<T: PyClass>(
-    hook: &Py<PyAny>,
-    name: &'static str,
-    request: impl Into<PyClassInitializer<T>>,
-) -> Result<Lesson, Failure> {
+fn ask<T: reuse::Request>(hook: &Py<PyAny>, name: &'static str, question: &T::Question) -> Result<Lesson, Failure> {
+    Python::attach(|py| decision::read(&reuse::call::<T>(hook.bind(py), question)?, name)).map_err(errors::failure)
+}
+
+/// The same about a poisoned page, which is rare.
+fn ask_about_poison(hook: &Py<PyAny>, poison: &Fault) -> Result<Lesson, Failure> {
     Python::attach(|py| {
-        let request = Bound::new(py, request)?;
-        let answer = hook.bind(py).call1((request,))?;
-        decision::read(&answer, name)
+        let request = Bound::new(py, PyMemoryPoison::of(poison))?;
+        decision::read(&hook.bind(py).call1((request,))?, "memory_poison")
     })
     .map_err(errors::failure)
+}
+
+/// Frees what a thread keeps for asking hooks. For its end.
+pub(crate) fn forget_requests(_attached: Python<'_>) {
+    reuse::forget::<PyMemoryFault>();
+    reuse::forget::<PyMapGpaRange>();
 }
 
 impl Policy for PyPolicy {
     fn memory_fault(&self, fault: &Fault) -> Result<Decision, Failure> {
         match &self.memory_fault {
             Some(hook) => self.rules.ask(Request::Implicit(fault), || {
-                ask(hook, "memory_fault", PyMemoryFault::from(fault))
+                ask::<PyMemoryFault>(hook, "memory_fault", fault)
             }),
             None => Allow.memory_fault(fault),
         }
@@ -132,7 +138,7 @@ impl Policy for PyPolicy {
     fn map_gpa_range(&self, call: &Call) -> Result<Decision, Failure> {
         match &self.map_gpa_range {
             Some(hook) => self.rules.ask(Request::Explicit(call), || {
-                ask(hook, "map_gpa_range", PyMapGpaRange::from(call))
+                ask::<PyMapGpaRange>(hook, "map_gpa_range", call)
             }),
             None => Allow.map_gpa_range(call),
         }
@@ -141,7 +147,7 @@ impl Policy for PyPolicy {
     fn memory_poison(&self, poison: &Fault) -> Result<Decision, Failure> {
         match &self.memory_poison {
             Some(hook) => {
-                let lesson = ask(hook, "memory_poison", PyMemoryPoison::of(poison))?;
+                let lesson = ask_about_poison(hook, poison)?;
                 match lesson.remember {
                     None => Ok(lesson.decision),
                     Some(_) => Err("memory_poison cannot answer with remember: each poisoned page is news".into()),

@@ -1,5 +1,8 @@
 //! What a hook is asked.
 
+use std::cell::Cell;
+use std::thread::LocalKey;
+
 use pagegate_core::attributes::{PAGE_SIZE, Range, State};
 use pagegate_core::errno::{EFAULT, EHWPOISON, Errno};
 use pagegate_core::explicit;
@@ -8,7 +11,9 @@ use pagegate_core::run::MEMORY_EXIT_FLAG_PRIVATE;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::fields::{Field, Standing};
 use crate::names;
+use crate::reuse::{Request, Spare};
 
 /// What only tests and replays need: those of the machine are in order.
 fn pages(gpa: u64, size: u64) -> PyResult<Range> {
@@ -28,8 +33,6 @@ fn positive(errno: i32) -> PyResult<Errno> {
     }
 }
 
-pub(crate) const MIXED: &str = "mixed";
-
 fn accessed(private: bool) -> State {
     match private {
         true => State::Private,
@@ -44,41 +47,67 @@ fn accessed(private: bool) -> State {
 #[pyclass(name = "MemoryFault", module = "pagegate", frozen, get_all, subclass)]
 pub(crate) struct PyMemoryFault {
     /// Index of the vCPU.
-    vcpu: u32,
+    vcpu: Field<u32>,
     /// The page, in bytes, shared bit stripped.
-    gpa: u64,
+    gpa: Field<u64>,
     /// Bytes: 4096 on x86.
-    size: u64,
+    size: Field<u64>,
     /// Whether the access was to the private side.
-    private: bool,
+    private: Field<bool>,
     /// KVM_MEMORY_EXIT_FLAG_* as KVM reported them; PRIVATE is 8.
-    flags: u64,
+    flags: Field<u64>,
     /// EFAULT; EHWPOISON for poison.
-    errno: i32,
+    errno: Field<i32>,
     /// The page's present state.
-    state: &'static str,
+    state: Field<Standing>,
     /// The guest's instruction pointer.
-    rip: u64,
+    rip: Field<u64>,
     /// How often this very fault came before with no change of its page in between; 0 the first time.
-    repeats: u32,
+    repeats: Field<u32>,
     /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
-    time: u64,
+    time: Field<u64>,
 }
 
 impl From<&Fault> for PyMemoryFault {
     fn from(fault: &Fault) -> Self {
         Self {
-            vcpu: fault.vcpu,
-            gpa: fault.range.gpa(),
-            size: fault.range.size(),
-            private: fault.access == State::Private,
-            flags: fault.flags,
-            errno: fault.errno.0,
-            state: fault.state.as_str(),
-            rip: fault.rip,
-            repeats: fault.repeats,
-            time: fault.time,
+            vcpu: fault.vcpu.into(),
+            gpa: fault.range.gpa().into(),
+            size: fault.range.size().into(),
+            private: (fault.access == State::Private).into(),
+            flags: fault.flags.into(),
+            errno: fault.errno.0.into(),
+            state: Standing::from(fault.state).into(),
+            rip: fault.rip.into(),
+            repeats: fault.repeats.into(),
+            time: fault.time.into(),
         }
+    }
+}
+
+impl Request for PyMemoryFault {
+    type Question = Fault;
+
+    fn make(py: Python<'_>, fault: &Fault) -> PyResult<Py<Self>> {
+        Py::new(py, Self::from(fault))
+    }
+
+    fn set(&self, fault: &Fault) {
+        self.vcpu.set(fault.vcpu);
+        self.gpa.set(fault.range.gpa());
+        self.size.set(fault.range.size());
+        self.private.set(fault.access == State::Private);
+        self.flags.set(fault.flags);
+        self.errno.set(fault.errno.0);
+        self.state.set(fault.state.into());
+        self.rip.set(fault.rip);
+        self.repeats.set(fault.repeats);
+        self.time.set(fault.time);
+    }
+
+    fn spare() -> &'static LocalKey<Spare<Self>> {
+        thread_local!(static SPARE: Spare<PyMemoryFault> = const { Cell::new(None) });
+        &SPARE
     }
 }
 
@@ -86,15 +115,15 @@ impl PyMemoryFault {
     /// What the core would ask about, in a machine with so much memory.
     pub(crate) fn fault(&self, memory: u64) -> PyResult<Fault> {
         Ok(Fault {
-            vcpu: self.vcpu,
-            range: pages(self.gpa, self.size)?,
-            access: accessed(self.private),
-            flags: self.flags,
-            errno: Errno(self.errno),
-            state: names::state(self.state, "state")?,
-            rip: self.rip,
-            repeats: self.repeats,
-            time: self.time,
+            vcpu: self.vcpu.get(),
+            range: pages(self.gpa.get(), self.size.get())?,
+            access: accessed(self.private.get()),
+            flags: self.flags.get(),
+            errno: Errno(self.errno.get()),
+            state: self.state.get().state().unwrap_or(State::Shared),
+            rip: self.rip.get(),
+            repeats: self.repeats.get(),
+            time: self.time.get(),
             memory,
         })
     }
@@ -124,16 +153,18 @@ impl PyMemoryFault {
         let access = accessed(private);
         let state = state.map_or(Ok(access.other()), |state| names::state(state, "state"))?;
         Ok(Self {
-            vcpu,
-            gpa: range.gpa(),
-            size: range.size(),
-            private,
-            flags: flags.unwrap_or(if private { MEMORY_EXIT_FLAG_PRIVATE } else { 0 }),
-            errno: positive(errno)?.0,
-            state: state.as_str(),
-            rip,
-            repeats,
-            time,
+            vcpu: vcpu.into(),
+            gpa: range.gpa().into(),
+            size: range.size().into(),
+            private: private.into(),
+            flags: flags
+                .unwrap_or(if private { MEMORY_EXIT_FLAG_PRIVATE } else { 0 })
+                .into(),
+            errno: positive(errno)?.0.into(),
+            state: Standing::from(state).into(),
+            rip: rip.into(),
+            repeats: repeats.into(),
+            time: time.into(),
         })
     }
 
@@ -151,10 +182,19 @@ impl PyMemoryFault {
             time,
         } = slf.get();
         let class = slf.get_type().name()?;
-        let private = if *private { "True" } else { "False" };
+        let private = if private.get() { "True" } else { "False" };
         Ok(format!(
-            "{class}(vcpu={vcpu}, gpa={gpa:#x}, size={size:#x}, private={private}, flags={flags:#x}, errno={errno}, \
-             state={state:?}, rip={rip:#x}, repeats={repeats}, time={time})"
+            "{class}(vcpu={}, gpa={:#x}, size={:#x}, private={private}, flags={:#x}, errno={}, state={:?}, rip={:#x}, \
+             repeats={}, time={})",
+            vcpu.get(),
+            gpa.get(),
+            size.get(),
+            flags.get(),
+            errno.get(),
+            state.get().as_str(),
+            rip.get(),
+            repeats.get(),
+            time.get()
         ))
     }
 }
@@ -204,35 +244,59 @@ impl PyMemoryPoison {
 #[pyclass(name = "MapGpaRange", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyMapGpaRange {
     /// Index of the vCPU.
-    vcpu: u32,
+    vcpu: Field<u32>,
     /// Start in bytes, shared bit stripped; a multiple of 4096.
-    gpa: u64,
+    gpa: Field<u64>,
     /// Bytes; a multiple of 4096. The whole range lies in memory.
-    size: u64,
+    size: Field<u64>,
     /// What the guest wants the pages to be.
-    to: &'static str,
+    to: Field<Standing>,
     /// The guest's hint: 4096, 2 MiB or 1 GiB.
-    page_size: u64,
+    page_size: Field<u64>,
     /// RDX: bits 3:0 are the hint, bit 4 is "encrypted".
-    raw: u64,
+    raw: Field<u64>,
     /// The present state of the range.
-    state: &'static str,
+    state: Field<Standing>,
     /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
-    time: u64,
+    time: Field<u64>,
 }
 
 impl From<&Call> for PyMapGpaRange {
     fn from(call: &Call) -> Self {
         Self {
-            vcpu: call.vcpu,
-            gpa: call.range.gpa(),
-            size: call.range.size(),
-            to: call.to.as_str(),
-            page_size: call.page_size,
-            raw: call.raw,
-            state: call.state.map_or(MIXED, State::as_str),
-            time: call.time,
+            vcpu: call.vcpu.into(),
+            gpa: call.range.gpa().into(),
+            size: call.range.size().into(),
+            to: Standing::from(call.to).into(),
+            page_size: call.page_size.into(),
+            raw: call.raw.into(),
+            state: Standing::from(call.state).into(),
+            time: call.time.into(),
         }
+    }
+}
+
+impl Request for PyMapGpaRange {
+    type Question = Call;
+
+    fn make(py: Python<'_>, call: &Call) -> PyResult<Py<Self>> {
+        Py::new(py, Self::from(call))
+    }
+
+    fn set(&self, call: &Call) {
+        self.vcpu.set(call.vcpu);
+        self.gpa.set(call.range.gpa());
+        self.size.set(call.range.size());
+        self.to.set(call.to.into());
+        self.page_size.set(call.page_size);
+        self.raw.set(call.raw);
+        self.state.set(call.state.into());
+        self.time.set(call.time);
+    }
+
+    fn spare() -> &'static LocalKey<Spare<Self>> {
+        thread_local!(static SPARE: Spare<PyMapGpaRange> = const { Cell::new(None) });
+        &SPARE
     }
 }
 
@@ -240,22 +304,21 @@ impl PyMapGpaRange {
     /// What the core would ask about, in a machine with so much memory.
     pub(crate) fn call(&self, memory: u64) -> PyResult<Call> {
         Ok(Call {
-            vcpu: self.vcpu,
-            range: pages(self.gpa, self.size)?,
-            to: names::state(self.to, "to")?,
-            page_size: self.page_size,
-            raw: self.raw,
-            state: state_or_mixed(self.state)?,
-            time: self.time,
+            vcpu: self.vcpu.get(),
+            range: pages(self.gpa.get(), self.size.get())?,
+            to: self.to.get().state().unwrap_or(State::Shared),
+            page_size: self.page_size.get(),
+            raw: self.raw.get(),
+            state: self.state.get().state(),
+            time: self.time.get(),
             memory,
         })
     }
 }
 
-/// `None` for "mixed".
-fn state_or_mixed(word: &str) -> PyResult<Option<State>> {
-    let states = [State::Shared, State::Private].map(|state| (state.as_str(), Some(state)));
-    names::choose(word, "state", states.into_iter().chain([(MIXED, None)]))
+fn standing(word: &str) -> PyResult<Standing> {
+    let all = [Standing::Shared, Standing::Private, Standing::Mixed];
+    names::choose(word, "state", all.map(|standing| (standing.as_str(), standing)))
 }
 
 #[pymethods]
@@ -277,7 +340,7 @@ impl PyMapGpaRange {
     ) -> PyResult<Self> {
         let range = pages(gpa, size)?;
         let to = names::state(to, "to")?;
-        let state = state.map_or(Ok(Some(to.other())), state_or_mixed)?;
+        let state = state.map_or(Ok(to.other().into()), standing)?;
         let implied = explicit::attributes(to, page_size).ok_or_else(|| {
             PyValueError::new_err(format!("page_size is {page_size:#x}: it must be 4 KiB, 2 MiB or 1 GiB"))
         })?;
@@ -287,14 +350,14 @@ impl PyMapGpaRange {
             )));
         }
         Ok(Self {
-            vcpu,
-            gpa: range.gpa(),
-            size: range.size(),
-            to: to.as_str(),
-            page_size,
-            raw: implied,
-            state: state.map_or(MIXED, State::as_str),
-            time,
+            vcpu: vcpu.into(),
+            gpa: range.gpa().into(),
+            size: range.size().into(),
+            to: Standing::from(to).into(),
+            page_size: page_size.into(),
+            raw: implied.into(),
+            state: state.into(),
+            time: time.into(),
         })
     }
 
@@ -310,8 +373,15 @@ impl PyMapGpaRange {
             time,
         } = self;
         format!(
-            "MapGpaRange(vcpu={vcpu}, gpa={gpa:#x}, size={size:#x}, to={to:?}, page_size={page_size:#x}, raw={raw:#x}, \
-             state={state:?}, time={time})"
+            "MapGpaRange(vcpu={}, gpa={:#x}, size={:#x}, to={:?}, page_size={:#x}, raw={:#x}, state={:?}, time={})",
+            vcpu.get(),
+            gpa.get(),
+            size.get(),
+            to.get().as_str(),
+            page_size.get(),
+            raw.get(),
+            state.get().as_str(),
+            time.get()
         )
     }
 }

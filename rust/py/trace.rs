@@ -14,7 +14,7 @@ use pyo3::types::{PyCapsule, PyTuple};
 
 use crate::events::PyEvent;
 use crate::machine::PyVm;
-use crate::policy::Judge;
+use crate::policy::{Judge, forget_requests};
 use crate::{arrow, decision, errors, names};
 
 pub(crate) fn failed(error: TraceError) -> PyErr {
@@ -330,6 +330,7 @@ pub(crate) fn replay(
     let judging: Vec<Arc<dyn Policy>> = judges.iter().map(|judge| judge.policy.clone()).collect();
     let mut watch = || Python::attach(|py| py.check_signals()).map_err(errors::failure);
     let found = py.detach(|| trace::replay(&trace, &judging, keep, &mut watch));
+    forget_requests(py);
     let found = found.map_err(|error| match error {
         ReplayError::Trace(error) => failed(error),
         ReplayError::Interrupted(failure) => errors::raise(py, Error::Interrupted(failure)),

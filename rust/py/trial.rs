@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pagegate_core::attributes::{PAGE_SIZE, Range, State};
+use pagegate_core::attributes::{PAGE_SIZE, Range};
 use pagegate_core::error::{Error, Failure, Site};
 use pagegate_core::model::{self, Model};
 use pagegate_core::policies::Request;
@@ -11,8 +11,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::policy::Judge;
-use crate::request::{MIXED, PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
+use crate::fields::Standing;
+use crate::policy::{Judge, forget_requests};
+use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
 use crate::{decision, errors, names};
 
 /// Asks a policy as a machine does, without one, and carries its decisions out on a map of states.
@@ -82,7 +83,7 @@ impl PyTrial {
             self.inside(call.range)?;
             let answer = self.judge.policy.map_gpa_range(&call);
             let answer = answer.and_then(|decision| self.carry_out(Request::Explicit(&call), decision));
-            let state = call.state.map_or(MIXED, State::as_str);
+            let state = Standing::from(call.state).as_str();
             (answer, site(call.vcpu, call.range, state, 0))
         } else {
             let poison = request.is_instance_of::<PyMemoryPoison>();
@@ -94,6 +95,7 @@ impl PyTrial {
             };
             (answer, site(fault.vcpu, fault.range, fault.state.as_str(), fault.rip))
         };
+        forget_requests(py);
         match answer {
             Ok(decision) => decision::write(py, decision),
             Err(failure) => Err(errors::raise(py, Error::Hook { site, failure })),
@@ -108,7 +110,7 @@ impl PyTrial {
     ) -> PyResult<&'static str> {
         let model = self.model();
         let range = model.range(gpa, size).ok_or_else(|| self.outside(gpa, size))?;
-        Ok(model.map().uniform(range).map_or(MIXED, State::as_str))
+        Ok(Standing::from(model.map().uniform(range)).as_str())
     }
 
     /// Maximal runs of one state as ``(gpa, size, state)``, ascending.

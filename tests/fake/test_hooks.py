@@ -8,7 +8,7 @@ import types
 import pagegate
 import pytest
 from pagegate import Convert, PagegateError, Policy, PolicyError, Stop, Vm
-from pagegate.testing import Fake, Step
+from pagegate.testing import Fake, PolicyTester, Step
 
 PAGE = 4096
 PRIVATE = 16
@@ -393,3 +393,61 @@ def test_requests_are_frozen_and_print_themselves(make, recorder) -> None:
         with pytest.raises(AttributeError):
             request.gpa = 0
         assert "gpa=0x8000" in repr(request)
+
+
+# ---- request objects are used again, unless a hook keeps them
+
+
+def asking(pages):
+    return [step for page in pages for step in (Step.doorbell(page * PAGE, 1, PRIVATE), Step.memory_fault(page * PAGE))]
+
+
+def seen(request):
+    return type(request).__name__, request.gpa, request.state, repr(request)
+
+
+def test_requests_that_a_hook_keeps_stay_as_they_were(make, recorder) -> None:
+    kept, told = [], []
+
+    def keep(request):
+        kept.append(request)
+        told.append(seen(request))
+        return Convert(to="shared")
+
+    pages = range(8, 16)
+    vm, _ = make(asking(pages), policy=recorder(keep))
+    assert vm.run(timeout=10).reason == "halt"
+    assert [gpa for _, gpa, _, _ in told] == [page * PAGE for page in pages for _ in range(2)]
+    assert [seen(request) for request in kept] == told
+    assert len(set(map(id, kept))) == len(kept)
+
+
+def test_a_request_that_is_kept_now_and_then_is_not_written_again(make, recorder) -> None:
+    kept, told = [], []
+
+    def judge(request):
+        if len(told) % 3 == 0:
+            kept.append((request, seen(request)))
+        told.append(seen(request))
+        return Convert(to="shared")
+
+    pages = range(8, 24)
+    vm, _ = make(asking(pages), policy=recorder(judge))
+    assert vm.run(timeout=10).reason == "halt"
+    assert [gpa for _, gpa, _, _ in told] == [page * PAGE for page in pages for _ in range(2)]
+    assert all(seen(request) == then for request, then in kept)
+
+
+def test_a_hook_that_asks_a_policy_itself_keeps_its_own_request() -> None:
+    class Outer:
+        def map_gpa_range(self, call):
+            if call.gpa < 32 * PAGE:
+                PolicyTester(self).call(call.gpa + 32 * PAGE, PAGE, to="shared")
+            seen.append(call.gpa)
+            return Convert()
+
+    seen: list[int] = []
+    tester = PolicyTester(Outer(), memory=64 * PAGE)
+    for page in (1, 2, 3):
+        tester.call(page * PAGE, PAGE, to="shared")
+    assert seen == [gpa * PAGE for page in (1, 2, 3) for gpa in (page + 32, page)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _COMMANDS = {
+    "bench": "pagegate.cli.bench:bench",
     "demo": "pagegate.cli.demo:demo",
     "doctor": "pagegate.cli.doctor:doctor",
     "replay": "pagegate.cli.replay:replay",

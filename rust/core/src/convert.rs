@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::attributes::{AttributeMap, PAGE_SIZE, Range, Run, Snapshot, State};
 use crate::books::Books;
-use crate::enforce::{self, Enforcement, Mode};
+use crate::enforce::{self, Before, Enforcement, Mode};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
@@ -228,6 +228,10 @@ impl Gate {
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
         let range = order.range;
+        if wanted.is_none() && order.max_shared.is_none() && self.enforcement.is_one_part(range) {
+            let _held = self.hold(range);
+            return self.one_part(order).map(|changed| Converted::Done { changed });
+        }
         let quota = order.max_shared.filter(|_| order.to == State::Shared);
         // The page that faulted is held too, so that it cannot change between the look at it and the conversion. What is
         // not held whole is held part by part.
@@ -277,23 +281,32 @@ impl Gate {
             }
             let part = self.enforcement.part(left);
             let _held = hold.then(|| self.hold(part));
-            if self.broken.load(Ordering::SeqCst) {
-                let (range, errno) = (part, Errno(libc::EIO));
-                let undo = errno;
-                return Err(ConvertError::Inconsistent { range, errno, undo });
-            }
-            if self.with_map(|map| map.uniform(part)) != Some(order.to) {
-                changed += self.carry_out(Order { range: part, ..order })?;
-            }
+            changed += self.one_part(Order { range: part, ..order })?;
             start = part.end();
         }
         Ok(Converted::Done { changed })
     }
 
     /// With the range held.
-    fn carry_out(&self, order: Order) -> Result<u64, ConvertError> {
+    fn one_part(&self, order: Order) -> Result<u64, ConvertError> {
+        if self.broken.load(Ordering::SeqCst) {
+            let (range, errno) = (order.range, Errno(libc::EIO));
+            let undo = errno;
+            return Err(ConvertError::Inconsistent { range, errno, undo });
+        }
+        let uniform = self.with_map(|map| map.uniform(order.range));
+        match uniform == Some(order.to) {
+            true => Ok(0),
+            false => self.carry_out(order, uniform),
+        }
+    }
+
+    /// With the range held, whose state is known if it is uniform.
+    fn carry_out(&self, order: Order, uniform: Option<State>) -> Result<u64, ConvertError> {
         let Order { range, to, keep, .. } = order;
-        self.clean(order)
+        let runs = |part: Range| -> Vec<Run> { self.with_map(|map| map.runs_in(part).collect()) };
+        let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
+        self.clean(order, before)
             .map_err(|errno| ConvertError::Undone { range, errno })?;
         // Nobody listens as a rule, and then nobody needs to know what exactly changes.
         let snapshot = (!self.listeners.is_empty()).then(|| self.snapshot());
@@ -301,8 +314,7 @@ impl Gate {
         if let Some(conversion) = &conversion {
             self.listeners.prepare(conversion)?;
         }
-        let before = |part: Range| self.with_map(|map| map.runs_in(part).collect());
-        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, &before) {
+        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, before) {
             let told = conversion.map_or(Ok(()), |conversion| self.listeners.abort(&conversion));
             let failure = self.failed(range, failure);
             // What KVM enforces matters more than what a listener says of it.
@@ -314,7 +326,7 @@ impl Gate {
         let stale = self.side(to.other());
         let discarded = match keep {
             true => Ok(()),
-            false => self.vm.discard(stale.file(), range.gpa(), range.size()),
+            false => self.vm.discard(stale, range),
         };
         let changed = self.commit(order);
         let told = conversion.map_or(Ok(()), |conversion| self.listeners.commit(&conversion));
@@ -325,23 +337,20 @@ impl Gate {
 
     /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
     /// when the page comes back, and it is before that they go: later they might be the guest's.
-    fn clean(&self, order: Order) -> Result<(), Errno> {
+    fn clean(&self, order: Order, before: Before<'_>) -> Result<(), Errno> {
         if order.keep {
             self.kept.store(true, Ordering::Relaxed);
         }
         let emulated = order.to == State::Shared && self.enforcement.mode() == Mode::Attributes;
-        if !emulated || self.kept.load(Ordering::Relaxed) || !self.memory.shared.has_data(order.range)? {
+        if !emulated || self.kept.load(Ordering::Relaxed) || !self.vm.has_data(&self.memory.shared, order.range)? {
             return Ok(());
         }
         // Of pages that are shared already, the bytes stay.
-        let private: Vec<Range> = self.with_map(|map| {
-            let private = map.runs_in(order.range).filter(|run| run.state == State::Private);
-            private.map(|run| run.range).collect()
-        });
-        let file = self.memory.shared.file();
+        let runs = before.runs(order.range);
+        let private = runs.iter().filter(|run| run.state == State::Private);
         private
-            .iter()
-            .try_for_each(|range| self.vm.discard(file, range.gpa(), range.size()))
+            .map(|run| run.range)
+            .try_for_each(|range| self.vm.discard(&self.memory.shared, range))
     }
 
     /// Where the bytes of a page in this state are.
@@ -359,10 +368,8 @@ impl Gate {
     pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
         let _held = self.hold(range);
         let runs: Vec<Run> = self.with_map(|map| map.runs_in(range).collect());
-        runs.iter().try_for_each(|run| {
-            let (file, run) = (self.side(run.state).file(), run.range);
-            self.vm.discard(file, run.gpa(), run.size())
-        })
+        runs.iter()
+            .try_for_each(|run| self.vm.discard(self.side(run.state), run.range))
     }
 
     /// Tells a listener the present state and from then on every change, with nothing in between.

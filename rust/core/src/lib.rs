@@ -7,6 +7,7 @@
 pub mod attributes;
 mod books;
 pub mod boot;
+mod clock;
 mod control;
 pub mod convert;
 pub mod decode;

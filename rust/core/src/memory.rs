@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
@@ -40,6 +41,28 @@ pub struct Backing {
     /// it emulates must not find other memory there.
     mapping: MmapRegion,
     kind: BackingKind,
+    touched: Touched,
+}
+
+/// What this process itself read or wrote: all of it lies between the two.
+#[derive(Debug)]
+struct Touched {
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Touched {
+    fn nothing() -> Self {
+        Self {
+            start: AtomicU64::new(u64::MAX),
+            end: AtomicU64::new(0),
+        }
+    }
+
+    fn add(&self, at: u64, len: usize) {
+        self.start.fetch_min(at, Ordering::Relaxed);
+        self.end.fetch_max(at.saturating_add(len as u64), Ordering::Relaxed);
+    }
 }
 
 /// What kind of file backs a side.
@@ -62,6 +85,7 @@ impl Backing {
             file,
             mapping,
             kind: BackingKind::Memfd,
+            touched: Touched::nothing(),
         })
     }
 
@@ -76,6 +100,7 @@ impl Backing {
             } else {
                 BackingKind::GuestMemfd
             },
+            touched: Touched::nothing(),
         })
     }
 
@@ -102,6 +127,12 @@ impl Backing {
     /// The address of offset `at`, as a memslot takes it.
     pub fn host(&self, at: u64) -> HostAddress {
         HostAddress(self.mapping.as_ptr() as u64 + at)
+    }
+
+    /// Whether this process, as opposed to a guest, may have put anything here. Whoever asks holds the range.
+    pub(crate) fn touched(&self, range: Range) -> bool {
+        let (start, end) = (&self.touched.start, &self.touched.end);
+        start.load(Ordering::Relaxed) < range.end() && range.gpa() < end.load(Ordering::Relaxed)
     }
 
     /// Whether anything was ever written to this part of a memfd since it was last discarded.
@@ -132,6 +163,8 @@ impl Backing {
         match self.kind {
             BackingKind::Memfd => Ok(self.file.read_exact_at(into, at)?),
             BackingKind::MappedGuestMemfd => {
+                // Reading a hole through a mapping fills it.
+                self.touched.add(at, into.len());
                 let slice = self.mapping.get_slice(at as usize, into.len());
                 slice.map_err(|_| Errno(libc::EFAULT))?.copy_to(into);
                 Ok(())
@@ -145,6 +178,7 @@ impl Backing {
     /// # Errors
     /// As [`Backing::read`], and ENOMEM, ENOSPC.
     pub fn write(&self, at: u64, from: &[u8]) -> Result<(), Errno> {
+        self.touched.add(at, from.len());
         match self.kind {
             BackingKind::Memfd => Ok(self.file.write_all_at(from, at)?),
             BackingKind::MappedGuestMemfd => {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
@@ -40,14 +40,16 @@ pub struct Lesson {
 #[derive(Default)]
 pub struct Rules {
     taught: RwLock<Taught>,
+    /// Whether anything was ever learned. Until then a request need not look.
+    any: AtomicBool,
+    /// Grows whenever rules are forgotten, with `taught` locked: what was asked before that teaches nothing any more.
+    epoch: AtomicU64,
     seen: AtomicU64,
     spared: AtomicU64,
 }
 
 #[derive(Default)]
 struct Taught {
-    /// Grows whenever rules are forgotten: what was asked before that teaches nothing any more.
-    epoch: u64,
     learned: u64,
     kinds: [Pieces; 4],
 }
@@ -79,14 +81,13 @@ impl Rules {
         request: Request<'_>,
         teach: impl FnOnce() -> Result<Lesson, Failure>,
     ) -> Result<Decision, Failure> {
-        let epoch = {
-            let taught = self.taught.read();
-            if let Some(known) = taught.kinds[kind(request)].find(request) {
-                self.spared.fetch_add(1, Ordering::Relaxed);
-                return Ok(known);
-            }
-            taught.epoch
-        };
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        if self.any.load(Ordering::SeqCst)
+            && let Some(known) = self.taught.read().kinds[kind(request)].find(request)
+        {
+            self.spared.fetch_add(1, Ordering::Relaxed);
+            return Ok(known);
+        }
         self.seen.fetch_add(1, Ordering::Relaxed);
         let Lesson { decision, remember } = teach()?;
         if let Some(region) = remember {
@@ -97,9 +98,10 @@ impl Rules {
 
     fn learn(&self, request: Request<'_>, decision: Decision, region: Region, epoch: u64) {
         let mut taught = self.taught.write();
-        if taught.epoch != epoch {
+        if self.epoch.load(Ordering::SeqCst) != epoch {
             return;
         }
+        self.any.store(true, Ordering::SeqCst);
         taught.learned += 1;
         let rule = Arc::new(Rule {
             number: taught.learned,
@@ -120,7 +122,7 @@ impl Rules {
     /// nothing any more.
     pub fn forget(&self, range: Option<Range>) {
         let mut taught = self.taught.write();
-        taught.epoch += 1;
+        self.epoch.fetch_add(1, Ordering::SeqCst);
         for pieces in &mut taught.kinds {
             match range {
                 Some(range) => pieces.cut(range.gpa(), range.end()),

@@ -1,23 +1,27 @@
 //! The way of a request: exit, decode, policy, convert, record, resume.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::clock::Moment;
 use crate::control::Control;
 use crate::convert::{Converted, Entry, Order, Standing, Wanted};
 use crate::decode::{self, Exit, Hypercall, Io, MemoryFault, Mmio};
+use crate::devices::KnownPort;
 use crate::enforce::Mode;
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::{Answer, Event, Kind, Outcome};
 use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
-use crate::machine::Machine;
+use crate::kick::Kick;
+use crate::machine::{KnownPolicy, Machine};
 use crate::model;
 use crate::policies::Request;
 use crate::policy::{Call, Conversion, Decision, Fault};
 use crate::report::Tally;
 use crate::vcpu::VcpuState;
 use crate::views::Place;
+use crate::world::World;
 
 /// The only flag of KVM_EXIT_MEMORY_FAULT.
 pub const MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
@@ -59,7 +63,7 @@ enum Judged {
 /// A request between exit and resume.
 struct Open {
     event: Event,
-    since: Instant,
+    since: Moment,
 }
 
 /// How often a fault came in a row.
@@ -76,12 +80,17 @@ pub(crate) struct VcpuLoop<'a> {
     machine: &'a Machine,
     control: &'a Control,
     vcpu: &'a mut VcpuState,
+    kick: &'a Kick,
+    /// Where the vCPU waits while slots change, if it has to.
+    world: Option<&'a World>,
     entry: Entry,
     repeats: Repeats,
     refused: u32,
     /// When the exit that is being handled was seen, for those that can be requests.
-    exited: Instant,
+    exited: Moment,
     open: Option<Open>,
+    known_port: KnownPort,
+    policy: KnownPolicy,
     tally: Tally,
 }
 
@@ -90,12 +99,16 @@ impl<'a> VcpuLoop<'a> {
         Self {
             machine,
             control,
+            kick: machine.kick(vcpu.index),
+            world: machine.gate().enforcement().world(),
             vcpu,
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
             refused: 0,
-            exited: Instant::now(),
+            exited: Moment::now(),
             open: None,
+            known_port: KnownPort::default(),
+            policy: machine.known_policy(),
             tally: Tally::default(),
         }
     }
@@ -103,13 +116,19 @@ impl<'a> VcpuLoop<'a> {
     /// Runs until the vCPU or the run ends.
     pub(crate) fn run(mut self) -> Tally {
         loop {
-            self.machine.kick(self.vcpu.index).clear();
+            self.kick.clear();
             if self.control.leaving() {
                 break;
             }
-            let exit = match self.vcpu.pending.take() {
-                Some(exit) => exit,
-                None => self.enter(),
+            let exit = match self.vcpu.pending {
+                Some(exit) => {
+                    self.vcpu.pending = None;
+                    exit
+                }
+                None => match self.enter() {
+                    Some(exit) => exit,
+                    None => continue,
+                },
             };
             let handled = self.handle(exit);
             if handled.is_err() && exit.awaits_reply() {
@@ -136,18 +155,40 @@ impl<'a> VcpuLoop<'a> {
             }
         }
         self.close_request();
-        let world = self.machine.gate().enforcement().world();
-        self.vcpu.settle(self.machine.kick(self.vcpu.index), world);
+        self.vcpu.settle(self.kick, self.world);
         self.tally
     }
 
-    /// Resume, and the next exit.
-    fn enter(&mut self) -> Exit {
-        self.close_request();
+    /// Resume, and the next exit, unless it was answered already.
+    fn enter(&mut self) -> Option<Exit> {
+        if self.open.is_some() {
+            self.close_request();
+        }
         self.entry = self.machine.gate().entry();
-        let world = self.machine.gate().enforcement().world();
-        let _inside = world.map(|world| world.enter());
-        self.vcpu.enter(self.machine.kick(self.vcpu.index))
+        let vcpu = self.vcpu.index;
+        let (result, page) = {
+            let _inside = self.world.map(World::enter);
+            self.vcpu.run(self.kick)
+        };
+        // Port IO to the handler that this vCPU used last takes the shortest way there is.
+        if result.is_ok()
+            && let Some(io) = decode::port_io(page)
+            && let Some(handler) = self.machine.devices().known(io.port, &self.known_port)
+            && let Some(data) = page.get_mut(io.data..io.data + io.len())
+        {
+            let answered = handler.io(vcpu, &io, data);
+            self.refused = 0;
+            match answered {
+                Ok(()) => self.vcpu.reply_due = true,
+                Err(failure) => {
+                    self.vcpu.pending = Some(Exit::Io(io));
+                    let site = self.site(None);
+                    self.control.finish(Err(self.hook(&site, failure)));
+                }
+            }
+            return None;
+        }
+        Some(decode::decode(result, page))
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
@@ -183,7 +224,7 @@ impl<'a> VcpuLoop<'a> {
     // ---- implicit requests
 
     fn memory_fault(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
         match self.judge(page, access, fault.flags)? {
             Judged::Look => Ok(Flow::Resume),
@@ -200,7 +241,7 @@ impl<'a> VcpuLoop<'a> {
         }) else {
             return self.device_mmio(mmio);
         };
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let access = place.view.unwrap_or(State::Private);
         if place.view.is_some() && !self.machine.gate().side(access).is_reachable() {
             return Err(self.failed(format!(
@@ -252,7 +293,7 @@ impl<'a> VcpuLoop<'a> {
         if suberror == KVM_INTERNAL_ERROR_EMULATION
             && let Some((page, access)) = self.unfetchable()
         {
-            self.exited = Instant::now();
+            self.exited = Moment::now();
             return Ok(match self.judge(page, access, implied_flags(access))? {
                 Judged::Look => Flow::Resume,
                 Judged::Leave(reason) => Flow::Leave(reason, None),
@@ -339,11 +380,13 @@ impl<'a> VcpuLoop<'a> {
         };
         self.tally.faults += 1;
         self.open_request(Request::Implicit(&fault), Kind::Implicit);
-        let decision = self.machine.policy().memory_fault(&fault);
-        let decision = self.decided(decision, page, access)?;
-        let site = self.site(Some(page));
+        let decision = self.machine.policy(&mut self.policy).memory_fault(&fault);
+        let decision = match decision {
+            Ok(decision) => self.decided(decision, page, access),
+            Err(failure) => return Err(self.hook(&Self::faulting(&fault), failure)),
+        };
         match decision {
-            Decision::Convert(change) => self.convert_implicit(change, wanted, site),
+            Decision::Convert(change) => self.convert_implicit(change, wanted, &fault),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -365,7 +408,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Stopped, 0);
                 Ok(Judged::Leave(reason))
             }
-            Decision::Discard => Err(self.only_for_poison(&site)),
+            Decision::Discard => Err(self.only_for_poison(&Self::faulting(&fault))),
         }
     }
 
@@ -373,8 +416,11 @@ impl<'a> VcpuLoop<'a> {
         self.hook(site, "Discard() is an answer to memory_poison only".into())
     }
 
-    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, site: Site) -> Result<Judged, Error> {
-        let order = self.order(change, wanted.page, wanted.access, &site)?;
+    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
+        let order = match self.order(change, wanted.page, wanted.access) {
+            Ok(order) => order,
+            Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
+        };
         match self
             .machine
             .gate()
@@ -398,13 +444,13 @@ impl<'a> VcpuLoop<'a> {
             }
             Err(source) => {
                 self.close(Outcome::Failed, 0);
-                Err(conversion(site, source))
+                Err(conversion(Self::faulting(fault), source))
             }
         }
     }
 
     fn poison(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
         let repeats = self.repeats(page, access);
         let poison = Fault {
@@ -421,9 +467,12 @@ impl<'a> VcpuLoop<'a> {
         };
         self.tally.poisons += 1;
         self.open_request(Request::Implicit(&poison), Kind::Poison);
-        let decision = self.machine.policy().memory_poison(&poison);
-        let decision = self.decided(decision, page, access)?;
+        let decision = self.machine.policy(&mut self.policy).memory_poison(&poison);
         let site = self.site(Some(page));
+        let decision = match decision {
+            Ok(decision) => self.decided(decision, page, access),
+            Err(failure) => return Err(self.hook(&site, failure)),
+        };
         match decision {
             Decision::Convert(_) => Err(self.hook(&site, model::POISON_IS_NOT_CONVERTED.into())),
             Decision::Deny(errno) => {
@@ -506,7 +555,7 @@ impl<'a> VcpuLoop<'a> {
 
     /// What RAX becomes, and how the run goes on.
     fn explicit(&mut self, call: Hypercall) -> Result<(i64, Flow), Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         if call.nr != KVM_HC_MAP_GPA_RANGE {
             self.tally.malformed += 1;
             return Ok((-KVM_ENOSYS, Flow::Resume));
@@ -531,9 +580,16 @@ impl<'a> VcpuLoop<'a> {
         };
         self.tally.hypercalls += 1;
         self.open_request(Request::Explicit(&judged), Kind::Explicit);
-        let decision = self.machine.policy().map_gpa_range(&judged);
-        let (errno, flow) = match self.decided(decision, range, request.to)? {
-            Decision::Convert(change) => (self.convert_explicit(change, range, request.to)?, Flow::Resume),
+        let decision = self.machine.policy(&mut self.policy).map_gpa_range(&judged);
+        let decision = match decision {
+            Ok(decision) => self.decided(decision, range, request.to),
+            Err(failure) => {
+                let site = self.called(&judged);
+                return Err(self.hook(&site, failure));
+            }
+        };
+        let (errno, flow) = match decision {
+            Decision::Convert(change) => (self.convert_explicit(change, &judged)?, Flow::Resume),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -550,7 +606,7 @@ impl<'a> VcpuLoop<'a> {
                 (libc::EAGAIN, Flow::Leave(reason, None))
             }
             Decision::Discard => {
-                let site = self.site(Some(range));
+                let site = self.called(&judged);
                 return Err(self.only_for_poison(&site));
             }
         };
@@ -558,9 +614,14 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// The errno for the guest, 0 for success.
-    fn convert_explicit(&mut self, change: Conversion, asked: Range, to: State) -> Result<i32, Error> {
-        let site = self.site(Some(asked));
-        let order = self.order(change, asked, to, &site)?;
+    fn convert_explicit(&mut self, change: Conversion, call: &Call) -> Result<i32, Error> {
+        let order = match self.order(change, call.range, call.to) {
+            Ok(order) => order,
+            Err(failure) => {
+                let site = self.called(call);
+                return Err(self.hook(&site, failure));
+            }
+        };
         match self.machine.gate().convert_if(order, None, &|| self.control.leaving()) {
             Ok(converted) => {
                 let errno = self.converted(order, converted);
@@ -578,7 +639,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Failed, errno.map_or(0, |errno| errno.0));
                 match errno {
                     Some(errno) => Ok(errno.0),
-                    None => Err(conversion(site, source)),
+                    None => Err(conversion(self.called(call), source)),
                 }
             }
         }
@@ -587,12 +648,17 @@ impl<'a> VcpuLoop<'a> {
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn order(&self, change: Conversion, asked: Range, to: State, site: &Site) -> Result<Order, Error> {
-        let gpa = change.gpa.unwrap_or(asked.gpa());
-        let size = change.size.unwrap_or(asked.size());
-        let range = self.machine.gate().range(gpa, size);
+    fn order(&self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
+        let range = match (change.gpa, change.size) {
+            (None, None) => asked,
+            (gpa, size) => {
+                let (gpa, size) = (gpa.unwrap_or(asked.gpa()), size.unwrap_or(asked.size()));
+                let range = self.machine.gate().range(gpa, size);
+                range.map_err(|error| format!("Convert: {error}"))?
+            }
+        };
         Ok(Order {
-            range: range.map_err(|error| self.hook(site, format!("Convert: {error}").into()))?,
+            range,
             to: change.to.unwrap_or(to),
             keep: change.keep,
             max_shared: change.max_shared,
@@ -711,20 +777,12 @@ impl<'a> VcpuLoop<'a> {
         });
     }
 
-    /// What the policy made of the request that is open.
-    fn decided(&mut self, decision: Result<Decision, Failure>, asked: Range, to: State) -> Result<Decision, Error> {
-        match decision {
-            Ok(decision) => {
-                if let Some(open) = &mut self.open {
-                    open.event.answer = Answer::of(&decision, asked, to);
-                }
-                Ok(decision)
-            }
-            Err(failure) => {
-                let site = self.site(Some(asked));
-                Err(self.hook(&site, failure))
-            }
+    /// Notes what the policy made of the request that is open.
+    fn decided(&mut self, decision: Decision, asked: Range, to: State) -> Decision {
+        if let Some(open) = &mut self.open {
+            open.event.answer = Answer::of(&decision, asked, to);
         }
+        decision
     }
 
     fn close(&mut self, outcome: Outcome, errno: i32) {
@@ -753,7 +811,7 @@ impl<'a> VcpuLoop<'a> {
             .page()
             .get_mut(io.data..io.data + io.len())
             .unwrap_or_default();
-        match self.machine.devices().port(io.port) {
+        match self.machine.devices().port(io.port, &mut self.known_port) {
             Some(handler) => {
                 if let Err(failure) = handler.io(self.vcpu.index, &io, data) {
                     let site = self.site(None);
@@ -805,6 +863,26 @@ impl<'a> VcpuLoop<'a> {
             gpa: pages.map(|range| range.gpa()),
             state: pages.map(|range| self.machine.gate().describe(range)),
             rip: self.vcpu.rip(),
+        }
+    }
+
+    /// Where an explicit request was made, with the pages as they were then.
+    fn called(&mut self, call: &Call) -> Site {
+        Site {
+            vcpu: call.vcpu,
+            gpa: Some(call.range.gpa()),
+            state: Some(call.state.map_or("mixed", State::as_str)),
+            rip: self.vcpu.rip(),
+        }
+    }
+
+    /// Where an implicit request was made, with its page as it was then.
+    fn faulting(fault: &Fault) -> Site {
+        Site {
+            vcpu: fault.vcpu,
+            gpa: Some(fault.range.gpa()),
+            state: Some(fault.state.as_str()),
+            rip: fault.rip,
         }
     }
 

@@ -14,13 +14,14 @@ use kvm_bindings::{
     KVM_EXIT_HLT, KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN, kvm_regs, kvm_sregs,
 };
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use super::{ExitFlag, Hypervisor, Limits, Memslot, Vcpu};
 use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::decode::{PAGE_START, offset, put, u64_at};
 use crate::errno::Errno;
 use crate::explicit::DOORBELL_PORT;
+use crate::memory::Backing;
 use crate::run::MEMORY_EXIT_FLAG_PRIVATE;
 use crate::sys;
 
@@ -91,6 +92,8 @@ pub enum CallName {
     PreFault,
 }
 
+const CALL_NAMES: usize = CallName::PreFault as usize + 1;
+
 /// A call that is going to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injection {
@@ -115,12 +118,34 @@ pub struct Reply {
     pub value: Vec<u8>,
 }
 
+/// What a call did before it failed.
+enum Entered {
+    Done,
+    Failed { errno: Errno, half_done: bool },
+}
+
+/// Attributes and counts of a part of all pages, apart from the other parts: vCPUs that work on different pages must not
+/// meet here, where they would not meet in the core.
 #[derive(Default)]
-struct Kernel {
-    slots: BTreeMap<u32, (Range, bool)>,
+#[repr(align(128))]
+struct Part(Mutex<Counted>);
+
+#[derive(Default)]
+struct Counted {
     private: BTreeSet<u64>,
-    injections: Vec<Injection>,
-    calls: BTreeMap<CallName, u64>,
+    calls: [u64; CALL_NAMES],
+}
+
+const PARTS: usize = 64;
+/// Pages that follow each other are in one part up to multiples of this.
+const PART_PAGES: u64 = 512;
+
+struct Kernel {
+    slots: RwLock<BTreeMap<u32, (Range, bool)>>,
+    parts: Vec<Part>,
+    injections: Mutex<Vec<Injection>>,
+    /// Whether there are any.
+    injecting: AtomicBool,
 }
 
 struct Script {
@@ -131,7 +156,7 @@ struct Script {
 /// A virtual machine that replays scripts.
 pub struct FakeVm {
     limits: Limits,
-    kernel: Arc<Mutex<Kernel>>,
+    kernel: Arc<Kernel>,
     scripts: Vec<Script>,
     replies: Vec<Arc<Mutex<Vec<Reply>>>>,
 }
@@ -141,7 +166,7 @@ impl FakeVm {
     pub fn new(limits: Limits, scripts: Vec<Vec<Step>>, cycles: u64) -> Self {
         Self {
             limits,
-            kernel: Arc::default(),
+            kernel: Arc::new(Kernel::new()),
             replies: scripts.iter().map(|_| Arc::default()).collect(),
             scripts: scripts.into_iter().map(|steps| Script { steps, cycles }).collect(),
         }
@@ -171,10 +196,11 @@ impl FakeVm {
 
     /// Makes calls fail, counted from now on.
     pub fn inject(&self, injection: Injection) {
-        let mut kernel = self.kernel.lock();
-        let made = kernel.calls.get(&injection.call).copied().unwrap_or_default();
-        kernel.injections.push(Injection {
-            after: injection.after + made,
+        let mut injections = self.kernel.injections.lock();
+        // From here on whoever calls waits for the lock, so that the count stands still.
+        self.kernel.injecting.store(true, Ordering::SeqCst);
+        injections.push(Injection {
+            after: injection.after + self.kernel.calls(injection.call),
             ..injection
         });
     }
@@ -189,54 +215,102 @@ impl FakeVm {
 
     /// Whether the page at `gpa` carries PRIVATE.
     pub fn is_private(&self, gpa: u64) -> bool {
-        self.kernel.lock().private.contains(&(gpa / PAGE_SIZE))
+        self.kernel.is_private(gpa)
     }
 
     /// The slot at `gpa`: whether a guest_memfd is bound to it.
     pub fn slot_at(&self, gpa: u64) -> Option<bool> {
-        self.kernel.lock().slot_at(gpa)
+        self.kernel.slot_at(gpa)
     }
 
     /// How many slots there are.
     pub fn slot_count(&self) -> usize {
-        self.kernel.lock().slots.len()
+        self.kernel.slots.read().len()
     }
 
     /// How many calls of this name were made.
     pub fn calls(&self, call: CallName) -> u64 {
-        self.kernel.lock().calls.get(&call).copied().unwrap_or_default()
+        self.kernel.calls(call)
     }
 }
 
 impl Kernel {
+    fn new() -> Self {
+        Self {
+            slots: RwLock::default(),
+            parts: (0..PARTS).map(|_| Part::default()).collect(),
+            injections: Mutex::default(),
+            injecting: AtomicBool::new(false),
+        }
+    }
+
+    fn part(&self, page: u64) -> MutexGuard<'_, Counted> {
+        self.parts[(page / PART_PAGES) as usize % PARTS].0.lock()
+    }
+
+    fn is_private(&self, gpa: u64) -> bool {
+        let page = gpa / PAGE_SIZE;
+        self.part(page).private.contains(&page)
+    }
+
     fn slot_at(&self, gpa: u64) -> Option<bool> {
-        let mut slots = self.slots.values();
+        let slots = self.slots.read();
+        let mut slots = slots.values();
         slots
             .find(|(range, _)| range.contains(gpa))
             .map(|(_, guest_memfd)| *guest_memfd)
     }
 
-    /// Counts a call; its failure, and whether half of it is done all the same.
-    fn enter(&mut self, call: CallName) -> Result<(), (Errno, bool)> {
-        let count = self.calls.entry(call).or_default();
-        let number = *count;
-        *count += 1;
+    fn calls(&self, call: CallName) -> u64 {
+        let parts = self.parts.iter().map(|part| part.0.lock().calls[call as usize]);
+        parts.sum()
+    }
+
+    /// Counts a call that is about this address: whether it is to fail.
+    fn enter(&self, call: CallName, gpa: u64) -> Entered {
+        let count = || self.part(gpa / PAGE_SIZE).calls[call as usize] += 1;
+        if !self.injecting.load(Ordering::SeqCst) {
+            count();
+            return Entered::Done;
+        }
+        let injections = self.injections.lock();
+        let number = self.calls(call);
+        count();
         let hit = |injection: &&Injection| {
             let now = injection.after == number || injection.forever && injection.after < number;
             injection.call == call && now
         };
-        match self.injections.iter().find(hit) {
-            Some(injection) => Err((Errno(injection.errno), injection.half_done)),
-            None => Ok(()),
+        match injections.iter().find(hit) {
+            Some(injection) => Entered::Failed {
+                errno: Errno(injection.errno),
+                half_done: injection.half_done,
+            },
+            None => Entered::Done,
         }
     }
 
-    fn paint(&mut self, range: Range, to: State) {
-        for page in range.gpa() / PAGE_SIZE..range.end() / PAGE_SIZE {
-            match to {
-                State::Private => self.private.insert(page),
-                State::Shared => self.private.remove(&page),
-            };
+    fn paint(&self, range: Range, to: State) {
+        let (mut page, end) = (range.gpa() / PAGE_SIZE, range.end() / PAGE_SIZE);
+        while page < end {
+            let stop = end.min((page / PART_PAGES + 1) * PART_PAGES);
+            let private = &mut self.part(page).private;
+            for page in page..stop {
+                match to {
+                    State::Private => private.insert(page),
+                    State::Shared => private.remove(&page),
+                };
+            }
+            page = stop;
+        }
+    }
+}
+
+impl Entered {
+    /// For calls that do all or nothing.
+    fn whole(self) -> Result<(), Errno> {
+        match self {
+            Entered::Done => Ok(()),
+            Entered::Failed { errno, .. } => Err(errno),
         }
     }
 }
@@ -256,33 +330,35 @@ impl Hypervisor for FakeVm {
     }
 
     fn create_memslot(&self, slot: &Memslot<'_>) -> Result<(), Errno> {
-        let mut kernel = self.kernel.lock();
-        kernel.enter(CallName::CreateMemslot).map_err(|(errno, _)| errno)?;
-        if slot.id >= self.limits.memslots || kernel.slots.contains_key(&slot.id) {
+        self.kernel.enter(CallName::CreateMemslot, 0).whole()?;
+        let mut slots = self.kernel.slots.write();
+        if slot.id >= self.limits.memslots || slots.contains_key(&slot.id) {
             return Err(Errno(libc::EINVAL));
         }
-        if kernel.slots.values().any(|(range, _)| range.overlaps(&slot.range)) {
+        if slots.values().any(|(range, _)| range.overlaps(&slot.range)) {
             return Err(Errno(libc::EEXIST));
         }
-        kernel.slots.insert(slot.id, (slot.range, slot.guest_memfd.is_some()));
+        slots.insert(slot.id, (slot.range, slot.guest_memfd.is_some()));
         Ok(())
     }
 
     fn delete_memslot(&self, id: u32) -> Result<(), Errno> {
-        let mut kernel = self.kernel.lock();
-        kernel.enter(CallName::DeleteMemslot).map_err(|(errno, _)| errno)?;
-        kernel.slots.remove(&id).map(drop).ok_or(Errno(libc::EINVAL))
+        self.kernel.enter(CallName::DeleteMemslot, 0).whole()?;
+        let removed = self.kernel.slots.write().remove(&id);
+        removed.map(drop).ok_or(Errno(libc::EINVAL))
     }
 
     fn set_attributes(&self, range: Range, to: State) -> Result<(), Errno> {
-        let mut kernel = self.kernel.lock();
-        match kernel.enter(CallName::SetAttributes) {
-            _ if !self.limits.private_attribute => return Err(Errno(libc::EINVAL)),
-            Ok(()) => kernel.paint(range, to),
-            Err((errno, half_done)) => {
+        let entered = self.kernel.enter(CallName::SetAttributes, range.gpa());
+        if !self.limits.private_attribute {
+            return Err(Errno(libc::EINVAL));
+        }
+        match entered {
+            Entered::Done => self.kernel.paint(range, to),
+            Entered::Failed { errno, half_done } => {
                 let half = range.pages() / 2 * PAGE_SIZE;
                 if let Some(half) = Range::new(range.gpa(), half).filter(|_| half_done) {
-                    kernel.paint(half, to);
+                    self.kernel.paint(half, to);
                 }
                 return Err(errno);
             }
@@ -290,10 +366,18 @@ impl Hypervisor for FakeVm {
         Ok(())
     }
 
-    fn discard(&self, file: &File, offset: u64, len: u64) -> Result<(), Errno> {
-        let entered = self.kernel.lock().enter(CallName::Discard);
-        entered.map_err(|(errno, _)| errno)?;
-        sys::punch_hole(file.as_raw_fd(), offset, len)
+    // Its guests have no memory of their own: what this process did not touch is a hole.
+
+    fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
+        self.kernel.enter(CallName::Discard, range.gpa()).whole()?;
+        match side.touched(range) {
+            true => sys::punch_hole(side.file().as_raw_fd(), range.gpa(), range.size()),
+            false => Ok(()),
+        }
+    }
+
+    fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno> {
+        Ok(side.touched(range) && side.has_data(range)?)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {
@@ -313,7 +397,9 @@ impl Hypervisor for FakeVm {
     }
 }
 
+/// Apart from other vCPUs' flags.
 #[derive(Default)]
+#[repr(align(128))]
 struct FakeFlag(AtomicBool);
 
 impl ExitFlag for FakeFlag {
@@ -334,7 +420,7 @@ enum Answer {
 }
 
 struct FakeVcpu {
-    kernel: Arc<Mutex<Kernel>>,
+    kernel: Arc<Kernel>,
     steps: Vec<Step>,
     cycles: u64,
     next: usize,
@@ -460,10 +546,8 @@ impl FakeVcpu {
     }
 
     fn access(&mut self, gpa: u64, write: bool) -> Option<Result<(), Errno>> {
-        let kernel = self.kernel.lock();
-        let private = kernel.private.contains(&(gpa / PAGE_SIZE));
-        let slot = kernel.slot_at(gpa);
-        drop(kernel);
+        let private = self.kernel.is_private(gpa);
+        let slot = self.kernel.slot_at(gpa);
         match (private, slot) {
             (true, Some(true)) | (false, Some(_)) => {
                 self.advance();
@@ -532,10 +616,8 @@ impl Vcpu for FakeVcpu {
     }
 
     fn pre_fault(&mut self, range: Range) -> Result<u64, Errno> {
-        let mut kernel = self.kernel.lock();
-        kernel.enter(CallName::PreFault).map_err(|(errno, _)| errno)?;
+        self.kernel.enter(CallName::PreFault, range.gpa()).whole()?;
         // As the kernel does in passing.
-        drop(kernel);
         self.exit(
             KVM_EXIT_MEMORY_FAULT,
             [MEMORY_EXIT_FLAG_PRIVATE, range.gpa(), PAGE_SIZE],

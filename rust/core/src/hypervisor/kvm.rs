@@ -1,7 +1,6 @@
 //! /dev/kvm, through the kvm-ioctls crate, and the few ioctls that it does not do as this core needs them.
 #![allow(unsafe_code)]
 
-use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::Arc;
@@ -20,6 +19,7 @@ use crate::attributes::{Range, State};
 use crate::decode::PAGE_START;
 use crate::errno::Errno;
 use crate::explicit::KVM_HC_MAP_GPA_RANGE;
+use crate::memory::Backing;
 use crate::probe::VmType;
 use crate::sys;
 
@@ -163,8 +163,12 @@ impl Hypervisor for KvmVm {
         })?)
     }
 
-    fn discard(&self, file: &File, offset: u64, len: u64) -> Result<(), Errno> {
-        sys::punch_hole(file.as_raw_fd(), offset, len)
+    fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
+        sys::punch_hole(side.file().as_raw_fd(), range.gpa(), range.size())
+    }
+
+    fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno> {
+        side.has_data(range)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {
@@ -179,16 +183,11 @@ impl Hypervisor for KvmVm {
         }
         fd.set_cpuid2(&cpuid)?;
         let page = RunPage::map(&fd, self.kvm.get_vcpu_mmap_size()?)?;
-        let mut vcpu = KvmVcpu {
+        Ok(Box::new(KvmVcpu {
             fd,
             page: Arc::new(page),
             sync_regs: self.sync_regs,
-        };
-        if self.sync_regs {
-            let valid = u64::from(kvm_bindings::KVM_SYNC_X86_REGS);
-            crate::decode::put(vcpu.page(), crate::decode::offset::VALID_REGS, &valid.to_le_bytes());
-        }
-        Ok(Box::new(vcpu))
+        }))
     }
 }
 

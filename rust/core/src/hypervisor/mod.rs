@@ -5,15 +5,15 @@
 pub mod fake;
 pub mod kvm;
 
-use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::attributes::{Range, State};
+use crate::decode;
 use crate::errno::Errno;
-use crate::memory::HostAddress;
+use crate::memory::{Backing, HostAddress};
 
 /// What one virtual machine can do, asked once when it is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,11 +76,17 @@ pub trait Hypervisor: Send + Sync {
     /// ENOMEM changes nothing; EINVAL where the VM has no private memory.
     fn set_attributes(&self, range: Range, to: State) -> Result<(), Errno>;
 
-    /// Frees `len` bytes of `file` from `offset` on (FALLOC_FL_PUNCH_HOLE); what is read there next is zero.
+    /// Frees a part of a side (FALLOC_FL_PUNCH_HOLE); what is read there next is zero. The caller holds the range.
     ///
     /// # Errors
     /// Those of fallocate(2).
-    fn discard(&self, file: &File, offset: u64, len: u64) -> Result<(), Errno>;
+    fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno>;
+
+    /// Whether anything was written to this part of a memfd since it was last discarded. The caller holds the range.
+    ///
+    /// # Errors
+    /// Those of lseek(2).
+    fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno>;
 
     /// KVM_CREATE_VCPU, with the CPUID that this host supports.
     ///
@@ -97,6 +103,17 @@ pub trait Vcpu: Send {
     /// The errno of the ioctl; only with the run page does it mean something, see [`crate::decode`].
     fn run(&mut self) -> Result<(), Errno>;
 
+    /// KVM_RUN after the sentinel: its result, and the run page as it left it.
+    fn enter(&mut self) -> (Result<(), Errno>, &mut [u8]) {
+        decode::put(
+            self.page(),
+            decode::offset::EXIT_REASON,
+            &decode::SENTINEL.to_le_bytes(),
+        );
+        let result = self.run();
+        (result, self.page())
+    }
+
     /// The run page from `exit_reason` on, without the first [`crate::decode::PAGE_START`] bytes, which other
     /// threads may write.
     fn page(&mut self) -> &mut [u8];
@@ -104,7 +121,7 @@ pub trait Vcpu: Send {
     /// What makes a running or a coming KVM_RUN return EINTR.
     fn exit_flag(&self) -> Arc<dyn ExitFlag>;
 
-    /// Whether the run page carries the general registers after each exit (KVM_CAP_SYNC_REGS).
+    /// Whether the run page carries the general registers after an exit, if it is asked to (KVM_CAP_SYNC_REGS).
     fn syncs_regs(&self) -> bool;
 
     /// KVM_GET_REGS.

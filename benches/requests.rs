@@ -1,0 +1,102 @@
+//! Requests on the fake hypervisor, from exit to resume: what the core itself costs.
+#![allow(clippy::expect_used, missing_docs)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use pagegate_core::attributes::{PAGE_SIZE, Range, State};
+use pagegate_core::boot;
+use pagegate_core::errno::{EINVAL, Errno};
+use pagegate_core::error::Failure;
+use pagegate_core::explicit::{KVM_HC_MAP_GPA_RANGE, attributes};
+use pagegate_core::hypervisor::fake::{FakeVm, Step};
+use pagegate_core::machine::{Config, Machine};
+use pagegate_core::policies::{Align, DenyAll, Quota, Request};
+use pagegate_core::policy::{Allow, Call, Decision, Policy};
+use pagegate_core::rules::{Lesson, Region, Rules};
+
+const MEMORY: u64 = 1 << 30;
+const CYCLES: u64 = 5_000;
+
+/// Learns once that everything is to be converted.
+#[derive(Default)]
+struct Learned(Rules);
+
+impl Policy for Learned {
+    fn map_gpa_range(&self, call: &Call) -> Result<Decision, Failure> {
+        let region = Range::new(0, MEMORY).map(|range| Region {
+            range,
+            uses: None,
+            nanoseconds: None,
+        });
+        self.0.ask(Request::Explicit(call), || {
+            Ok(Lesson {
+                decision: Decision::as_asked(),
+                remember: region,
+            })
+        })
+    }
+}
+
+/// Each vCPU asks for a page of its own part of memory to become private, and shared again.
+fn machine(policy: Arc<dyn Policy>, vcpus: u64, events: usize) -> Machine {
+    let script = |vcpu: u64| {
+        [State::Private, State::Shared].map(|to| {
+            let attributes = attributes(to, PAGE_SIZE).expect("a page size");
+            Step::Hypercall([KVM_HC_MAP_GPA_RANGE, MEMORY / vcpus * vcpu, 1, attributes])
+        })
+    };
+    let scripts = (0..vcpus).map(|vcpu| script(vcpu).to_vec()).collect();
+    let machine = Machine::new(Config {
+        memory: MEMORY,
+        vcpus: vcpus as u32,
+        vm_type: None,
+        enforcement: None,
+        shared_bit: None,
+        initial: State::Shared,
+        events,
+        memslots: 1,
+        policy,
+        around: None,
+        fake: Some(Arc::new(FakeVm::new(FakeVm::protected(32764), scripts, CYCLES))),
+    });
+    let machine = machine.expect("a machine on the fake");
+    for vcpu in 0..vcpus {
+        let started = machine.start(vcpu as usize, boot::Mode::Real, &[]);
+        started.expect("a vCPU that does not run");
+    }
+    machine
+}
+
+fn requests(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("requests");
+    group.measurement_time(Duration::from_secs(3)).sample_size(50);
+    let mut bench = |name: &str, vcpus: u64, events: usize, policy: &dyn Fn() -> Arc<dyn Policy>| {
+        group.throughput(Throughput::Elements(2 * CYCLES * vcpus));
+        group.bench_function(name, |bencher| {
+            // What it returns is dropped when the time was taken.
+            let run = |machine: Machine| (machine.run(None, &mut || Ok(())), machine);
+            bencher.iter_batched(|| machine(policy(), vcpus, events), run, BatchSize::PerIteration);
+        });
+    };
+    let allow = || Arc::new(Allow) as Arc<dyn Policy>;
+    bench("allowed", 1, 65536, &allow);
+    bench("allowed, no events", 1, 0, &allow);
+    bench("allowed, two vCPUs", 2, 65536, &allow);
+    bench("denied", 1, 65536, &|| Arc::new(DenyAll { errno: Errno(EINVAL) }));
+    bench("under a learned rule", 1, 65536, &|| Arc::new(Learned::default()));
+    bench("under a quota", 1, 65536, &|| {
+        Arc::new(Quota {
+            max_shared: MEMORY,
+            then: Arc::new(Allow),
+        })
+    });
+    bench("widened to 2 MiB", 1, 65536, &|| {
+        Arc::new(Align::new(2 << 20, Arc::new(Allow)).expect("a power of two"))
+    });
+    group.finish();
+}
+
+criterion_group!(all, requests);
+criterion_main!(all);
