@@ -36,7 +36,7 @@ Row = dict[str, Any]
 class Hook(Policy):
     """The least that a Python policy can do."""
 
-    def map_gpa_range(self, call: MapGpaRange) -> Convert:
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:  # noqa: ARG002
         return Convert()
 
 
@@ -46,7 +46,7 @@ class Learned(Policy):
     def __init__(self, memory: int) -> None:
         self.region = Region(0, memory)
 
-    def map_gpa_range(self, call: MapGpaRange) -> Convert:
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:  # noqa: ARG002
         return Convert(remember=self.region)
 
 
@@ -120,7 +120,7 @@ def port_io(port: int) -> workload.Workload:
     )
 
 
-def answer(io: Io) -> bytes:
+def answer(io: Io) -> bytes:  # noqa: ARG001
     return b"\x2a"
 
 

@@ -70,7 +70,7 @@ class Plain:
     """One VM with one vCPU."""
 
     def __init__(self, memory: int, at: int, image: bytes, table: int) -> None:
-        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.kvm = kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self.vm = fcntl.ioctl(kvm, KVM_CREATE_VM, KVM_X86_SW_PROTECTED_VM)
         fcntl.ioctl(
             self.vm, KVM_ENABLE_CAP, struct.pack("<II4Q64x", KVM_CAP_EXIT_HYPERCALL, 0, 1 << MAP_GPA_RANGE, 0, 0, 0)
@@ -79,7 +79,9 @@ class Plain:
         self.shared = os.memfd_create("plain")
         os.ftruncate(self.shared, memory)
         self.memory = mmap.mmap(self.shared, memory)
-        host = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        view = ctypes.c_char.from_buffer(self.memory)
+        host = ctypes.addressof(view)
+        del view
         region = struct.pack("<IIQQQQII112x", 0, KVM_MEM_GUEST_MEMFD, 0, memory, host, 0, self.private, 0)
         fcntl.ioctl(self.vm, KVM_SET_USER_MEMORY_REGION2, region)
 
@@ -90,6 +92,13 @@ class Plain:
         self.run_page = mmap.mmap(self.vcpu, fcntl.ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE))
         self._set_cpuid(kvm)
         self._set_registers(tables, rip=at, rdi=table)
+
+    def close(self) -> None:
+        """All of it: what lives on would have the kernel tell it of every page that others free."""
+        self.run_page.close()
+        self.memory.close()
+        for fd in (self.vcpu, self.private, self.shared, self.vm, self.kvm):
+            os.close(fd)
 
     def _set_cpuid(self, kvm: int) -> None:
         cpuid = bytearray(8 + 256 * 40)
@@ -113,11 +122,13 @@ class Plain:
 
     def convert(self, gpa: int, size: int, attributes: int) -> None:
         to_private = attributes & ENCRYPTED
-        if not to_private and self._written(gpa, size) and libc.fallocate(self.shared, PUNCH_HOLE | KEEP_SIZE, gpa, size):
-            raise OSError(ctypes.get_errno(), "fallocate")
+        if not to_private and self._written(gpa, size):
+            self._punch(self.shared, gpa, size)
         fcntl.ioctl(self.vm, KVM_SET_MEMORY_ATTRIBUTES, ATTRIBUTES.pack(gpa, size, PRIVATE if to_private else 0, 0))
-        stale = self.shared if to_private else self.private
-        if libc.fallocate(stale, PUNCH_HOLE | KEEP_SIZE, gpa, size):
+        self._punch(self.shared if to_private else self.private, gpa, size)
+
+    def _punch(self, file: int, gpa: int, size: int) -> None:
+        if libc.fallocate(file, PUNCH_HOLE | KEEP_SIZE, gpa, size):
             raise OSError(ctypes.get_errno(), "fallocate")
 
     def _written(self, gpa: int, size: int) -> bool:
@@ -160,7 +171,11 @@ class Plain:
 def measure(load: workload.Workload) -> float:
     """Seconds of the workload's measured part."""
     ((at, image, table),) = load.images()
-    nanoseconds, requests = Plain(load.memory, at, image, table).run()
+    machine = Plain(load.memory, at, image, table)
+    try:
+        nanoseconds, requests = machine.run()
+    finally:
+        machine.close()
     if requests != load.requests:
         raise RuntimeError(f"{requests} requests in place of {load.requests}")
     return nanoseconds / 1e9

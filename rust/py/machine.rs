@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::devices::Handler;
+use crate::devices::{Handler, forget_accesses};
 use crate::events::PyEvents;
 use crate::gate::PyGate;
 use crate::listener::PyListener;
@@ -117,6 +117,7 @@ fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
         true => Python::attach(|py| {
             py.detach(body);
             forget_requests(py);
+            forget_accesses(py);
         }),
         false => body(),
     })

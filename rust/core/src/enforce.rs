@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::attributes::{Range, Run, State};
+use crate::attributes::{PAGE_SIZE, Range, Run, State};
 use crate::errno::Errno;
 use crate::hypervisor::{Hypervisor, Memslot};
 use crate::kick::Kick;
@@ -181,6 +181,7 @@ impl Enforcement {
     /// for more.
     pub(crate) fn part(&self, range: Range) -> Range {
         let end = match self.mode {
+            _ if range.size() == PAGE_SIZE => return range,
             Mode::Attributes if !self.views.split() => range.end(),
             _ => self.slots.lock().reach(range, PART_SLOTS),
         };

@@ -115,21 +115,7 @@ impl<'a> VcpuLoop<'a> {
 
     /// Runs until the vCPU or the run ends.
     pub(crate) fn run(mut self) -> Tally {
-        loop {
-            self.kick.clear();
-            if self.control.leaving() {
-                break;
-            }
-            let exit = match self.vcpu.pending {
-                Some(exit) => {
-                    self.vcpu.pending = None;
-                    exit
-                }
-                None => match self.enter() {
-                    Some(exit) => exit,
-                    None => continue,
-                },
-            };
+        while let Some(exit) = self.next_exit() {
             let handled = self.handle(exit);
             if handled.is_err() && exit.awaits_reply() {
                 // Nobody answered it, so it is the first thing to do should the run go on.
@@ -159,36 +145,52 @@ impl<'a> VcpuLoop<'a> {
         self.tally
     }
 
-    /// Resume, and the next exit, unless it was answered already.
-    fn enter(&mut self) -> Option<Exit> {
-        if self.open.is_some() {
-            self.close_request();
-        }
-        self.entry = self.machine.gate().entry();
-        let vcpu = self.vcpu.index;
-        let (result, page) = {
-            let _inside = self.world.map(World::enter);
-            self.vcpu.run(self.kick)
-        };
-        // Port IO to the handler that this vCPU used last takes the shortest way there is.
-        if result.is_ok()
-            && let Some(io) = decode::port_io(page)
-            && let Some(handler) = self.machine.devices().known(io.port, &self.known_port)
-            && let Some(data) = page.get_mut(io.data..io.data + io.len())
-        {
-            let answered = handler.io(vcpu, &io, data);
-            self.refused = 0;
-            match answered {
-                Ok(()) => self.vcpu.reply_due = true,
-                Err(failure) => {
-                    self.vcpu.pending = Some(Exit::Io(io));
-                    let site = self.site(None);
-                    self.control.finish(Err(self.hook(&site, failure)));
-                }
+    /// Resume, and the next exit that is not answered by the way; `None` when the run ends.
+    ///
+    /// Port IO to the handler that this vCPU used last is answered here and takes the shortest way there is: it is by far
+    /// the most frequent exit of a guest with devices.
+    #[inline(never)]
+    fn next_exit(&mut self) -> Option<Exit> {
+        let (machine, kick, world, vcpu) = (self.machine, self.kick, self.world, self.vcpu.index);
+        loop {
+            kick.clear();
+            if self.control.leaving() {
+                return None;
             }
-            return None;
+            if let Some(exit) = self.vcpu.pending.take() {
+                return Some(exit);
+            }
+            if self.open.is_some() {
+                self.close_request();
+            }
+            self.entry = machine.gate().entry();
+            let (result, page) = {
+                let _inside = world.map(World::enter);
+                self.vcpu.run(kick)
+            };
+            if result.is_ok()
+                && let Some(io) = decode::port_io(page)
+                && let Some(handler) = machine.devices().known(io.port, &self.known_port)
+                && let Some(data) = page.get_mut(io.data..io.data + io.len())
+            {
+                let answered = handler.io(vcpu, &io, data);
+                self.refused = 0;
+                match answered {
+                    Ok(()) => self.vcpu.reply_due = true,
+                    Err(failure) => self.unanswered(io, failure),
+                }
+                continue;
+            }
+            return Some(decode::decode(result, page));
         }
-        Some(decode::decode(result, page))
+    }
+
+    /// A handler failed: the run ends, and its exit is the first thing to do should it go on.
+    #[cold]
+    fn unanswered(&mut self, io: Io, failure: Failure) {
+        self.vcpu.pending = Some(Exit::Io(io));
+        let site = self.site(None);
+        self.control.finish(Err(self.hook(&site, failure)));
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
@@ -381,11 +383,7 @@ impl<'a> VcpuLoop<'a> {
         self.tally.faults += 1;
         self.open_request(Request::Implicit(&fault), Kind::Implicit);
         let decision = self.machine.policy(&mut self.policy).memory_fault(&fault);
-        let decision = match decision {
-            Ok(decision) => self.decided(decision, page, access),
-            Err(failure) => return Err(self.hook(&Self::faulting(&fault), failure)),
-        };
-        match decision {
+        match self.decided(decision, page, access)? {
             Decision::Convert(change) => self.convert_implicit(change, wanted, &fault),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
@@ -468,11 +466,8 @@ impl<'a> VcpuLoop<'a> {
         self.tally.poisons += 1;
         self.open_request(Request::Implicit(&poison), Kind::Poison);
         let decision = self.machine.policy(&mut self.policy).memory_poison(&poison);
+        let decision = self.decided(decision, page, access)?;
         let site = self.site(Some(page));
-        let decision = match decision {
-            Ok(decision) => self.decided(decision, page, access),
-            Err(failure) => return Err(self.hook(&site, failure)),
-        };
         match decision {
             Decision::Convert(_) => Err(self.hook(&site, model::POISON_IS_NOT_CONVERTED.into())),
             Decision::Deny(errno) => {
@@ -581,14 +576,7 @@ impl<'a> VcpuLoop<'a> {
         self.tally.hypercalls += 1;
         self.open_request(Request::Explicit(&judged), Kind::Explicit);
         let decision = self.machine.policy(&mut self.policy).map_gpa_range(&judged);
-        let decision = match decision {
-            Ok(decision) => self.decided(decision, range, request.to),
-            Err(failure) => {
-                let site = self.called(&judged);
-                return Err(self.hook(&site, failure));
-            }
-        };
-        let (errno, flow) = match decision {
+        let (errno, flow) = match self.decided(decision, range, request.to)? {
             Decision::Convert(change) => (self.convert_explicit(change, &judged)?, Flow::Resume),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
@@ -777,12 +765,20 @@ impl<'a> VcpuLoop<'a> {
         });
     }
 
-    /// Notes what the policy made of the request that is open.
-    fn decided(&mut self, decision: Decision, asked: Range, to: State) -> Decision {
-        if let Some(open) = &mut self.open {
-            open.event.answer = Answer::of(&decision, asked, to);
+    /// What the policy made of the request that is open.
+    fn decided(&mut self, decision: Result<Decision, Failure>, asked: Range, to: State) -> Result<Decision, Error> {
+        match decision {
+            Ok(decision) => {
+                if let Some(open) = &mut self.open {
+                    open.event.answer = Answer::of(&decision, asked, to);
+                }
+                Ok(decision)
+            }
+            Err(failure) => {
+                let site = self.site(Some(asked));
+                Err(self.hook(&site, failure))
+            }
         }
-        decision
     }
 
     fn close(&mut self, outcome: Outcome, errno: i32) {
