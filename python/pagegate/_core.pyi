@@ -38,7 +38,8 @@ def bare_loop(
 
     ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
     where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
-    ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for ``Vm``.
+    ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for
+    ``Vm``.
 
     Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
     """
@@ -210,6 +211,10 @@ class Stop:
 @disjoint_base
 class Builtin:
     """What all built-in policies are."""
+
+    @property
+    def hooks(self) -> tuple[Callable[[Any], Any] | None, ...]:
+        """The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison."""
 
 @final
 class Allow(Builtin):

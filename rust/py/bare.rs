@@ -12,7 +12,8 @@ use crate::names;
 ///
 /// ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
 /// where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
-/// ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for ``Vm``.
+/// ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for
+/// ``Vm``.
 ///
 /// Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
 #[pyfunction]
