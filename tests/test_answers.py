@@ -66,7 +66,8 @@ def test_a_hook_that_never_answers(write, body) -> None:
 
 
 def test_at_the_end_of_a_chain(write) -> None:
-    inner = "class Mine(Policy):\n    def memory_fault(self, fault): return {}\npolicy = pagegate.policies.Quota(0, Mine())\n"
+    inner = "class Mine(Policy):\n    def memory_fault(self, fault): return {}\n"
+    inner += "policy = pagegate.policies.Quota(0, Mine())\n"
     load(write(inner.format("Convert()")))
     with pytest.raises(PolicyError, match="line 4: memory_fault returns True"):
         load(write(inner.format("True")))
