@@ -790,11 +790,12 @@ impl<'a> VcpuLoop<'a> {
 
     /// The request that was open is over: the guest resumes, or the run ends.
     fn close_request(&mut self) {
-        if let Some(mut open) = self.open.take() {
+        if let Some(open) = &mut self.open {
             open.event.latency = open.since.elapsed().as_nanos() as u64;
             self.tally.record_latency(open.event.latency);
-            self.machine.events().push(&mut self.vcpu.log, open.event);
+            self.machine.events().push(&mut self.vcpu.log, &mut open.event);
         }
+        self.open = None;
     }
 
     // ---- devices
