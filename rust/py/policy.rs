@@ -119,7 +119,7 @@ fn ask_about_poison(hook: &Py<PyAny>, poison: &Fault) -> Result<Lesson, Failure>
     .map_err(errors::failure)
 }
 
-/// Frees what a thread keeps for asking hooks. For its end.
+/// Frees what a thread keeps for asking hooks, for one that may not do so again.
 pub(crate) fn forget_requests(_attached: Python<'_>) {
     reuse::forget::<PyMemoryFault>();
     reuse::forget::<PyMapGpaRange>();

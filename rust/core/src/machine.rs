@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use kvm_bindings::kvm_regs;
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::attributes::{AttributeMap, PAGE_SIZE, Range, State};
+use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::boot;
 use crate::control::Control;
 use crate::convert::{Converted, Gate, Resident};
@@ -21,6 +21,7 @@ use crate::hypervisor::fake::FakeVm;
 use crate::hypervisor::kvm::KvmVm;
 use crate::image::Image;
 use crate::kick::Kick;
+use crate::ledger::Ledger;
 use crate::listener::{self, Listener};
 use crate::memory::{Backing, GuestMemory};
 use crate::policy::Policy;
@@ -127,9 +128,9 @@ impl Machine {
             .iter()
             .map(|vcpu| Arc::new(Kick::new(vcpu.hv.exit_flag())))
             .collect();
-        let map = AttributeMap::new(config.memory, config.initial);
+        let ledger = Ledger::new(config.memory, config.initial, vcpus.len());
         Ok(Self {
-            gate: Gate::new(map, views, enforcement, vm, memory.clone(), kicks.clone()),
+            gate: Gate::new(ledger, views, enforcement, vm, memory.clone(), kicks.clone()),
             events: EventLog::new(config.events, vcpus.len()),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,

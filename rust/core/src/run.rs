@@ -142,7 +142,7 @@ impl<'a> VcpuLoop<'a> {
     /// Resume, and the next exit.
     fn enter(&mut self) -> Exit {
         self.close_request();
-        self.entry = self.machine.gate().entry();
+        self.machine.gate().enter_again(&mut self.entry);
         let world = self.machine.gate().enforcement().world();
         let _inside = world.map(|world| world.enter());
         self.vcpu.enter(self.machine.kick(self.vcpu.index))
@@ -304,8 +304,8 @@ impl<'a> VcpuLoop<'a> {
 
     /// Policy and conversion for one fault, if its page still is not in the accessed state.
     fn judge(&mut self, page: Range, access: State, flags: u64) -> Result<Judged, Error> {
-        let entry = self.entry;
-        let wanted = Wanted { page, access, entry };
+        let sight = self.machine.gate().sight(&mut self.entry, page);
+        let wanted = Wanted { page, access, sight };
         let standing = self.machine.gate().examine(wanted);
         if standing == Standing::Stale {
             self.tally.stale += 1;
@@ -592,12 +592,14 @@ impl<'a> VcpuLoop<'a> {
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn decided(&self, change: Conversion, asked: Range, to: State, site: &Site) -> Result<Order, Error> {
+    fn decided(&mut self, change: Conversion, asked: Range, to: State, site: &Site) -> Result<Order, Error> {
         let gpa = change.gpa.unwrap_or(asked.gpa());
         let size = change.size.unwrap_or(asked.size());
         let range = self.machine.gate().range(gpa, size);
+        let range = range.map_err(|error| self.hook(site, format!("Convert: {error}").into()))?;
+        self.machine.gate().asked(&mut self.entry, range);
         Ok(Order {
-            range: range.map_err(|error| self.hook(site, format!("Convert: {error}").into()))?,
+            range,
             to: change.to.unwrap_or(to),
             keep: change.keep,
             max_shared: change.max_shared,
