@@ -64,7 +64,7 @@ class Effort:
 
 def effort() -> Effort:
     emulated = "TCG" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    return Effort(2, 2_000, short=True) if emulated else Effort(25, 60_000, short=False)
+    return Effort(2, 2_000, short=True) if emulated else Effort(60, 20_000, short=False)
 
 
 def taking_turns(rounds: int, **sides: Callable[[], float]) -> dict[str, float]:
@@ -202,7 +202,7 @@ def two_vcpus(plan: Effort) -> Iterator[Row]:
     if len(os.sched_getaffinity(0)) < 2:
         return
     times = taking_turns(
-        plan.rounds * 4,
+        plan.rounds * 2,
         one=lambda: request(policies.Allow(), plan.requests),
         two=lambda: request(policies.Allow(), plan.requests, vcpus=2),
         one_unlogged=lambda: request(policies.Allow(), plan.requests, events=0),
@@ -246,7 +246,8 @@ def memory(plan: Effort) -> Iterator[Row]:
         # All over memory.
         gpas = [page * (MEMORY // 512) for page in range(512)]
         script = [step for attributes in (PRIVATE, SHARED) for step in (Step.hypercall(g, 1, attributes) for g in gpas)]
-        with machine(StopAt(few, many), [script], many // len(script) + 2, events) as vm:
+        with machine(StopAt(few // 2, few, many), [script], many // len(script) + 2, events) as vm:
+            vm.run()  # threads and the like are there from now on
             vm.run()
             before = resident()
             vm.run()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import AT, REQUESTS
 from pagegate import Convert, Deny, MapGpaRange, MemoryFault, Region, policies
+
+AT = 0x10_0000
+REQUESTS = 10_000
 
 
 class Judge:

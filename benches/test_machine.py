@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import MEMORY
 from pagegate import Vm
 from pagegate.testing import Fake
+
+MEMORY = 64 << 20
 
 
 @pytest.mark.benchmark(group="states")

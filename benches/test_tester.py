@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import AT
 from pagegate import Convert, MapGpaRange, policies
 from pagegate.testing import PolicyTester
+
+AT = 0x10_0000
 
 
 class Plain:
