@@ -1,5 +1,6 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
+mod attach;
 mod decision;
 mod devices;
 mod errors;

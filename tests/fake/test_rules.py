@@ -236,7 +236,7 @@ def test_what_a_replaced_policy_taught_is_gone(make) -> None:
 
 
 def test_replaced_under_load_every_request_is_judged_once(make) -> None:
-    rounds = 4000
+    rounds = 16_000
     made = []
 
     def policy():
