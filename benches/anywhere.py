@@ -55,7 +55,7 @@ class Row:
 
 @dataclasses.dataclass
 class Effort:
-    """How much of everything."""
+    """How much of everything: often and briefly, so that some rounds are undisturbed where others use the CPUs too."""
 
     rounds: int
     requests: int
@@ -64,7 +64,7 @@ class Effort:
 
 def effort() -> Effort:
     emulated = "TCG" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    return Effort(2, 2_000, short=True) if emulated else Effort(60, 20_000, short=False)
+    return Effort(2, 2_000, short=True) if emulated else Effort(250, 5_000, short=False)
 
 
 def taking_turns(rounds: int, **sides: Callable[[], float]) -> dict[str, float]:
@@ -185,8 +185,9 @@ def events(plan: Effort) -> Iterator[Row]:
 def learned(plan: Effort) -> Iterator[Row]:
     times = taking_turns(
         plan.rounds,
-        rule=lambda: request(Learned(), plan.requests),
-        allow=lambda: request(policies.Allow(), plan.requests),
+        # Enough that the one hook and the thread's first attaching do not count.
+        rule=lambda: request(Learned(), plan.requests * 4),
+        allow=lambda: request(policies.Allow(), plan.requests * 4),
     )
     rule, allow = times["rule"], times["allow"]
     yield Row(
@@ -202,7 +203,7 @@ def two_vcpus(plan: Effort) -> Iterator[Row]:
     if len(os.sched_getaffinity(0)) < 2:
         return
     times = taking_turns(
-        plan.rounds * 2,
+        plan.rounds * 3,
         one=lambda: request(policies.Allow(), plan.requests),
         two=lambda: request(policies.Allow(), plan.requests, vcpus=2),
         one_unlogged=lambda: request(policies.Allow(), plan.requests, events=0),
