@@ -88,6 +88,15 @@ impl Ledger {
         ((gpa >> self.shift) as usize, gpa & ((1 << self.shift) - 1))
     }
 
+    /// The part that all of a range is in, as a rule, and its pages there.
+    #[inline]
+    fn whole(&self, range: Range) -> Option<(&Part, Range)> {
+        let (part, gpa) = self.locate(range.gpa());
+        let inside = (range.end() - 1) >> self.shift == part as u64;
+        let piece = Range::new(gpa, range.size()).filter(|_| inside)?;
+        Some((&self.parts[part], piece))
+    }
+
     /// Bytes of memory.
     pub fn size(&self) -> u64 {
         self.memory
@@ -101,6 +110,9 @@ impl Ledger {
 
     /// The state of all pages of a range, if they agree. Where others change it meanwhile, of each part as it was then.
     pub fn uniform(&self, range: Range) -> Option<State> {
+        if let Some((part, piece)) = self.whole(range) {
+            return part.books.lock().map().uniform(piece);
+        }
         let mut states =
             pieces(self.shift, range).map(|(part, piece)| self.parts[part].books.lock().map().uniform(piece));
         let first = states.next()??;
@@ -142,6 +154,12 @@ impl Ledger {
 
     /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
     pub(crate) fn hold(&self, range: Range) -> Held<'_> {
+        if let Some((part, piece)) = self.whole(range) {
+            return Held {
+                _first: part.ranges.lock(piece),
+                _others: Vec::new(),
+            };
+        }
         // In ascending order, so that two who want each other's do not wait for ever.
         let mut pieces = pieces(self.shift, range).map(|(part, piece)| self.parts[part].ranges.lock(piece));
         match pieces.next() {
@@ -165,13 +183,11 @@ impl Ledger {
     }
 
     fn change(&self, range: Range, to: State) -> u64 {
-        let mut pieces = pieces(self.shift, range);
-        if let (Some((part, piece)), None) = (pieces.next(), pieces.next()) {
-            let part = &self.parts[part];
+        if let Some((part, piece)) = self.whole(range) {
             return part.set(&mut part.books.lock(), piece, to, true);
         }
         // All of them at one moment.
-        let pieces = self::pieces(self.shift, range);
+        let pieces = pieces(self.shift, range);
         let mut locked: Vec<(&Part, MutexGuard<'_, Books>, Range)> = pieces
             .map(|(part, piece)| (&self.parts[part], self.parts[part].books.lock(), piece))
             .collect();
@@ -241,9 +257,8 @@ impl Ledger {
 
     /// It has to do with all of a range now.
     pub(crate) fn touch(&self, seen: &mut Seen, range: Range) {
-        for (part, _) in pieces(self.shift, range) {
-            seen.stale |= 1 << part;
-        }
+        let (first, last) = (range.gpa() >> self.shift, (range.end() - 1) >> self.shift);
+        seen.stale |= ((2_u32 << last) - (1_u32 << first)) as u16;
     }
 }
 
