@@ -9,6 +9,7 @@ use pagegate_core::rules::{Lesson, Rules};
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::attach::attached;
 use crate::policies::PyBuiltin;
 use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
 use crate::{decision, errors, reuse};
@@ -113,7 +114,7 @@ impl PyPolicy {
 
 /// Asks a hook about a request.
 fn ask<T: reuse::Request>(hook: &Py<PyAny>, name: &'static str, question: &T::Question) -> Result<Lesson, Failure> {
-    Python::attach(|py| decision::read(&reuse::call::<T>(hook.bind(py), question)?, name)).map_err(errors::failure)
+    attached(|py| decision::read(&reuse::call::<T>(hook.bind(py), question)?, name)).map_err(errors::failure)
 }
 
 /// The same about a poisoned page, which is rare.
@@ -125,7 +126,7 @@ fn ask_about_poison(hook: &Py<PyAny>, poison: &Fault) -> Result<Lesson, Failure>
     .map_err(errors::failure)
 }
 
-/// Frees what a thread keeps for asking hooks. For its end.
+/// Frees what a thread keeps for asking hooks, for one that may not do so again.
 pub(crate) fn forget_requests(_attached: Python<'_>) {
     reuse::forget::<PyMemoryFault>();
     reuse::forget::<PyMapGpaRange>();

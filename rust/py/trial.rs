@@ -95,6 +95,7 @@ impl PyTrial {
             };
             (answer, site(fault.vcpu, fault.range, fault.state.as_str(), fault.rip))
         };
+        // This thread may ask never again.
         forget_requests(py);
         match answer {
             Ok(decision) => decision::write(py, decision),
