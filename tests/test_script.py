@@ -137,6 +137,11 @@ def test_a_misspelt_hook_is_told_with_the_file(write):
     assert "_pagegate_policy" not in str(caught.value)
 
 
+def test_the_only_hook_misspelt(write):
+    with pytest.raises(PolicyError, match=r"has memory_fualt\(\), which is no hook: did you mean memory_fault\(\)\?"):
+        load(write("def memory_fualt(fault): pass\n"))
+
+
 @pytest.mark.parametrize("name", ["nothing.py", "."])
 def test_what_is_no_file(tmp_path, name):
     with pytest.raises(PolicyError, match="is no file"):

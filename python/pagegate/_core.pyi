@@ -914,6 +914,9 @@ class Trace:
     @property
     def shared_bytes(self) -> int:
         """Bytes that were shared when the trace began."""
+    @property
+    def truncated(self) -> bool:
+        """It was read from an IPC stream that ends in the middle: whoever wrote it was killed."""
     def write(self, path: str | PathLike[str]) -> None:
         """Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
 
@@ -936,8 +939,8 @@ def read_trace(source: object, *, memory: int | None = None, initial: _State | N
     """Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
 
     ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
-    metadata, which tell both. Of an IPC stream that ends in the middle what is there is read. Raises OSError, and
-    ValueError for what is no trace.
+    metadata, which tell both. Of an IPC stream that ends in the middle what is there is read, and ``truncated`` says
+    so. Raises OSError, and ValueError for what is no trace.
     """
 
 def synthetic_trace(requests: int = 1_000_000, *, seed: int = 0, vcpus: int = 1) -> Trace:
@@ -978,7 +981,7 @@ class Judged:
         """The most bytes that were shared at any time."""
     @property
     def ping_pongs(self) -> int:
-        """Conversions of a page back to where it came from: each after the first that began at that page."""
+        """Conversions that turned pages back: of which some had been converted before."""
     @property
     def ends(self) -> int | None:
         """The sequence number of the first request at which the run would have ended; ``None`` if at none."""
@@ -1038,7 +1041,8 @@ class Recorder:
 
     ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
     read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-    counted. Raises OSError, and ValueError for another name.
+    counted. What cannot be written ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and
+    ValueError for another name.
     """
 
     def __new__(cls, vm: Vm, path: str | PathLike[str]) -> Self: ...

@@ -17,7 +17,7 @@ from pagegate import answers
 from pagegate import options as _options
 from pagegate._core import Builtin
 from pagegate.errors import PolicyError
-from pagegate.hooks import NAMES, Policy
+from pagegate.hooks import NAMES, Policy, refuse_misspelt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -208,6 +208,7 @@ def _chosen(module: ModuleType, file: str, name: str | None) -> object:
     if classes:
         return next(iter(classes.values()))
     if not any(hasattr(module, each) for each in NAMES):
+        refuse_misspelt(module, file)
         raise PolicyError(
             f"{file} has no policy: no class derived from pagegate.Policy, no object named {_OBJECT}, "
             f"and no function {', '.join(NAMES)}"

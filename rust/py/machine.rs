@@ -173,7 +173,7 @@ impl PyVm {
             .map_err(|error| errors::raise(py, error))?;
         Ok(Self {
             memory,
-            about: About::now(machine.gate()),
+            about: About::now(&machine),
             shared_bit,
             enforcement: machine.enforcement().as_str(),
             machine: Mutex::new(Some(Arc::new(machine))),
