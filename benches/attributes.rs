@@ -7,8 +7,8 @@ use std::hint::black_box;
 
 use baselines::{BLOCK, States, scattered};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use pagegate_core::attributes::{AttributeMap, PAGE_SIZE};
-use rangemap::RangeSet;
+use pagegate_core::attributes::{AttributeMap, PAGE_SIZE, State};
+use rangemap::RangeMap;
 use roaring::RoaringBitmap;
 
 const GIB: u64 = (1 << 30) / PAGE_SIZE;
@@ -44,7 +44,7 @@ fn everything<T: States>(criterion: &mut Criterion, size: &str, pages: u64, coun
 fn small(criterion: &mut Criterion) {
     everything::<AttributeMap>(criterion, "1 GiB", GIB, 64);
     everything::<RoaringBitmap>(criterion, "1 GiB", GIB, 64);
-    everything::<RangeSet<u64>>(criterion, "1 GiB", GIB, 64);
+    everything::<RangeMap<u64, State>>(criterion, "1 GiB", GIB, 64);
 }
 
 /// Without the range map, which would take gigabytes.

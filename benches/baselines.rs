@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use pagegate_core::attributes::{AttributeMap, PAGE_SIZE, Range, State};
-use rangemap::RangeSet;
+use rangemap::RangeMap;
 use roaring::RoaringBitmap;
 
 /// Pages in a block of 2 MiB.
@@ -23,7 +23,8 @@ pub trait States: Sized {
     /// Whether the 2 MiB block has pages of both states.
     fn is_mixed(&self, block: u64) -> bool;
 
-    /// How many runs of private pages there are, each of which was looked at.
+    /// How many runs of private pages there are, each of which was looked at, as were those of shared pages where the
+    /// structure has them.
     fn runs(&self) -> u64;
 
     /// Every other page of each 2 MiB block that `which` picks.
@@ -66,32 +67,31 @@ impl States for AttributeMap {
     }
 }
 
-impl States for RangeSet<u64> {
+impl States for RangeMap<u64, State> {
     const NAME: &'static str = "rangemap";
 
-    fn new(_: u64) -> Self {
-        RangeSet::new()
+    fn new(pages: u64) -> Self {
+        RangeMap::from([(0..pages, State::Shared)])
     }
 
     fn set(&mut self, page: u64, private: bool) {
-        match private {
-            true => self.insert(page..page + 1),
-            false => self.remove(page..page + 1),
-        }
+        let to = if private { State::Private } else { State::Shared };
+        self.insert(page..page + 1, to);
     }
 
     fn is_private(&self, page: u64) -> bool {
-        self.contains(&page)
+        self.get(&page) == Some(&State::Private)
     }
 
     fn is_mixed(&self, block: u64) -> bool {
         let (first, end) = (block * BLOCK, (block + 1) * BLOCK);
         let found = self.overlapping(first..end).next();
-        found.is_some_and(|run| run.start > first || run.end < end)
+        found.is_some_and(|(run, _)| run.start > first || run.end < end)
     }
 
     fn runs(&self) -> u64 {
-        self.iter().map(black_box).count() as u64
+        let private = self.iter().filter(|(_, state)| **state == State::Private);
+        private.map(black_box).count() as u64
     }
 }
 

@@ -14,8 +14,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use baselines::{BLOCK, States, scattered};
-use pagegate_core::attributes::AttributeMap;
-use rangemap::RangeSet;
+use pagegate_core::attributes::{AttributeMap, State};
+use rangemap::RangeMap;
 use roaring::RoaringBitmap;
 
 const GIB: u64 = (1 << 30) / 4096;
@@ -45,7 +45,7 @@ const SHORT: Plan = Plan {
     rounds: 2,
     batch: 1 << 12,
     which: |block| block.is_multiple_of(LEAF_BLOCKS),
-    range_map: 256 * GIB,
+    range_map: 64 * GIB,
 };
 
 fn main() {
@@ -171,7 +171,7 @@ fn against_baselines(plan: &Plan, map: AttributeMap, figures: &mut Figures) {
     let mut roaring = <RoaringBitmap as States>::new(TIB);
     roaring.fill(TIB, plan.which);
     measure(plan, roaring, TIB, figures);
-    let mut ranges = <RangeSet<u64> as States>::new(plan.range_map);
+    let mut ranges = <RangeMap<u64, State> as States>::new(plan.range_map);
     ranges.fill(plan.range_map, plan.which);
     measure(plan, ranges, plan.range_map, figures);
 }

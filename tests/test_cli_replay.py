@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from pagegate import trace
@@ -71,6 +73,12 @@ def test_two_policies_and_json(folder) -> None:
     assert (first["recorded"], first["decisions"]) == ("Convert()", ["Convert()", "Deny(errno=22)"])
 
 
+def test_the_same_file_twice(folder) -> None:
+    told = pagegate("replay", "some.parquet", "-p", "allow.py", "-p", "allow.py", cwd=folder).stdout
+    assert "1: allow.py" in told
+    assert "2: allow.py" in told
+
+
 def test_options(folder) -> None:
     arguments = ("replay", "some.parquet", "-p", "mine.py", "--json", "-o")
     assert json.loads(pagegate(*arguments, "limit=1G", cwd=folder).stdout)["different"] == 0
@@ -97,7 +105,7 @@ def test_a_table_without_its_machine(folder) -> None:
     polars = pytest.importorskip("polars")
     polars.read_parquet(folder / "some.parquet").write_parquet(folder / "bare.parquet")
     arguments = ("replay", "bare.parquet", "-p", "allow.py")
-    assert "pass memory and initial" in pagegate(*arguments, cwd=folder, status=2).stderr
+    assert "tell memory and initial" in pagegate(*arguments, cwd=folder, status=2).stderr
     told = pagegate(*arguments, "--memory", "1G", "--initial", "private", cwd=folder).stdout
     assert told == pagegate("replay", "some.parquet", "-p", "allow.py", cwd=folder).stdout
 
@@ -131,3 +139,23 @@ def test_where_events_cannot_be_written(folder) -> None:
     (folder / "full.arrow").symlink_to("/dev/full")
     failed = pagegate(*run, "full.arrow", cwd=folder, status=1)
     assert "full.arrow: No space left on device" in failed.stderr
+    assert "asked" in failed.stdout
+    (folder / "broken.py").write_text("def map_gpa_range(call):\n    return {}[call.gpa]\n")
+    failed = pagegate("run", "-p", "broken.py", "--guest", "explicit", "--events", "full.arrow", cwd=folder, status=1)
+    assert "KeyError" in failed.stderr
+    assert "full.arrow: No space left on device" in failed.stderr
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_leaves_a_whole_trace(folder, number, status) -> None:
+    (folder / "spin.bin").write_bytes(bytes.fromhex("b80c000000bb00001000b901000000ba10000000e6e6ebfe"))
+    command = [sys.executable, "-m", "pagegate", "run", "-p", "allow.py", "spin.bin", "--events", "e.parquet"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        end = time.monotonic() + 30
+        while not (folder / "e.parquet").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        process.send_signal(number)
+        assert process.wait(20) == status
+    assert len(trace.read(folder / "e.parquet")) == 1

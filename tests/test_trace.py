@@ -107,7 +107,7 @@ def test_what_others_wrote_is_read(tmp_path) -> None:
 
 def test_a_table_that_says_nothing_of_its_machine() -> None:
     table = pa.table(trace.synthetic(5)).replace_schema_metadata()
-    with pytest.raises(ValueError, match="does not say how much memory .*: pass memory and initial"):
+    with pytest.raises(ValueError, match="does not say how much memory .*: tell memory and initial to whoever"):
         trace.read(table)
     with pytest.raises(ValueError, match="initial goes with memory"):
         trace.read(table, initial="private")
@@ -168,12 +168,26 @@ def test_damaged_parquet_is_an_error(tmp_path) -> None:
 def test_a_stream_can_be_read_at_any_time(tmp_path) -> None:
     file = tmp_path / "trace.arrows"
     events = recorded(file, [call(1), call(1, 1, SHARED)], cycles=10_000)
+    assert not trace.read(file).truncated
     whole = file.read_bytes()
     for length in (len(whole) - 8, len(whole) - 1000, len(whole) * 2 // 3):
         file.write_bytes(whole[:length])
-        read = list(trace.read(file))
-        assert read == events[: len(read)]
+        read = trace.read(file)
+        assert read.truncated
+        assert list(read) == events[: len(read)]
         assert len(read) > 4000
+
+
+def test_a_stream_that_is_damaged_in_the_middle_is_no_shorter_one(tmp_path) -> None:
+    file = tmp_path / "trace.arrows"
+    recorded(file, [call(1), call(1, 1, SHARED)], cycles=10_000)
+    whole = bytearray(file.read_bytes())
+    # The second batch begins with a message of its own.
+    begin = whole.index(b"\xff\xff\xff\xff", len(whole) // 2)
+    whole[begin + 8 : begin + 200] = b"\xff" * 192
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match="is no trace"):
+        trace.read(file)
 
 
 def test_a_killed_recorder_leaves_a_stream_that_can_be_read(tmp_path) -> None:
@@ -207,7 +221,7 @@ def test_what_the_log_dropped_is_counted(tmp_path) -> None:
     assert sequences == sorted(set(sequences))
     assert sequences[-1] == 399_999
     found = trace.replay(file, policies.Allow())
-    assert found.missing == sequences[-1] - sequences[0] + 1 - len(sequences)
+    assert found.missing == recorder.lost
 
 
 def test_recording_begins_where_it_begins(tmp_path) -> None:
@@ -261,6 +275,24 @@ def test_a_recorder_of_a_closed_machine(tmp_path) -> None:
         trace.Recorder(vm, tmp_path / "other.arrow")
 
 
+def test_a_disk_that_fills_up_ends_the_run(tmp_path) -> None:
+    full = tmp_path / "trace.arrow"
+    full.symlink_to("/dev/full")
+    with machine([call(1), call(1, 1, SHARED)], cycles=1 << 40) as vm:
+        recorder = trace.Recorder(vm, full)
+        assert vm.run(timeout=60).reason == "stopped"
+        with pytest.raises(OSError, match="No space left on device"):
+            recorder.close()
+
+
+def test_what_is_missing_at_the_beginning_is_missing() -> None:
+    vm = machine([call(1), call(1, 1, SHARED)], cycles=50, events=10)
+    vm.run(timeout=10)
+    found = trace.replay(vm.events, policies.Allow())
+    vm.close()
+    assert (found.requests, found.missing) == (10, 90)
+
+
 # ---- replay
 
 
@@ -271,11 +303,11 @@ class Naive:
         self.shared = set(initial_shared)
         self.peak = len(self.shared)
         self.to_private = self.to_shared = self.ping_pongs = 0
-        self.last = {}
+        self.touched = set()
 
     def convert(self, gpa, size, to):
-        pages = range(gpa // PAGE, (gpa + size) // PAGE)
-        changed = [page for page in pages if (page in self.shared) != (to == "shared")]
+        pages = set(range(gpa // PAGE, (gpa + size) // PAGE))
+        changed = {page for page in pages if (page in self.shared) != (to == "shared")}
         (self.shared.update if to == "shared" else self.shared.difference_update)(pages)
         if not changed:
             return
@@ -284,8 +316,8 @@ class Naive:
         else:
             self.to_private += len(changed) * PAGE
         self.peak = max(self.peak, len(self.shared))
-        self.ping_pongs += self.last.get(gpa, to) != to
-        self.last[gpa] = to
+        self.ping_pongs += bool(pages & self.touched)
+        self.touched |= pages
 
     def facts(self):
         return self.to_private, self.to_shared, self.peak * PAGE, self.ping_pongs
@@ -444,6 +476,17 @@ def test_what_the_host_converted_is_taken_over() -> None:
     # The last request found its pages private, so it changed nothing.
     assert found.different == 0
     assert found.policies[0].bytes_to_private == found.recorded.bytes_to_private == PAGE
+
+
+def test_several_vcpus_on_the_same_pages() -> None:
+    scripts = [[call(n % 3, 1 + n % 2, PRIVATE if (n + vcpu) % 2 else SHARED) for n in range(12)] for vcpu in range(3)]
+    vm = machine(*scripts, cycles=300)
+    report = vm.run(timeout=30)
+    found = trace.replay(vm.events, policies.Allow())
+    vm.close()
+    recorded = found.recorded
+    assert (recorded.bytes_to_private, recorded.bytes_to_shared) == (report.bytes_to_private, report.bytes_to_shared)
+    assert (found.different, recorded.converted) == (0, report.conversions)
 
 
 def test_requests_outside_memory() -> None:

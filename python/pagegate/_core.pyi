@@ -215,6 +215,10 @@ class Stop:
 class Builtin:
     """What all built-in policies are."""
 
+    @property
+    def hooks(self) -> tuple[Callable[[Any], Any] | None, ...]:
+        """The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison."""
+
 @final
 class Allow(Builtin):
     """Converts whatever is asked for. It protects against nothing: the guest decides."""
@@ -913,6 +917,9 @@ class Trace:
     @property
     def shared_bytes(self) -> int:
         """Bytes that were shared when the trace began."""
+    @property
+    def truncated(self) -> bool:
+        """It was read from an IPC stream that ends in the middle: whoever wrote it was killed."""
     def write(self, path: str | PathLike[str]) -> None:
         """Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
 
@@ -935,8 +942,8 @@ def read_trace(source: object, *, memory: int | None = None, initial: _State | N
     """Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
 
     ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
-    metadata, which tell both. Of an IPC stream that ends in the middle what is there is read. Raises OSError, and
-    ValueError for what is no trace.
+    metadata, which tell both. Of an IPC stream that ends in the middle what is there is read, and ``truncated`` says
+    so. Raises OSError, and ValueError for what is no trace.
     """
 
 def synthetic_trace(requests: int = 1_000_000, *, seed: int = 0, vcpus: int = 1) -> Trace:
@@ -977,7 +984,7 @@ class Judged:
         """The most bytes that were shared at any time."""
     @property
     def ping_pongs(self) -> int:
-        """Conversions of a page back to where it came from: each after the first that began at that page."""
+        """Conversions that turned pages back: of which some had been converted before."""
     @property
     def ends(self) -> int | None:
         """The sequence number of the first request at which the run would have ended; ``None`` if at none."""
@@ -1037,7 +1044,8 @@ class Recorder:
 
     ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
     read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-    counted. Raises OSError, and ValueError for another name.
+    counted. What cannot be written ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and
+    ValueError for another name.
     """
 
     def __new__(cls, vm: Vm, path: str | PathLike[str]) -> Self: ...

@@ -80,16 +80,21 @@ def _resolve(owner: object, names: tuple[str, str, str], base: type) -> tuple[Ho
     if inspect.isclass(owner):
         raise PolicyError(f"{owner.__name__} is a class: pass an object, {owner.__name__}(...)")
     what = f"module {owner.__name__}" if isinstance(owner, ModuleType) else f"a {type(owner).__name__}"
-    for name in _own_functions(owner):
-        if name in names or name.startswith("_"):
-            continue
-        if near := difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.8):
-            raise PolicyError(f"{what} has {name}(), which is no hook: did you mean {near[0]}()?")
+    refuse_misspelt(owner, what, names)
     hooks = [_hook(owner, name, base, what) for name in names]
     if not any(hooks) and not isinstance(owner, base):
         raise PolicyError(f"{what} is no {kind}: it has none of the hooks {', '.join(names)}")
     first, second, third = hooks
     return first, second, third
+
+
+def refuse_misspelt(owner: object, what: str, names: tuple[str, ...] = NAMES) -> None:
+    """PolicyError for a function whose name is nearly a hook's."""
+    for name in _own_functions(owner):
+        if name in names or name.startswith("_"):
+            continue
+        if near := difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.8):
+            raise PolicyError(f"{what} has {name}(), which is no hook: did you mean {near[0]}()?")
 
 
 def _own_functions(owner: object) -> list[str]:

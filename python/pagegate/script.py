@@ -13,10 +13,11 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pagegate import answers
 from pagegate import options as _options
 from pagegate._core import Builtin
 from pagegate.errors import PolicyError
-from pagegate.hooks import NAMES, Policy, resolve
+from pagegate.hooks import NAMES, Policy, refuse_misspelt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +44,8 @@ def load(
 
     The file's directory is on ``sys.path`` while it is loaded, so that it can import its neighbours.
 
-    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, and for
-    options that the policy does not take.
+    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, for options
+    that the policy does not take, and for hooks whose own text says that they answer with what is no decision.
     """
     file = os.path.abspath(path)  # noqa: PTH100 - what a traceback names is this very path, links and all
     number = next(_numbers)
@@ -53,11 +54,10 @@ def load(
         module = _execute(file, module_name)
         found = _chosen(module, file, name)
         policy = _policy(found, file, name, options or {})
-    if not isinstance(policy, Builtin):
-        try:
-            resolve(policy)
-        except PolicyError as error:
-            raise PolicyError(f"{file}: {error}".replace(module_name, Path(file).stem)) from None
+    try:
+        answers.check(policy)
+    except PolicyError as error:
+        raise PolicyError(f"{file}: {error}".replace(module_name, Path(file).stem)) from None
     return policy
 
 
@@ -208,6 +208,7 @@ def _chosen(module: ModuleType, file: str, name: str | None) -> object:
     if classes:
         return next(iter(classes.values()))
     if not any(hasattr(module, each) for each in NAMES):
+        refuse_misspelt(module, file)
         raise PolicyError(
             f"{file} has no policy: no class derived from pagegate.Policy, no object named {_OBJECT}, "
             f"and no function {', '.join(NAMES)}"

@@ -33,6 +33,33 @@ class Machine(Protocol):
         """The policy in force."""
 
 
+class Changes:
+    """Tells whether a file is another than the last time. What it is when this is made counts as seen."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """``path`` need not be there."""
+        self.path = Path(path)
+        self._seen = self._looked_at = self._stamp()
+
+    def found(self) -> bool:
+        """Whether the file changed, and has not changed any more since the last look: who writes it may be half-way."""
+        stamp, before = self._stamp(), self._looked_at
+        self._looked_at = stamp
+        # An editor that replaces the file may have taken the old one away first.
+        if stamp is None or stamp != before or stamp == self._seen:
+            return False
+        self._seen = stamp
+        return True
+
+    def _stamp(self) -> _Stamp | None:
+        """What differs when the file was written or another took its place; ``None`` while there is none."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
 class Watcher:
     """While entered, it looks ten times a second whether the file is another, and gives its policy to the machine.
 
@@ -43,18 +70,18 @@ class Watcher:
     def __init__(
         self,
         vm: Machine,
-        path: str | os.PathLike[str],
+        file: Changes | str | os.PathLike[str],
         name: str | None,
         options: Mapping[str, str] | None,
         say: Callable[[str], None],
     ) -> None:
-        """The file's present contents count as loaded."""
+        """The present contents of a path count as loaded; with ``Changes``, what they were when that was made."""
         self._handle = vm.policy
-        self._path = Path(path)
+        self._changes = file if isinstance(file, Changes) else Changes(file)
+        self._path = self._changes.path
         self._name = name
         self._options = options
         self._say = say
-        self._seen = self._stamp()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pagegate-watch", daemon=True)
 
@@ -70,22 +97,10 @@ class Watcher:
         self._end.set()
         self._thread.join()
 
-    def _stamp(self) -> _Stamp | None:
-        """What differs when the file was written or another took its place; ``None`` while there is none."""
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
-
     def _watch(self) -> None:
         while not self._end.wait(_INTERVAL_SECONDS):
-            stamp = self._stamp()
-            # An editor that replaces the file may have taken the old one away first.
-            if stamp is None or stamp == self._seen:
-                continue
-            self._seen = stamp
-            self._reload()
+            if self._changes.found():
+                self._reload()
 
     def _reload(self) -> None:
         try:

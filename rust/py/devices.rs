@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
+use crate::attach::attached;
 use crate::errors;
 use crate::fields::Field;
 use crate::reuse::{self, Request, Spare};
@@ -93,8 +94,8 @@ impl PyIo {
 impl Request for PyIo {
     type Question = PortIo;
 
-    fn make(py: Python<'_>, question: &PortIo) -> PyResult<Py<Self>> {
-        Py::new(py, Self::new(question, None))
+    fn make<'py>(py: Python<'py>, question: &PortIo) -> PyResult<Bound<'py, Self>> {
+        Bound::new(py, Self::new(question, None))
     }
 
     fn set(&self, question: &PortIo) {
@@ -161,7 +162,7 @@ pub(crate) struct DeviceMmio {
 impl Request for PyMmio {
     type Question = DeviceMmio;
 
-    fn make(py: Python<'_>, question: &DeviceMmio) -> PyResult<Py<Self>> {
+    fn make<'py>(py: Python<'py>, question: &DeviceMmio) -> PyResult<Bound<'py, Self>> {
         let mmio = &question.mmio;
         let access = Self {
             vcpu: question.vcpu.into(),
@@ -170,7 +171,7 @@ impl Request for PyMmio {
             size: mmio.len.into(),
             data: Data::new(question.data),
         };
-        Py::new(py, access)
+        Bound::new(py, access)
     }
 
     fn set(&self, question: &DeviceMmio) {
@@ -252,7 +253,7 @@ fn take<'py>(
 
 impl IoHandler for Handler {
     fn io(&self, vcpu: u32, io: &Io, data: &mut [u8]) -> Result<(), Failure> {
-        Python::attach(|py| {
+        attached(|py| {
             let handler = self.0.bind(py);
             let written = if io.write { &*data } else { &[] };
             let question = PortIo {
@@ -266,9 +267,7 @@ impl IoHandler for Handler {
             };
             match io.write {
                 true => Ok(()),
-                false => take(&answer, data, || {
-                    Ok(PyIo::make(py, &question)?.into_bound(py).into_any())
-                }),
+                false => take(&answer, data, || Ok(PyIo::make(py, &question)?.into_any())),
             }
         })
         .map_err(errors::failure)
@@ -277,7 +276,7 @@ impl IoHandler for Handler {
 
 impl MmioHandler for Handler {
     fn mmio(&self, vcpu: u32, mmio: &Mmio, data: &mut [u8]) -> Result<(), Failure> {
-        Python::attach(|py| {
+        attached(|py| {
             let question = DeviceMmio {
                 vcpu,
                 mmio: *mmio,
@@ -286,9 +285,7 @@ impl MmioHandler for Handler {
             let answer = reuse::call::<PyMmio>(self.0.bind(py), &question)?;
             match mmio.write {
                 true => Ok(()),
-                false => take(&answer, data, || {
-                    Ok(PyMmio::make(py, &question)?.into_bound(py).into_any())
-                }),
+                false => take(&answer, data, || Ok(PyMmio::make(py, &question)?.into_any())),
             }
         })
         .map_err(errors::failure)

@@ -1,6 +1,7 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
 mod arrow;
+mod attach;
 mod bare;
 mod decision;
 mod devices;

@@ -24,7 +24,7 @@ use crate::marks::PyMarks;
 use crate::policy::{Judge, PyPolicy, forget_requests};
 use crate::report::PyReport;
 use crate::testing::PyFake;
-use crate::{errors, names};
+use crate::{attach, errors, names};
 
 /// What Python objects a machine refers to, for the garbage collector.
 struct Callbacks {
@@ -114,8 +114,7 @@ impl PyVm {
 /// One attach for the thread's whole life, so that each hook only switches to a thread state that is there already.
 fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
     Arc::new(move |body| match enters_python.load(Ordering::Relaxed) {
-        true => Python::attach(|py| {
-            py.detach(body);
+        true => attach::thread(body, |py| {
             forget_requests(py);
             forget_accesses(py);
         }),
@@ -174,7 +173,7 @@ impl PyVm {
             .map_err(|error| errors::raise(py, error))?;
         Ok(Self {
             memory,
-            about: About::now(machine.gate()),
+            about: About::now(&machine),
             shared_bit,
             enforcement: machine.enforcement().as_str(),
             machine: Mutex::new(Some(Arc::new(machine))),

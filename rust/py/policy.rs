@@ -9,6 +9,7 @@ use pagegate_core::rules::{Lesson, Rules};
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::attach::attached;
 use crate::policies::PyBuiltin;
 use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
 use crate::{decision, errors, reuse};
@@ -100,6 +101,12 @@ impl PyPolicy {
         })
     }
 
+    /// In the order of their names in Python.
+    pub(crate) fn cloned(&self, py: Python<'_>) -> [Hook; 3] {
+        let clone = |hook: &Hook| hook.as_ref().map(|hook| hook.clone_ref(py));
+        [&self.memory_fault, &self.map_gpa_range, &self.memory_poison].map(clone)
+    }
+
     fn hooks(&self) -> impl Iterator<Item = &Hook> {
         [&self.memory_fault, &self.map_gpa_range, &self.memory_poison].into_iter()
     }
@@ -107,7 +114,7 @@ impl PyPolicy {
 
 /// Asks a hook about a request.
 fn ask<T: reuse::Request>(hook: &Py<PyAny>, name: &'static str, question: &T::Question) -> Result<Lesson, Failure> {
-    Python::attach(|py| decision::read(&reuse::call::<T>(hook.bind(py), question)?, name)).map_err(errors::failure)
+    attached(|py| decision::read(&reuse::call::<T>(hook.bind(py), question)?, name)).map_err(errors::failure)
 }
 
 /// The same about a poisoned page, which is rare.
@@ -119,7 +126,7 @@ fn ask_about_poison(hook: &Py<PyAny>, poison: &Fault) -> Result<Lesson, Failure>
     .map_err(errors::failure)
 }
 
-/// Frees what a thread keeps for asking hooks. For its end.
+/// Frees what a thread keeps for asking hooks, for one that may not do so again.
 pub(crate) fn forget_requests(_attached: Python<'_>) {
     reuse::forget::<PyMemoryFault>();
     reuse::forget::<PyMapGpaRange>();

@@ -88,8 +88,8 @@ impl From<&Fault> for PyMemoryFault {
 impl Request for PyMemoryFault {
     type Question = Fault;
 
-    fn make(py: Python<'_>, fault: &Fault) -> PyResult<Py<Self>> {
-        Py::new(py, Self::from(fault))
+    fn make<'py>(py: Python<'py>, fault: &Fault) -> PyResult<Bound<'py, Self>> {
+        Bound::new(py, Self::from(fault))
     }
 
     fn set(&self, fault: &Fault) {
@@ -279,8 +279,8 @@ impl From<&Call> for PyMapGpaRange {
 impl Request for PyMapGpaRange {
     type Question = Call;
 
-    fn make(py: Python<'_>, call: &Call) -> PyResult<Py<Self>> {
-        Py::new(py, Self::from(call))
+    fn make<'py>(py: Python<'py>, call: &Call) -> PyResult<Bound<'py, Self>> {
+        Bound::new(py, Self::from(call))
     }
 
     fn set(&self, call: &Call) {

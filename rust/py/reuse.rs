@@ -17,7 +17,7 @@ pub(crate) trait Request: PyClass<Frozen = pyo3::pyclass::boolean_struct::True> 
     /// What the core asks.
     type Question;
 
-    fn make(py: Python<'_>, question: &Self::Question) -> PyResult<Py<Self>>;
+    fn make<'py>(py: Python<'py>, question: &Self::Question) -> PyResult<Bound<'py, Self>>;
 
     /// Makes the object, which nobody else knows, this question.
     fn set(&self, question: &Self::Question);
@@ -31,13 +31,13 @@ pub(crate) fn call<'py, T: Request>(hook: &Bound<'py, PyAny>, question: &T::Ques
     let request = match T::spare().take() {
         Some(spare) => {
             spare.get().set(question);
-            spare
+            spare.into_bound(py)
         }
         None => T::make(py, question)?,
     };
-    let answer = hook.call1((request.bind(py),));
-    if is_unshared(&request, py) {
-        T::spare().set(Some(request));
+    let answer = hook.call1((&request,));
+    if is_unshared(&request) {
+        T::spare().set(Some(request.unbind()));
     }
     answer
 }
@@ -48,7 +48,7 @@ pub(crate) fn forget<T: Request>() {
 }
 
 /// Whether this is the only reference, as far as anybody but the garbage collector can tell.
-fn is_unshared<T: PyClass>(request: &Py<T>, _attached: Python<'_>) -> bool {
+fn is_unshared<T: PyClass>(request: &Bound<'_, T>) -> bool {
     // SAFETY: the object is alive, for `request` refers to it, and the thread is attached.
     let count = unsafe { pyo3::ffi::Py_REFCNT(request.as_ptr()) };
     count == 1

@@ -14,8 +14,11 @@ use pyo3::types::{PyCapsule, PyTuple};
 
 use crate::events::PyEvent;
 use crate::machine::PyVm;
-use crate::policy::Judge;
+use crate::policy::{Judge, forget_requests};
 use crate::{arrow, decision, errors, names};
+
+/// Some 15 GB of them.
+const MOST_SYNTHETIC: u64 = 100_000_000;
 
 pub(crate) fn failed(error: TraceError) -> PyErr {
     match error {
@@ -68,6 +71,12 @@ impl PyTrace {
     #[getter]
     fn shared_bytes(&self) -> u64 {
         self.0.about.model().shared_bytes()
+    }
+
+    /// It was read from an IPC stream that ends in the middle: whoever wrote it was killed.
+    #[getter]
+    fn truncated(&self) -> bool {
+        self.0.truncated
     }
 
     /// Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
@@ -145,8 +154,8 @@ impl PyTraceIterator {
 /// Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
 ///
 /// ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
-/// metadata, which tell both. Of an IPC stream that ends in the middle what is there is read. Raises OSError, and
-/// ValueError for what is no trace.
+/// metadata, which tell both. Of an IPC stream that ends in the middle what is there is read, and ``truncated`` says
+/// so. Raises OSError, and ValueError for what is no trace.
 #[pyfunction]
 #[pyo3(signature = (source, *, memory = None, initial = None))]
 pub(crate) fn read_trace(
@@ -162,6 +171,7 @@ pub(crate) fn read_trace(
             Some(about) => Arc::new(Trace {
                 about,
                 events: trace.events.clone(),
+                truncated: trace.truncated,
             }),
             None => trace,
         }));
@@ -193,6 +203,11 @@ pub(crate) fn synthetic_trace(
     if vcpus == 0 {
         return Err(PyValueError::new_err("vcpus is 0: it must be at least 1"));
     }
+    if requests > MOST_SYNTHETIC {
+        return Err(PyValueError::new_err(format!(
+            "requests is {requests}: it must be at most {MOST_SYNTHETIC}, for they are made in memory"
+        )));
+    }
     Ok(PyTrace(Arc::new(py.detach(|| trace::synthetic(requests, seed, vcpus)))))
 }
 
@@ -216,7 +231,7 @@ pub(crate) struct PyJudged {
     bytes_to_shared: u64,
     /// The most bytes that were shared at any time.
     peak_shared: u64,
-    /// Conversions of a page back to where it came from: each after the first that began at that page.
+    /// Conversions that turned pages back: of which some had been converted before.
     ping_pongs: u64,
     /// The sequence number of the first request at which the run would have ended; ``None`` if at none.
     ends: Option<u64>,
@@ -330,6 +345,7 @@ pub(crate) fn replay(
     let judging: Vec<Arc<dyn Policy>> = judges.iter().map(|judge| judge.policy.clone()).collect();
     let mut watch = || Python::attach(|py| py.check_signals()).map_err(errors::failure);
     let found = py.detach(|| trace::replay(&trace, &judging, keep, &mut watch));
+    forget_requests(py);
     let found = found.map_err(|error| match error {
         ReplayError::Trace(error) => failed(error),
         ReplayError::Interrupted(failure) => errors::raise(py, Error::Interrupted(failure)),
@@ -378,7 +394,8 @@ pub(crate) fn replay(
 ///
 /// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
 /// read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-/// counted. Raises OSError, and ValueError for another name.
+/// counted. What cannot be written ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and
+/// ValueError for another name.
 #[pyclass(name = "Recorder", module = "pagegate.trace", frozen)]
 pub(crate) struct PyRecorder {
     recorder: Mutex<Option<Recorder>>,
@@ -395,8 +412,15 @@ impl PyRecorder {
     fn new(py: Python<'_>, vm: &Bound<'_, PyVm>, path: PathBuf) -> PyResult<Self> {
         let machine = vm.get().machine(py)?;
         let start = || {
-            let about = About::now(machine.gate());
-            Recorder::start(machine.events().clone(), &about, &path)
+            let about = About::now(&machine);
+            let running = Arc::downgrade(&machine);
+            // What happens from now on would be off the record.
+            let failed = move || {
+                if let Some(machine) = running.upgrade() {
+                    machine.stop();
+                }
+            };
+            Recorder::start(machine.events().clone(), &about, &path, failed)
         };
         let recorder = py.detach(start).map_err(failed)?;
         Ok(Self {

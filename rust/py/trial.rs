@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::fields::Standing;
-use crate::policy::Judge;
+use crate::policy::{Judge, forget_requests};
 use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
 use crate::{decision, errors, names};
 
@@ -95,6 +95,8 @@ impl PyTrial {
             };
             (answer, site(fault.vcpu, fault.range, fault.state.as_str(), fault.rip))
         };
+        // This thread may ask never again.
+        forget_requests(py);
         match answer {
             Ok(decision) => decision::write(py, decision),
             Err(failure) => Err(errors::raise(py, Error::Hook { site, failure })),

@@ -185,6 +185,18 @@ def test_ping_pong_needs_the_same_page_and_a_short_time(make) -> None:
     assert explicit(make, PingPong(5, 0.0), *flips)[1].reason == "halt"
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_ping_pong_within_other_ranges(make, order) -> None:
+    """The page is the same, whatever else is asked for with it."""
+    ranges = [(8 * PAGE, 1, SHARED), (7 * PAGE, 3, PRIVATE)]
+    flips = [ranges[i] for _ in range(20) for i in order]
+    _, report, answers = explicit(make, PingPong(5, 10.0), *flips)
+    assert report.reason.startswith("ping-pong: 0x8000 changed direction 6 times")
+    assert len(answers) < 10
+    apart = [(8 * PAGE, 1, SHARED), (9 * PAGE, 1, PRIVATE)] * 20
+    assert explicit(make, PingPong(5, 10.0), *apart)[1].reason == "halt"
+
+
 def test_a_chain_ends_in_python(make) -> None:
     python = Python()
     chain = RateLimit(1e9, 1000, PingPong(1000, 1.0, Quota(MEMORY, Align(2 * PAGE, python))))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
 import pytest
 from pagegate import Convert, Region
 from pagegate.guests import Script
+from pagegate.script import load
+from pagegate.watch import Watcher
 
 pytestmark = pytest.mark.kvm
 
@@ -100,3 +103,71 @@ def test_replaced_under_load(make, bit) -> None:
     asked = [each for policy in policies for each in policy.asked]
     assert len(asked) == report.requests
     assert sum(1 for policy in policies if policy.asked) > 1
+
+
+POLICY = """
+import pagegate
+EDITION = {edition}
+asked = []
+class Mine(pagegate.Policy):
+    def map_gpa_range(self, call):
+        asked.append((EDITION, call.vcpu, call.gpa, call.to, call.time))
+        return pagegate.Convert()
+"""
+
+
+def test_a_file_that_is_edited_under_load(make, tmp_path) -> None:
+    """By the watcher, with files that are written in two steps and one that is broken."""
+    vcpus = 2
+    file = tmp_path / "mine.py"
+    file.write_text(POLICY.format(edition=0))
+    said, loaded = [], []
+    first = load(file)
+    vm = make(policy=first, vcpus=vcpus)
+    scripts, at = [], 0x1000
+    for vcpu in range(vcpus):
+        script = Script(call="doorbell")
+        script.map(DATA + vcpu * PAGE, PAGE, to="private")
+        script.map(DATA + vcpu * PAGE, PAGE, to="shared")
+        script.loop(0, 1 << 30)
+        at = -(-script.start(vm, vcpu, at=at) // PAGE) * PAGE
+        scripts.append(script)
+
+    class Machine:
+        class policy:  # noqa: N801 - as the machine calls it
+            @staticmethod
+            def replace(policy) -> None:
+                loaded.append(policy)
+                vm.policy.replace(policy)
+
+    def edit() -> None:
+        for edition in (1, 2):
+            text = POLICY.format(edition=edition)
+            file.write_text(text[: len(text) // 2])
+            file.write_text(text)
+            wait(lambda edition=edition: len(loaded) == edition)
+        file.write_text("for")
+        wait(lambda: any("the policy in force stays" in line for line in said))
+        vm.stop()
+
+    def wait(condition) -> None:
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(0.1)
+
+    with Watcher(Machine(), file, None, None, said.append):
+        thread = threading.Thread(target=edit)
+        thread.start()
+        report = vm.run(timeout=100)
+        thread.join()
+    assert report.reason == "stopped"
+    assert len(loaded) == 2
+    modules = [sys.modules[type(policy).__module__] for policy in (first, *loaded)]
+    asked = [each for module in modules for each in module.asked]
+    assert {edition for edition, *_ in asked} == {0, 1, 2}
+    # One that was judged when the run ended is not counted twice: every request, and each once.
+    assert len(asked) == len(set(asked)) == report.requests == vm.events.total
+    for vcpu in range(vcpus):
+        states = [to for _, index, _, to, _ in sorted(asked, key=lambda each: each[-1]) if index == vcpu]
+        assert states == ["private", "shared"] * (len(states) // 2) + ["private"] * (len(states) % 2)

@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import version
@@ -52,8 +53,14 @@ def cli() -> None:
     """Virtual machine monitors you can script: a policy judges which guest pages the host may see."""
 
 
+def _terminated(number: int, _frame: object) -> None:
+    """Ends as by Ctrl-C, so that what is being written becomes whole."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Runs the command line and exits."""
+    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

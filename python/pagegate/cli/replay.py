@@ -76,9 +76,9 @@ def replay(  # noqa: PLR0913 - one for each option
     names = _names(named)
     found = replay_trace(trace, *judges, keep=show)
     if as_json:
-        click.echo(json.dumps(_facts(found, names)))
+        click.echo(json.dumps({**_facts(found, names), "truncated": trace.truncated}))
     else:
-        _print(found, names)
+        _print(found, names, truncated=trace.truncated)
     return 0
 
 
@@ -87,8 +87,8 @@ def _names(named: tuple[tuple[Path, str | None], ...]) -> list[str]:
     for short in (True, False):
         names = [f"{file.name if short else file}{f':{name}' if name else ''}" for file, name in named]
         if len(set(names)) == len(names):
-            break
-    return names
+            return names
+    return [f"{number}: {name}" for number, name in enumerate(names, 1)]
 
 
 def _judged(judged: Judged) -> dict[str, Any]:
@@ -137,15 +137,22 @@ def _converted(event: Event) -> str:
     return f"Convert({', '.join(parts)})"
 
 
-def _print(found: Replay, names: list[str]) -> None:
+def _print(found: Replay, names: list[str], *, truncated: bool) -> None:
     console = Console(highlight=False)
     missing = f", and {found.missing} are missing from the trace" if found.missing else ""
-    console.print(f"{found.requests} requests{missing}; {found.different} would be decided otherwise\n")
+    console.print(f"{found.requests} requests{missing}; {found.different} would be decided otherwise")
+    if truncated:
+        console.print("[yellow]the trace ends in the middle: whoever wrote it was killed[/yellow]")
+    console.print()
     console.print(_table(found, names))
     for each in found.differences:
         console.print(_line(each, names), soft_wrap=True)
     if found.different > len(found.differences) > 0:
         console.print(f"  and {found.different - len(found.differences)} more (--show)")
+
+
+def _size(count: int) -> str:
+    return f"{count / _MIB:,.1f} MiB" if count >= 10 * _MIB else size(count)
 
 
 def _table(found: Replay, names: list[str]) -> Table:
@@ -158,7 +165,7 @@ def _table(found: Replay, names: list[str]) -> Table:
         if any(getattr(judged, name) for judged in columns):
             table.add_row(name, *(str(getattr(judged, name)) for judged in columns))
     for name, what in _BYTES.items():
-        table.add_row(what, *(f"{getattr(judged, name) / _MIB:,.1f} MiB" for judged in columns))
+        table.add_row(what, *(_size(getattr(judged, name)) for judged in columns))
     table.add_row("ping-pongs", *(str(judged.ping_pongs) for judged in columns))
     ends = ("-" if judged.ends is None else f"event {judged.ends}" for judged in columns)
     table.add_row("would end the run", *ends)

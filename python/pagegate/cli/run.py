@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console as Terminal
@@ -17,10 +16,7 @@ from pagegate.cli.parameters import Size, key_values
 from pagegate.cli.policy_file import PolicyFile
 from pagegate.cli.summary import Ran, facts, size, summary
 from pagegate.trace import Recorder
-from pagegate.watch import Watcher
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from pagegate.watch import Changes, Watcher
 
 _ENTRY = 0x1000
 
@@ -115,6 +111,7 @@ def run(  # noqa: PLR0913 - one for each option
         shared_bit = SHARED_BIT if shared_bit is None else shared_bit
         _check(guest, memory, vcpus, shared_bit)
     file, name = named
+    changes = Changes(file)
     judge = script.load(file, name, options)
     call: guests.Call | None = None
     if guest is not None:
@@ -137,14 +134,23 @@ def run(  # noqa: PLR0913 - one for each option
             guest.start(vm, call)
         elif image is not None:
             _start_image(vm, image)
-        with _recorded(vm, events), Watcher(vm, file, name, options, _say) if watch else nullcontext():
-            report = vm.run(timeout=timeout)
+        recorder = _recorder(vm, events)
+        try:
+            with Watcher(vm, changes, name, options, _say) if watch else nullcontext():
+                report = vm.run(timeout=timeout)
+        except BaseException:
+            if (lost := _close(recorder, events)) is not None:
+                _say(f"{events}: {lost.strerror}")
+            raise
+        unwritten = _close(recorder, events)
         console.end()
         ran = Ran(vm, report, report.seconds, call, timeout)
         if as_json:
             click.echo(json.dumps(facts(ran, f"{file}:{name}" if name else str(file))))
         else:
             Terminal(highlight=False).print(summary(ran))
+    if unwritten is not None:
+        raise unwritten
     # The user's own time limit is an end as good as the guest's.
     done = ran.halted or (report.reason == "timeout" and not ran.outcomes["stopped"])
     if not done:
@@ -152,20 +158,24 @@ def run(  # noqa: PLR0913 - one for each option
     return 0 if done else 1
 
 
-@contextmanager
-def _recorded(vm: Vm, file: Path | None) -> Iterator[None]:
-    """Records while the guest runs; what there is is in the file however the run ends."""
-    if file is None:
-        yield
-        return
+def _recorder(vm: Vm, file: Path | None) -> Recorder | None:
     try:
-        recorder = Recorder(vm, file)
+        return None if file is None else Recorder(vm, file)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    with recorder:
-        yield
+
+
+def _close(recorder: Recorder | None, file: Path | None) -> OSError | None:
+    """Writes what there is, however the run ended; what went wrong with that is told after how the run ended."""
+    if recorder is None:
+        return None
+    try:
+        recorder.close()
+    except OSError as error:
+        return error
     if recorder.lost:
         _say(f"{recorder.lost} requests came faster than they could be written and are not in {file}")
+    return None
 
 
 def _say(text: str) -> None:

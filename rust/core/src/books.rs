@@ -1,4 +1,4 @@
-//! The map and what is remembered of its changes, page by page: together under one short lock.
+//! The map of a part of memory and what is remembered of its changes, page by page: together under one short lock.
 
 use std::collections::VecDeque;
 
@@ -12,8 +12,6 @@ pub(crate) struct Books {
     map: AttributeMap,
     recent: VecDeque<(u64, Range)>,
     watches: Vec<Watch>,
-    /// Bytes that are on their way to being shared, under a quota.
-    reserved: u64,
 }
 
 /// The page that a vCPU last faulted on.
@@ -29,7 +27,6 @@ impl Books {
             map,
             recent: VecDeque::with_capacity(REMEMBERED),
             watches: vec![Watch::default(); vcpus],
-            reserved: 0,
         }
     }
 
@@ -73,20 +70,5 @@ impl Books {
             *watch = Watch { gpa, changes: 0 };
         }
         watch.changes
-    }
-
-    /// Makes room for so many more shared bytes, if then no more than `max` are shared.
-    pub(crate) fn reserve(&mut self, bytes: u64, max: u64) -> bool {
-        let shared = self.map.size() - self.map.private_bytes();
-        let fits = shared.saturating_add(self.reserved).saturating_add(bytes) <= max;
-        if fits {
-            self.reserved += bytes;
-        }
-        fits
-    }
-
-    /// The reserved bytes are shared now, or will not be.
-    pub(crate) fn release(&mut self, bytes: u64) {
-        self.reserved -= bytes;
     }
 }

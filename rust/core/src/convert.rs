@@ -3,20 +3,17 @@
 //! Until the discard a failure undoes what was done. The discard is the point of no return: it destroys bytes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
-
-use crate::attributes::{AttributeMap, PAGE_SIZE, Range, Run, Snapshot, State};
-use crate::books::Books;
+use crate::attributes::{PAGE_SIZE, Range, Run, State};
 use crate::enforce::{self, Before, Enforcement, Mode};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
 use crate::kick::Kick;
+use crate::ledger::{Held, Ledger, Seen, Snapshot};
 use crate::listener::{Conversion, Listener, Listeners};
 use crate::memory::{Backing, GuestMemory};
-use crate::range_lock::{RangeGuard, RangeLocks};
 use crate::views::Views;
 
 /// How much memory a machine's guest occupies.
@@ -31,8 +28,15 @@ pub struct Resident {
 }
 
 /// What was true when a vCPU entered the guest; a fault is judged against it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    seen: Seen,
+    slot_epoch: u64,
+}
+
+/// The same of one page.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sight {
     generation: u64,
     slot_epoch: u64,
 }
@@ -83,16 +87,13 @@ pub(crate) struct Order {
 pub(crate) struct Wanted {
     pub page: Range,
     pub access: State,
-    pub entry: Entry,
+    pub sight: Sight,
 }
 
 /// Guest memory with its states: the truth, its enforcement, and the way from one to the next.
 pub struct Gate {
     views: Views,
-    books: Mutex<Books>,
-    /// The map's generation, readable without its lock on every entry.
-    generation: AtomicU64,
-    ranges: RangeLocks,
+    ledger: Ledger,
     listeners: Listeners,
     enforcement: Enforcement,
     vm: Arc<dyn Hypervisor>,
@@ -105,7 +106,7 @@ pub struct Gate {
 
 impl Gate {
     pub(crate) fn new(
-        map: AttributeMap,
+        ledger: Ledger,
         views: Views,
         enforcement: Enforcement,
         vm: Arc<dyn Hypervisor>,
@@ -114,9 +115,7 @@ impl Gate {
     ) -> Self {
         Self {
             views,
-            books: Mutex::new(Books::new(map, vcpus.len())),
-            generation: AtomicU64::new(0),
-            ranges: RangeLocks::default(),
+            ledger,
             listeners: Listeners::default(),
             enforcement,
             vm,
@@ -137,25 +136,45 @@ impl Gate {
     }
 
     /// Reads the map. Not for deciding and then acting: only a range's lock holds its state still.
-    pub fn with_map<T>(&self, read: impl FnOnce(&AttributeMap) -> T) -> T {
-        read(self.books.lock().map())
+    pub fn with_map<T>(&self, read: impl FnOnce(&Ledger) -> T) -> T {
+        read(&self.ledger)
     }
 
     /// The map as it is now.
     pub fn snapshot(&self) -> Snapshot {
-        self.books.lock().map().snapshot()
+        self.ledger.snapshot()
     }
 
+    /// A vCPU is about to enter the guest for the first time.
     pub(crate) fn entry(&self) -> Entry {
         Entry {
-            generation: self.generation.load(Ordering::SeqCst),
+            seen: self.ledger.look(),
             slot_epoch: self.enforcement.epoch(),
         }
     }
 
+    /// It is about to enter again.
+    pub(crate) fn enter_again(&self, entry: &mut Entry) {
+        self.ledger.look_again(&mut entry.seen);
+        entry.slot_epoch = self.enforcement.epoch();
+    }
+
+    /// What was true of the page that it faulted on.
+    pub(crate) fn sight(&self, entry: &mut Entry, page: Range) -> Sight {
+        Sight {
+            generation: self.ledger.seen(&mut entry.seen, page.gpa()),
+            slot_epoch: entry.slot_epoch,
+        }
+    }
+
+    /// It asks for these pages.
+    pub(crate) fn asked(&self, entry: &mut Entry, range: Range) {
+        self.ledger.touch(&mut entry.seen, range);
+    }
+
     /// Holds the states of `range` still.
-    pub(crate) fn hold(&self, range: Range) -> RangeGuard<'_> {
-        self.ranges.lock(range)
+    pub(crate) fn hold(&self, range: Range) -> Held<'_> {
+        self.ledger.hold(range)
     }
 
     /// "private", "shared" or "mixed".
@@ -170,7 +189,7 @@ impl Gate {
             Standing::Agrees => {
                 // A slot under way is as good a reason for the fault as one that changed since.
                 self.enforcement.settled();
-                match self.enforcement.epoch() == wanted.entry.slot_epoch {
+                match self.enforcement.epoch() == wanted.sight.slot_epoch {
                     true => Standing::Agrees,
                     false => Standing::Stale,
                 }
@@ -182,9 +201,7 @@ impl Gate {
     /// With the page held.
     fn standing(&self, wanted: Wanted) -> Standing {
         let gpa = wanted.page.gpa();
-        let books = self.books.lock();
-        let state = books.map().state(gpa);
-        let changed = books.changed_since(gpa, wanted.entry.generation);
+        let (state, changed) = self.ledger.state_and_changed(gpa, wanted.sight.generation);
         match (state == wanted.access, changed) {
             (true, false) => Standing::Agrees,
             (true, true) => Standing::Stale,
@@ -196,7 +213,7 @@ impl Gate {
 
     /// How often the page at `gpa` changed since this vCPU began to watch it.
     pub(crate) fn watch(&self, vcpu: u32, gpa: u64) -> u64 {
-        self.books.lock().watch(vcpu, gpa)
+        self.ledger.watch(vcpu, gpa)
     }
 
     /// The transaction. `keep` leaves the stale side as it is.
@@ -253,20 +270,20 @@ impl Gate {
     fn within_quota(&self, order: Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
         let range = order.range;
         let private = self.private_in(range);
-        if !self.books.lock().reserve(private, max) {
+        if !self.ledger.reserve(private, max) {
             return Err(ConvertError::OverQuota { range, max });
         }
         let done = self.in_parts(order, false, cancel);
         // What was shared was taken from the reservation as it was; the rest will not be.
         let left = self.private_in(range);
-        self.books.lock().release(left);
+        self.ledger.release(left);
         done
     }
 
     /// Private bytes of a range that is held.
     fn private_in(&self, range: Range) -> u64 {
-        let now = self.snapshot();
-        let private = now.runs_in(range).filter(|run| run.state == State::Private);
+        let runs = self.ledger.runs_in(range).into_iter();
+        let private = runs.filter(|run| run.state == State::Private);
         private.map(|run| run.range.size()).sum()
     }
 
@@ -304,7 +321,7 @@ impl Gate {
     /// With the range held, whose state is known if it is uniform.
     fn carry_out(&self, order: Order, uniform: Option<State>) -> Result<u64, ConvertError> {
         let Order { range, to, keep, .. } = order;
-        let runs = |part: Range| -> Vec<Run> { self.with_map(|map| map.runs_in(part).collect()) };
+        let runs = |part: Range| -> Vec<Run> { self.with_map(|map| map.runs_in(part)) };
         let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
         self.clean(order, before)
             .map_err(|errno| ConvertError::Undone { range, errno })?;
@@ -367,7 +384,7 @@ impl Gate {
     /// Those of fallocate(2).
     pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
         let _held = self.hold(range);
-        let runs: Vec<Run> = self.with_map(|map| map.runs_in(range).collect());
+        let runs: Vec<Run> = self.with_map(|map| map.runs_in(range));
         runs.iter()
             .try_for_each(|run| self.vm.discard(self.side(run.state), run.range))
     }
@@ -387,13 +404,7 @@ impl Gate {
     }
 
     fn commit(&self, order: Order) -> u64 {
-        let mut books = self.books.lock();
-        let changed = books.set(order.range, order.to);
-        if order.max_shared.is_some() && order.to == State::Shared {
-            books.release(changed);
-        }
-        self.generation.store(books.map().generation(), Ordering::SeqCst);
-        changed
+        self.ledger.set(order.range, order.to, order.max_shared.is_some())
     }
 
     fn failed(&self, range: Range, failure: enforce::Failure) -> ConvertError {
@@ -425,7 +436,7 @@ impl Gate {
         };
         let _held = self.hold(pages);
         let private = self.with_map(|map| {
-            let mut runs = map.runs_in(pages);
+            let mut runs = map.runs_in(pages).into_iter();
             runs.find(|run| run.state == State::Private).map(|run| run.range.gpa())
         });
         Ok(match private {
@@ -446,7 +457,7 @@ impl Gate {
         let private = self.memory.private.resident()?;
         Ok(Resident {
             shared: self.memory.shared.resident()?.unwrap_or_default(),
-            private: private.unwrap_or_else(|| self.with_map(AttributeMap::private_bytes)),
+            private: private.unwrap_or_else(|| self.with_map(Ledger::private_bytes)),
             exact: private.is_some(),
         })
     }

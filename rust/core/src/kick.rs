@@ -13,6 +13,7 @@ use crate::sys;
 ///
 /// `immediate_exit` makes the next KVM_RUN return EINTR, the signal makes the present one. The flag is set first: a
 /// vCPU that is between looking for work and KVM_RUN then finds it, and one that is inside gets the signal.
+#[repr(align(128))]
 pub struct Kick {
     flag: Arc<dyn ExitFlag>,
     thread: Mutex<Option<libc::pid_t>>,

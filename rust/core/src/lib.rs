@@ -21,6 +21,7 @@ pub mod guests;
 pub mod hypervisor;
 pub mod image;
 mod kick;
+pub mod ledger;
 pub mod listener;
 pub mod machine;
 pub mod memory;

@@ -2,11 +2,13 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::attributes::{Range, Snapshot, State};
+use crate::attributes::{Range, State};
 use crate::error::{ConvertError, Failure};
+use crate::ledger::Snapshot;
 
 /// Pages that change hands, all of them from the one state to the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +45,11 @@ pub trait Listener: Send + Sync {
 }
 
 #[derive(Default)]
-pub(crate) struct Listeners(RwLock<Vec<Arc<dyn Listener>>>);
+pub(crate) struct Listeners {
+    all: RwLock<Vec<Arc<dyn Listener>>>,
+    /// Whether there is one, for every conversion to read where locks would keep vCPUs apart. Written with `all` locked.
+    any: AtomicBool,
+}
 
 thread_local! {
     static INSIDE: Cell<bool> = const { Cell::new(false) };
@@ -69,7 +75,7 @@ fn call<T>(listener: impl FnOnce() -> T) -> T {
 
 impl Listeners {
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.read().is_empty()
+        !self.any.load(Ordering::SeqCst)
     }
 
     /// Tells a newcomer the present state, and then keeps it. The caller holds all of memory.
@@ -83,19 +89,24 @@ impl Listeners {
             };
             call(|| listener.committed(&change))?;
         }
-        self.0.write().push(listener);
+        let mut listeners = self.all.write();
+        listeners.push(listener);
+        self.any.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     pub(crate) fn leave(&self, listener: &Arc<dyn Listener>) -> bool {
-        let mut listeners = self.0.write();
+        let mut listeners = self.all.write();
         let before = listeners.len();
         listeners.retain(|other| !Arc::ptr_eq(other, listener));
+        self.any.store(!listeners.is_empty(), Ordering::SeqCst);
         listeners.len() < before
     }
 
     pub(crate) fn clear(&self) {
-        self.0.write().clear();
+        let mut listeners = self.all.write();
+        listeners.clear();
+        self.any.store(false, Ordering::SeqCst);
     }
 
     /// Asks all listeners about a conversion; after a refusal those that had agreed are told that it is off.
@@ -103,7 +114,7 @@ impl Listeners {
         if conversion.to == State::Shared {
             return Ok(());
         }
-        let listeners = self.0.read().clone();
+        let listeners = self.all.read().clone();
         let mut agreed = 0;
         for change in conversion.changes() {
             for listener in &listeners {
@@ -130,14 +141,14 @@ impl Listeners {
     /// Tells all listeners that a prepared conversion is off.
     pub(crate) fn abort(&self, conversion: &Conversion<'_>) -> Result<(), Failure> {
         match conversion.to {
-            State::Private => abort(&self.0.read().clone(), conversion, usize::MAX),
+            State::Private => abort(&self.all.read().clone(), conversion, usize::MAX),
             State::Shared => Ok(()),
         }
     }
 
     /// Tells all listeners that a conversion is done. All are told, whatever one of them says.
     pub(crate) fn commit(&self, conversion: &Conversion<'_>) -> Result<(), Failure> {
-        let listeners = self.0.read().clone();
+        let listeners = self.all.read().clone();
         let mut result = Ok(());
         for change in conversion.changes() {
             for listener in &listeners {

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use kvm_bindings::kvm_regs;
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::attributes::{AttributeMap, PAGE_SIZE, Range, State};
+use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::boot;
 use crate::clock::Moment;
 use crate::control::Control;
@@ -22,6 +22,7 @@ use crate::hypervisor::fake::FakeVm;
 use crate::hypervisor::kvm::KvmVm;
 use crate::image::Image;
 use crate::kick::Kick;
+use crate::ledger::Ledger;
 use crate::listener::{self, Listener};
 use crate::memory::{Backing, GuestMemory};
 use crate::policy::Policy;
@@ -136,9 +137,9 @@ impl Machine {
             .iter()
             .map(|vcpu| Arc::new(Kick::new(vcpu.hv.exit_flag())))
             .collect();
-        let map = AttributeMap::new(config.memory, config.initial);
+        let ledger = Ledger::new(config.memory, config.initial, vcpus.len());
         Ok(Self {
-            gate: Gate::new(map, views, enforcement, vm, memory.clone(), kicks.clone()),
+            gate: Gate::new(ledger, views, enforcement, vm, memory.clone(), kicks.clone()),
             events: Arc::new(events),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,

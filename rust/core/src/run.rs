@@ -163,7 +163,7 @@ impl<'a> VcpuLoop<'a> {
             if self.open.is_some() {
                 self.close_request();
             }
-            self.entry = machine.gate().entry();
+            machine.gate().enter_again(&mut self.entry);
             let (result, page) = {
                 let _inside = world.map(World::enter);
                 self.vcpu.run(kick)
@@ -349,8 +349,8 @@ impl<'a> VcpuLoop<'a> {
 
     /// Policy and conversion for one fault, if its page still is not in the accessed state.
     fn judge(&mut self, page: Range, access: State, flags: u64) -> Result<Judged, Error> {
-        let entry = self.entry;
-        let wanted = Wanted { page, access, entry };
+        let sight = self.machine.gate().sight(&mut self.entry, page);
+        let wanted = Wanted { page, access, sight };
         let standing = self.machine.gate().examine(wanted);
         if standing == Standing::Stale {
             self.tally.stale += 1;
@@ -636,7 +636,7 @@ impl<'a> VcpuLoop<'a> {
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn order(&self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
+    fn order(&mut self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
         let range = match (change.gpa, change.size) {
             (None, None) => asked,
             (gpa, size) => {
@@ -645,6 +645,7 @@ impl<'a> VcpuLoop<'a> {
                 range.map_err(|error| format!("Convert: {error}"))?
             }
         };
+        self.machine.gate().asked(&mut self.entry, range);
         Ok(Order {
             range,
             to: change.to.unwrap_or(to),
@@ -790,13 +791,12 @@ impl<'a> VcpuLoop<'a> {
 
     /// The request that was open is over: the guest resumes, or the run ends.
     fn close_request(&mut self) {
-        // In place, for an event is large.
         if let Some(open) = &mut self.open {
             open.event.latency = open.since.elapsed().as_nanos() as u64;
             self.tally.record_latency(open.event.latency);
             self.machine.events().push(&mut self.vcpu.log, &mut open.event);
-            self.open = None;
         }
+        self.open = None;
     }
 
     // ---- devices

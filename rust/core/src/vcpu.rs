@@ -14,6 +14,7 @@ const SYNC_FOR: u8 = 8;
 /// Entries after which a reply that cannot be finished is given up: one per fragment of the longest access.
 const FRAGMENTS: usize = 16;
 
+#[repr(align(128))]
 pub(crate) struct VcpuState {
     pub index: u32,
     pub hv: Box<dyn Vcpu>,

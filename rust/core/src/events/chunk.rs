@@ -4,6 +4,7 @@
 //! rows behind it are still being written.
 #![allow(unsafe_code)]
 
+use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -15,28 +16,41 @@ use super::Event;
 use super::columns::{BYTES, HALVES, Row, Source, WORDS};
 use super::table;
 
+/// Rows of a chunk: events that are dropped at once, and that memory is taken for at once.
+pub(super) const ROWS: usize = 1024;
+
 pub(super) struct Chunk {
-    rows: usize,
     /// Rows that are published.
     len: AtomicUsize,
-    /// Column after column, `rows` values each.
-    words: Box<[AtomicU64]>,
-    halves: Box<[AtomicU32]>,
-    bytes: Box<[AtomicU8]>,
+    columns: Box<Columns>,
 }
 
-fn zeroes<T: Default>(count: usize) -> Box<[T]> {
-    std::iter::repeat_with(T::default).take(count).collect()
+/// Fixed sizes, so that a row's places are known without arithmetic on every column.
+struct Columns {
+    words: [[AtomicU64; ROWS]; WORDS],
+    halves: [[AtomicU32; ROWS]; HALVES],
+    bytes: [[AtomicU8; ROWS]; BYTES],
+}
+
+impl Columns {
+    /// Memory that the kernel has zeroed need not be written once more.
+    fn zeroes() -> Box<Self> {
+        let layout = Layout::new::<Self>();
+        // SAFETY: the layout's size is not zero.
+        let memory = unsafe { alloc_zeroed(layout) };
+        if memory.is_null() {
+            handle_alloc_error(layout);
+        }
+        // SAFETY: it was just allocated with this layout, and zeroes are valid for what it holds.
+        unsafe { Box::from_raw(memory.cast()) }
+    }
 }
 
 impl Chunk {
-    pub(super) fn new(rows: usize) -> Self {
+    pub(super) fn new() -> Self {
         Self {
-            rows,
             len: AtomicUsize::new(0),
-            words: zeroes(WORDS * rows),
-            halves: zeroes(HALVES * rows),
-            bytes: zeroes(BYTES * rows),
+            columns: Columns::zeroes(),
         }
     }
 
@@ -48,21 +62,17 @@ impl Chunk {
     #[inline]
     pub(super) fn push(&self, row: &Row) -> bool {
         let at = self.len.load(Ordering::Relaxed);
-        if at >= self.rows {
+        if at >= ROWS {
             return false;
         }
-        // Checked, each of these 28 stores costs three times as much.
-        for (i, value) in row.words.into_iter().enumerate() {
-            // SAFETY: `at < self.rows` and `i < WORDS`, and there are WORDS columns of `self.rows` values.
-            unsafe { self.words.get_unchecked(i * self.rows + at) }.store(value, Ordering::Relaxed);
+        for (column, value) in self.columns.words.iter().zip(row.words) {
+            column[at].store(value, Ordering::Relaxed);
         }
-        for (i, value) in row.halves.into_iter().enumerate() {
-            // SAFETY: as above, with HALVES.
-            unsafe { self.halves.get_unchecked(i * self.rows + at) }.store(value, Ordering::Relaxed);
+        for (column, value) in self.columns.halves.iter().zip(row.halves) {
+            column[at].store(value, Ordering::Relaxed);
         }
-        for (i, value) in row.bytes.into_iter().enumerate() {
-            // SAFETY: as above, with BYTES.
-            unsafe { self.bytes.get_unchecked(i * self.rows + at) }.store(value, Ordering::Relaxed);
+        for (column, value) in self.columns.bytes.iter().zip(row.bytes) {
+            column[at].store(value, Ordering::Relaxed);
         }
         self.len.store(at + 1, Ordering::Release);
         true
@@ -75,16 +85,15 @@ impl Chunk {
 
     /// The sequence number of a published row.
     pub(super) fn sequence(&self, at: usize) -> u64 {
-        self.words[at].load(Ordering::Relaxed)
+        self.columns.words[0][at].load(Ordering::Relaxed)
     }
 
     /// A published row.
     pub(super) fn event(&self, at: usize) -> Option<Event> {
-        let column = |i: usize| i * self.rows + at;
         let row = Row {
-            words: std::array::from_fn(|i| self.words[column(i)].load(Ordering::Relaxed)),
-            halves: std::array::from_fn(|i| self.halves[column(i)].load(Ordering::Relaxed)),
-            bytes: std::array::from_fn(|i| self.bytes[column(i)].load(Ordering::Relaxed)),
+            words: std::array::from_fn(|i| self.columns.words[i][at].load(Ordering::Relaxed)),
+            halves: std::array::from_fn(|i| self.columns.halves[i][at].load(Ordering::Relaxed)),
+            bytes: std::array::from_fn(|i| self.columns.bytes[i][at].load(Ordering::Relaxed)),
         };
         row.event()
     }
@@ -100,9 +109,9 @@ impl Chunk {
 
     fn column(self: &Arc<Self>, source: Source, from: usize, to: usize) -> Buffer {
         match source {
-            Source::Word(i) => self.over(&self.words[i * self.rows..][from..to]),
-            Source::Half(i) | Source::Signed(i) => self.over(&self.halves[i * self.rows..][from..to]),
-            Source::Flag(i) | Source::Code(i, _) => self.over(&self.bytes[i * self.rows..][from..to]),
+            Source::Word(i) => self.over(&self.columns.words[i][from..to]),
+            Source::Half(i) | Source::Signed(i) => self.over(&self.columns.halves[i][from..to]),
+            Source::Flag(i) | Source::Code(i, _) => self.over(&self.columns.bytes[i][from..to]),
         }
     }
 

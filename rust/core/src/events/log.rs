@@ -11,9 +11,6 @@ use super::Event;
 use super::chunk::Chunk;
 use super::columns::Row;
 
-/// Events that are dropped at once, and that memory is taken for at once.
-const CHUNK: usize = 1024;
-
 /// The events of one vCPU.
 struct Ring {
     /// The last one is being written. Held for a moment, once in a chunk by the vCPU.
@@ -70,6 +67,7 @@ impl EventLog {
     }
 
     /// Adds an event. Nobody who reads is waited for.
+    #[inline]
     pub(crate) fn push(&self, writer: &mut Writer, event: &mut Event) {
         let ring = &self.rings[writer.ring];
         ring.arriving
@@ -78,13 +76,18 @@ impl EventLog {
         if self.capacity > 0 {
             let row = Row::from(&*event);
             if !writer.open.as_ref().is_some_and(|chunk| chunk.push(&row)) {
-                writer.open = None;
-                let chunk = ring.open_chunk(self.capacity);
-                chunk.push(&row);
-                writer.open = Some(chunk);
+                self.push_into_another(writer, &row);
             }
         }
         ring.arriving.store(NONE_ARRIVING, Ordering::SeqCst);
+    }
+
+    #[cold]
+    fn push_into_another(&self, writer: &mut Writer, row: &Row) {
+        writer.open = None;
+        let chunk = self.rings[writer.ring].open_chunk(self.capacity);
+        chunk.push(row);
+        writer.open = Some(chunk);
     }
 
     /// Events there were, kept or dropped.
@@ -166,9 +169,9 @@ impl Ring {
                     only.clear();
                     chunk
                 }
-                None => Arc::new(Chunk::new(CHUNK.min(capacity))),
+                None => Arc::new(Chunk::new()),
             },
-            None => Arc::new(Chunk::new(CHUNK.min(capacity))),
+            None => Arc::new(Chunk::new()),
         };
         chunks.push_back(chunk.clone());
         chunk

@@ -245,7 +245,9 @@ impl Kernel {
     }
 
     fn part(&self, page: u64) -> MutexGuard<'_, Counted> {
-        self.parts[(page / PART_PAGES) as usize % PARTS].0.lock()
+        // By a hash, so that halves of memory do not meet in the same parts.
+        let hash = (page / PART_PAGES).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.parts[(hash >> 32) as usize % PARTS].0.lock()
     }
 
     fn is_private(&self, gpa: u64) -> bool {
@@ -389,7 +391,7 @@ impl Hypervisor for FakeVm {
             next: 0,
             awaiting: None,
             replies: self.replies.get(index as usize).cloned().unwrap_or_default(),
-            page: vec![0; PAGE_LEN - PAGE_START],
+            page: [0; PAGE_LEN - PAGE_START],
             flag: Arc::default(),
             regs: kvm_regs::default(),
             sregs: kvm_sregs::default(),
@@ -419,6 +421,8 @@ enum Answer {
     Nothing,
 }
 
+/// Apart from other vCPUs in memory too.
+#[repr(align(128))]
 struct FakeVcpu {
     kernel: Arc<Kernel>,
     steps: Vec<Step>,
@@ -426,7 +430,7 @@ struct FakeVcpu {
     next: usize,
     awaiting: Option<Answer>,
     replies: Arc<Mutex<Vec<Reply>>>,
-    page: Vec<u8>,
+    page: [u8; PAGE_LEN - PAGE_START],
     flag: Arc<FakeFlag>,
     regs: kvm_regs,
     sregs: kvm_sregs,

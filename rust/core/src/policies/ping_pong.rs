@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::{Link, Request};
-use crate::attributes::State;
+use crate::attributes::{Range, State};
 use crate::error::Failure;
 use crate::policy::{Decision, Policy};
 
@@ -26,9 +26,9 @@ pub struct PingPong {
 /// Places that are remembered.
 pub const PAGES: usize = 256;
 
-/// A place that was asked for; the one seen last stands first.
+/// Pages that were asked for; those seen last stand first, and no two overlap.
 struct Seen {
-    gpa: u64,
+    range: Range,
     to: State,
     /// When it changed direction, in nanoseconds, `limit + 1` times at most.
     turns: VecDeque<u64>,
@@ -47,41 +47,59 @@ impl PingPong {
 
     /// The evidence, once it suffices.
     fn evidence(&self, request: Request<'_>) -> Option<String> {
-        let (gpa, to, now) = (request.range().gpa(), request.to(), request.time());
+        let (range, to, now) = (request.range(), request.to(), request.time());
         let mut seen = self.seen.lock();
-        let known = seen
-            .iter()
-            .position(|seen| seen.gpa == gpa)
-            .and_then(|at| seen.remove(at));
-        let mut place = known.unwrap_or_else(|| Seen {
-            gpa,
-            to,
-            turns: VecDeque::new(),
-        });
-        if place.to != to {
-            place.to = to;
-            place.turns.push_back(now);
-        }
-        let since = |turn: u64| Duration::from_nanos(now.saturating_sub(turn));
-        while place.turns.front().is_some_and(|turn| since(*turn) > self.window) {
-            place.turns.pop_front();
-        }
-        let turns = place.turns.len();
-        let took = place.turns.front().map_or(Duration::ZERO, |first| since(*first));
-        seen.truncate(PAGES - 1);
-        if turns > self.limit {
+        let mut turned = self.turn(&mut seen, range, to, now);
+        let most = turned.iter().max_by_key(|place| place.turns.len());
+        if let Some(place) = most.filter(|place| place.turns.len() > self.limit) {
             // A run that is taken up again starts counting again.
+            let first = place.turns.front().copied().unwrap_or(now);
             return Some(format!(
-                "ping-pong: {gpa:#x} changed direction {turns} times in {:.3} s (limit {} in {:.3} s), last to {to} by \
-                 vCPU {}",
-                took.as_secs_f64(),
+                "ping-pong: {:#x} changed direction {} times in {:.3} s (limit {} in {:.3} s), last to {to} by vCPU {}",
+                place.range.gpa(),
+                place.turns.len(),
+                Duration::from_nanos(now.saturating_sub(first)).as_secs_f64(),
                 self.limit,
                 self.window.as_secs_f64(),
                 request.vcpu()
             ));
         }
-        seen.push_front(place);
+        if turned.is_empty() {
+            turned.push(Seen {
+                range,
+                to,
+                turns: VecDeque::new(),
+            });
+        }
+        for place in turned {
+            seen.push_front(place);
+        }
+        seen.truncate(PAGES);
         None
+    }
+
+    /// Takes out what is known of these pages, wherever they were asked for together with others: a guest that asks for
+    /// other ranges around the same page is not spared. What is left of each place are the pages in common.
+    fn turn(&self, seen: &mut VecDeque<Seen>, range: Range, to: State, now: u64) -> Vec<Seen> {
+        let mut turned = Vec::new();
+        let mut at = 0;
+        while let Some(place) = seen.get(at) {
+            match place.range.intersect(&range) {
+                Some(common) => turned.extend(seen.remove(at).map(|place| Seen { range: common, ..place })),
+                None => at += 1,
+            }
+        }
+        for place in &mut turned {
+            if place.to != to {
+                place.to = to;
+                place.turns.push_back(now);
+            }
+            let since = |turn: u64| Duration::from_nanos(now.saturating_sub(turn));
+            while place.turns.front().is_some_and(|turn| since(*turn) > self.window) {
+                place.turns.pop_front();
+            }
+        }
+        turned
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use arrow_schema::{Schema, SchemaRef};
 
 use crate::attributes::{PAGE_SIZE, Range, State};
-use crate::convert::Gate;
 use crate::events;
+use crate::machine::Machine;
 use crate::model::Model;
 
 /// Ranges that are told one by one.
@@ -17,6 +17,7 @@ const MOST_MEMORY: u64 = 1 << 52;
 const MEMORY: &str = "pagegate.memory";
 const INITIAL: &str = "pagegate.initial";
 const OTHERS: &str = "pagegate.others";
+const FIRST: &str = "pagegate.first";
 
 /// A machine's memory when its trace begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct About {
     initial: State,
     /// What is in the other state.
     others: Vec<Range>,
+    /// The sequence number that the first event has if none is missing.
+    first: u64,
 }
 
 impl About {
@@ -39,12 +42,14 @@ impl About {
             memory,
             initial,
             others: Vec::new(),
+            first: 0,
         }
     }
 
     /// A machine as it is now. Where its states are scattered all over, only the prevailing one is told.
-    pub fn now(gate: &Gate) -> Self {
-        let map = gate.snapshot();
+    pub fn now(machine: &Machine) -> Self {
+        let first = machine.events().total();
+        let map = machine.gate().snapshot();
         let initial = match map.private_bytes() > map.size() / 2 {
             true => State::Private,
             false => State::Shared,
@@ -55,6 +60,7 @@ impl About {
             memory: map.size(),
             initial,
             others: if others.len() > MOST_RANGES { Vec::new() } else { others },
+            first,
         }
     }
 
@@ -66,6 +72,11 @@ impl About {
     /// The state of all pages, but for some.
     pub fn initial(&self) -> State {
         self.initial
+    }
+
+    /// The sequence number that the first event has if none is missing.
+    pub fn first(&self) -> u64 {
+        self.first
     }
 
     /// The states when the trace begins.
@@ -88,6 +99,7 @@ impl About {
             (MEMORY, self.memory.to_string()),
             (INITIAL, self.initial.as_str().to_owned()),
             (OTHERS, others.join(" ")),
+            (FIRST, self.first.to_string()),
         ];
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
         let fields = events::schema().fields().clone();
@@ -110,6 +122,7 @@ impl About {
         let mut about = about
             .and_then(|(memory, initial)| Self::new(memory, initial))
             .ok_or_else(|| wrong(MEMORY))?;
+        about.first = value(FIRST).map_or(Ok(0), str::parse).map_err(|_| wrong(FIRST))?;
         for range in value(OTHERS).unwrap_or_default().split_whitespace() {
             let range = parse(range).filter(|range| range.end() <= about.memory);
             about.others.push(range.ok_or_else(|| wrong(OTHERS))?);

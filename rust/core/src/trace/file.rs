@@ -1,7 +1,7 @@
 //! Traces as files: Parquet, and both kinds of Arrow IPC.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, Write};
+use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use arrow_array::RecordBatch;
@@ -152,13 +152,12 @@ impl Trace {
 
     fn read_whole(path: &Path, about: Option<About>) -> Result<Self, TraceError> {
         let mut file = File::open(path).map_err(|error| failed(path, error))?;
-        let mut magic = Vec::new();
-        let begin = (&file).take(6).read_to_end(&mut magic).and_then(|_| file.rewind());
-        begin.map_err(|error| failed(path, error))?;
+        let (magic, tail) = ends(&mut file).map_err(|error| failed(path, error))?;
         let invalid = |error: ArrowError| TraceError::Invalid(format!("{} is no trace: {error}", path.display()));
         let mut reader = Reader {
             name: path.display().to_string(),
             events: Vec::new(),
+            truncated: false,
         };
         let schema = if magic.starts_with(b"PAR1") {
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| invalid(error.into()))?;
@@ -175,7 +174,13 @@ impl Trace {
             let batches = StreamReader::try_new_buffered(file, None).map_err(invalid)?;
             let schema = batches.schema();
             // Its writer may have been killed in the middle of a batch.
-            reader.take_all(batches.map_while(Result::ok).map(Ok))?;
+            let mut ends = false;
+            let whole = batches.map_while(|batch| {
+                ends = batch.as_ref().is_err_and(is_end);
+                (!ends).then_some(batch)
+            });
+            reader.take_all(whole.map(|batch| batch.map_err(invalid)))?;
+            reader.truncated = ends || tail != END_OF_STREAM;
             schema
         };
         reader.finish(&schema, about)
@@ -193,6 +198,7 @@ impl Trace {
         let mut reader = Reader {
             name: "this table".to_owned(),
             events: Vec::new(),
+            truncated: false,
         };
         reader.take_all(batches.map(|batch| batch.map_err(|error| TraceError::Invalid(error.to_string()))))?;
         reader.finish(&schema, about)
@@ -208,6 +214,7 @@ impl Trace {
 struct Reader {
     name: String,
     events: Vec<Event>,
+    truncated: bool,
 }
 
 impl Reader {
@@ -221,16 +228,47 @@ impl Reader {
     }
 
     fn finish(self, schema: &Schema, given: Option<About>) -> Result<Trace, TraceError> {
-        let Self { name, mut events } = self;
+        let Self {
+            name,
+            mut events,
+            truncated,
+        } = self;
         let told = About::of(schema).map_err(|what| TraceError::Invalid(format!("{name} is no trace: {what}")))?;
         let about = given.or(told).ok_or_else(|| {
             TraceError::Invalid(format!(
-                "{name} does not say how much memory its guest had, nor in which state: pass memory and initial"
+                "{name} does not say how much memory its guest had, nor in which state: tell memory and initial to whoever \
+                 reads it"
             ))
         })?;
         // Tables of several vCPUs, and those that were sorted by something else.
         events.sort_by_key(|event| event.sequence);
-        Ok(Trace { about, events })
+        Ok(Trace {
+            about,
+            events,
+            truncated,
+        })
+    }
+}
+
+/// What an IPC stream ends with.
+const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+
+/// The first and the last bytes of a file, which is read from its beginning afterwards.
+fn ends(file: &mut File) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
+    let (mut head, mut tail) = (Vec::new(), Vec::new());
+    let len = file.metadata()?.len();
+    Read::take(&mut *file, 6).read_to_end(&mut head)?;
+    file.seek(SeekFrom::Start(len.saturating_sub(END_OF_STREAM.len() as u64)))?;
+    file.read_to_end(&mut tail)?;
+    file.rewind()?;
+    Ok((head, tail))
+}
+
+/// Whether a file ends where more was to come.
+fn is_end(error: &ArrowError) -> bool {
+    match error {
+        ArrowError::IoError(_, source) => source.kind() == ErrorKind::UnexpectedEof,
+        _ => false,
     }
 }
 

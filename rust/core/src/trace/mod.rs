@@ -21,6 +21,8 @@ pub struct Trace {
     pub about: About,
     /// The requests, in the order in which they were over.
     pub events: Vec<Event>,
+    /// It was read from a stream that ends in the middle: whoever wrote it was killed.
+    pub truncated: bool,
 }
 
 /// Why a trace cannot be written, read or replayed.

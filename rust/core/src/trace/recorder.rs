@@ -39,13 +39,18 @@ struct Stop {
 }
 
 impl Recorder {
-    /// Makes the file, or empties it, and begins.
+    /// Makes the file, or empties it, and begins. `failed` is called, once, should something not be written.
     ///
     /// # Errors
     /// Those of making the file.
-    pub fn start(log: Arc<EventLog>, about: &About, path: &Path) -> Result<Self, TraceError> {
+    pub fn start(
+        log: Arc<EventLog>,
+        about: &About,
+        path: &Path,
+        failed: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, TraceError> {
         let mut writing = Writing {
-            next: log.total(),
+            next: about.first(),
             log,
             output: Output::create(path, about)?,
             pending: Vec::new(),
@@ -56,7 +61,10 @@ impl Recorder {
         let told = stop.clone();
         let body = move || -> Result<Recorded, TraceError> {
             while !told.wait() {
-                writing.take()?;
+                if let Err(error) = writing.take() {
+                    failed();
+                    return Err(error);
+                }
             }
             writing.finish()
         };

@@ -1,13 +1,12 @@
 //! The requests of a trace, put to other policies in the order in which the first one was asked.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Trace, TraceError};
-use crate::attributes::{Range, State};
+use super::{About, Trace, TraceError};
+use crate::attributes::{AttributeMap, Range, State};
 use crate::errno::Errno;
 use crate::error::{Failure, Site};
-use crate::events::{Answer, Event, Kind, Verdict};
+use crate::events::{Answer, Event, Kind, Outcome, Verdict};
 use crate::model::{self, Carried, Model};
 use crate::policies::Request;
 use crate::policy::{Call, Decision, Fault, Policy};
@@ -34,7 +33,7 @@ pub struct Judged {
     pub bytes_to_shared: u64,
     /// The most bytes that were shared at any time.
     pub peak_shared: u64,
-    /// Conversions of a page back to where it came from: each after the first at that page.
+    /// Conversions that turned pages back of which some had been converted before.
     pub ping_pongs: u64,
     /// The first request at which the run would have ended, by its sequence number. What comes after it the guest might
     /// never have asked.
@@ -92,20 +91,21 @@ pub enum ReplayError {
 /// States as one policy has them.
 struct Timeline {
     model: Model,
-    /// Where a page that a conversion began at went last.
-    last: HashMap<u64, State>,
+    /// Pages that were converted: private here.
+    touched: AttributeMap,
     judged: Judged,
 }
 
 impl Timeline {
-    fn new(model: Model) -> Self {
+    fn new(about: &About) -> Self {
+        let model = about.model();
         let judged = Judged {
             peak_shared: model.shared_bytes(),
             ..Judged::default()
         };
         Self {
             model,
-            last: HashMap::new(),
+            touched: AttributeMap::new(about.memory(), State::Shared),
             judged,
         }
     }
@@ -141,6 +141,7 @@ impl Timeline {
         }
     }
 
+    /// Pages of a range were converted, so many bytes of it.
     fn done(&mut self, range: Range, to: State, changed: u64) {
         if changed == 0 {
             return;
@@ -150,8 +151,9 @@ impl Timeline {
             State::Shared => self.judged.bytes_to_shared += changed,
         }
         self.judged.peak_shared = self.judged.peak_shared.max(self.model.shared_bytes());
-        let before = self.last.insert(range.gpa(), to);
-        self.judged.ping_pongs += u64::from(before == Some(to.other()));
+        let before = self.touched.uniform(range) != Some(State::Shared);
+        self.judged.ping_pongs += u64::from(before);
+        self.touched.set(range, State::Private);
     }
 }
 
@@ -200,13 +202,17 @@ impl Asked {
         }
     }
 
-    fn judge(&self, kind: Kind, policy: &dyn Policy, model: &mut Model) -> Result<Carried, Failure> {
+    /// `superseded`: another vCPU was faster then, so whatever is decided changes nothing.
+    fn judge(&self, kind: Kind, policy: &dyn Policy, model: &mut Model, superseded: bool) -> Result<Carried, Failure> {
         let decision = match (self, kind) {
             (Asked::Fault(fault), Kind::Poison) => return Ok(Carried::nothing(model::poison(policy, fault)?)),
             (Asked::Fault(fault), _) => policy.memory_fault(fault)?,
             (Asked::Call(call), _) => policy.map_gpa_range(call)?,
         };
-        model.carry_out(self.request(), decision)
+        match superseded {
+            true => Ok(Carried::nothing(decision)),
+            false => model.carry_out(self.request(), decision),
+        }
     }
 }
 
@@ -214,7 +220,8 @@ impl Asked {
 /// asked now and then whether to go on.
 ///
 /// What the trace does not hold, conversions by the host and requests that are missing, is taken over from the states
-/// that later requests met.
+/// that later requests met. Where several vCPUs were at the same pages at once, what was decided first need not have been
+/// done first, so quotas may be met a little earlier or later than they were.
 ///
 /// # Errors
 /// See [`ReplayError`].
@@ -227,8 +234,8 @@ pub fn replay(
     let memory = trace.about.memory();
     let mut order: Vec<&Event> = trace.events.iter().collect();
     order.sort_by_key(|event| event.asked);
-    let mut recorded = Timeline::new(trace.about.model());
-    let mut timelines: Vec<Timeline> = policies.iter().map(|_| Timeline::new(trace.about.model())).collect();
+    let mut recorded = Timeline::new(&trace.about);
+    let mut timelines: Vec<Timeline> = policies.iter().map(|_| Timeline::new(&trace.about)).collect();
     let (mut differences, mut different) = (Vec::new(), 0);
     for (number, event) in order.iter().enumerate() {
         if number % PATIENCE == 0 {
@@ -247,7 +254,8 @@ pub fn replay(
         let mut decisions = Vec::new();
         let mut differ = false;
         for (policy, (judge, timeline)) in policies.iter().zip(&mut timelines).enumerate() {
-            let carried = asked.judge(event.kind, judge.as_ref(), &mut timeline.model);
+            let superseded = event.outcome == Outcome::Superseded;
+            let carried = asked.judge(event.kind, judge.as_ref(), &mut timeline.model, superseded);
             let carried = carried.map_err(|failure| ReplayError::Policy {
                 policy,
                 sequence: event.sequence,
@@ -267,8 +275,8 @@ pub fn replay(
         }
         recorded.count(event, event.answer.verdict);
         if let Some(range) = Range::new(event.done_gpa, event.done_size).filter(|range| range.end() <= memory) {
-            let changed = recorded.model.set(range, event.done_to);
-            recorded.done(range, event.done_to, changed);
+            recorded.model.set(range, event.done_to);
+            recorded.done(range, event.done_to, event.changed);
         }
         differ |= decisions.windows(2).any(|pair| pair[0].1 != pair[1].1);
         if differ {
@@ -281,11 +289,8 @@ pub fn replay(
             }
         }
     }
-    let first = trace.events.iter().map(|event| event.sequence).min();
     let last = trace.events.iter().map(|event| event.sequence).max();
-    let span = first
-        .zip(last)
-        .map_or(0, |(first, last)| (last - first).saturating_add(1));
+    let span = last.map_or(0, |last| last.saturating_sub(trace.about.first()).saturating_add(1));
     Ok(Replay {
         requests: order.len() as u64,
         missing: span.saturating_sub(order.len() as u64),

@@ -52,7 +52,11 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
         )
     };
     let events = (0..requests).map(event).collect();
-    Trace { about, events }
+    Trace {
+        about,
+        events,
+        truncated: false,
+    }
 }
 
 const NOTHING: Event = Event {
