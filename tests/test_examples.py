@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pagegate import Convert, Deny, Discard, Policy, PolicyError, Region, Retry, Stop, Vm
+from pagegate import Convert, Deny, Discard, Policy, PolicyError, Region, Retry, Stop, Vm, trace
 from pagegate.bundled import GUESTS, SHARED_BIT
 from pagegate.guests import PAGE
 from pagegate.policies import Quota
@@ -49,7 +49,7 @@ ALONE = {
 
 def test_every_example_is_tested_and_says_how_to_run_it() -> None:
     files = {file.stem for file in EXAMPLES.glob("*.py")}
-    assert files == {*ALONE, "external_service"}
+    assert files == {*ALONE, "external_service", "record_then_replay"}
     for file in files:
         source = (EXAMPLES / f"{file}.py").read_text()
         assert source.startswith('"""')
@@ -132,6 +132,54 @@ def test_ping_pong_guard() -> None:
     for _ in range(100):
         assert tester.fault(0) == Convert()
         tester.advance(0.5)
+
+
+# ---- record_then_replay
+
+
+def recorded(file, vm):
+    with trace.Recorder(vm, file):
+        vm.run(timeout=60)
+    return file
+
+
+def test_record_then_replay(tmp_path, fake_vm) -> None:
+    pages = (4, 5, 9, 4)
+    steps = [Step.doorbell(page * PAGE, 1, attributes) for page in pages for attributes in (0, 16)]
+    file = recorded(tmp_path / "good.parquet", fake_vm([*steps, Step.doorbell(30 * PAGE, 1, 16)], initial="private"))
+    tester = PolicyTester(example("record_then_replay", "learned", trace=file))
+    assert [tester.call(page * PAGE, to="shared") for page in (3, 4, 5, 6, 9, 10, 30)] == [
+        Deny(),
+        Convert(),
+        Convert(),
+        Deny(),
+        Convert(),
+        Deny(),
+        Deny(),
+    ]
+    assert tester.call(4 * PAGE, 2 * PAGE, to="shared") == Convert()
+    assert tester.call(30 * PAGE, to="private") == Convert()
+    tester = PolicyTester(example("record_then_replay", "learned", trace=file, slack="4K"))
+    assert tester.call(3 * PAGE, 4 * PAGE, to="shared") == Convert()
+    assert tester.fault(2 * PAGE) == Deny()
+    assert trace.replay(file, example("record_then_replay", "learned", trace=file)).different == 0
+    other = recorded(tmp_path / "other.arrow", fake_vm([Step.doorbell(20 * PAGE, 1, 0)], initial="private"))
+    (difference,) = trace.replay(other, example("record_then_replay", "learned", trace=file)).differences
+    assert (difference.event.gpa, difference.decisions) == (20 * PAGE, (Deny(),))
+
+
+@pytest.mark.kvm
+def test_record_then_replay_under_a_guest(tmp_path) -> None:
+    file = tmp_path / "good.arrows"
+    with Vm(MEMORY, shared_bit=SHARED_BIT, initial="private") as vm:
+        GUESTS["touch"].start(vm, "doorbell")
+        recorded(file, vm)
+    policy = example("record_then_replay", "learned", trace=file)
+    assert trace.replay(file, policy).different == 0
+    for guest, reason in (("touch", "halt"), ("demo", "denied")):
+        with Vm(MEMORY, policy=policy, shared_bit=SHARED_BIT, initial="private") as vm:
+            GUESTS[guest].start(vm, "doorbell")
+            assert vm.run(timeout=60).reason == reason
 
 
 # ---- learn_then_lock

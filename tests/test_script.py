@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from pagegate import PolicyError, policies
+from pagegate import Deny, PolicyError, policies
 from pagegate.guests import PAGE, Script
 from pagegate.script import load
 
@@ -84,14 +84,17 @@ def test_what_the_file_calls_policy_is_it(write, made):
     assert type(policy).__name__ == "Two" or isinstance(policy, policies.Quota)
 
 
+ANSWERS = "from pagegate import Deny\ndef memory_fault(fault): return Deny("
+
+
 def test_a_file_needs_no_suffix(write):
-    assert load(write("def memory_fault(fault): return 1\n", "mine")).memory_fault(None) == 1
+    assert load(write(f"{ANSWERS}1)\n", "mine")).memory_fault(None) == Deny(1)
 
 
 def test_a_changed_file_is_read_again(write):
-    path = write("def memory_fault(fault): return 1\n")
-    assert load(path).memory_fault(None) == 1
-    assert load(write("def memory_fault(fault): return 2\n")).memory_fault(None) == 2
+    path = write(f"{ANSWERS}1)\n")
+    assert load(path).memory_fault(None) == Deny(1)
+    assert load(write(f"{ANSWERS}2)\n")).memory_fault(None) == Deny(2)
     assert not list(path.parent.glob("__pycache__/mine*"))
 
 

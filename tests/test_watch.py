@@ -7,15 +7,20 @@ import queue
 from types import SimpleNamespace
 
 import pytest
+from pagegate import Deny
 from pagegate.watch import Watcher
 
-TEXT = "class Mine:\n  def __init__(self, n: int = 0): self.n = n\n  def memory_fault(self, fault): return {}\n"
+TEXT = """from pagegate import Deny
+class Mine:
+  def __init__(self, n: int = 0): self.n = n
+  def memory_fault(self, fault): return Deny({})
+"""
 
 
 @pytest.fixture
 def watched(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(TEXT.format(0))
+    path.write_text(TEXT.format(1))
     replaced, said = queue.Queue(), queue.Queue()
     vm = SimpleNamespace(policy=SimpleNamespace(replace=replaced.put))
     with Watcher(vm, path, "Mine", {"n": "7"}, said.put):
@@ -26,15 +31,15 @@ def test_a_file_that_is_written_or_replaced_is_loaded(watched):
     path, replaced, said = watched
     path.write_text(TEXT.format(11))
     policy = replaced.get(timeout=10)
-    assert (policy.memory_fault(None), policy.n) == (11, 7)
+    assert (policy.memory_fault(None), policy.n) == (Deny(11), 7)
     assert "loaded again" in said.get(timeout=10)
     other = path.with_name("other")
     other.write_text(TEXT.format(222))
     other.replace(path)
-    assert replaced.get(timeout=10).memory_fault(None) == 222
+    assert replaced.get(timeout=10).memory_fault(None) == Deny(222)
     path.unlink()
     path.write_text(TEXT.format(3333))
-    assert replaced.get(timeout=10).memory_fault(None) == 3333
+    assert replaced.get(timeout=10).memory_fault(None) == Deny(3333)
 
 
 @pytest.mark.parametrize("text", ["for", "1 / 0", "raise SystemExit(3)", "raise KeyboardInterrupt", "Mine = 7"])
@@ -46,7 +51,7 @@ def test_a_file_that_fails_leaves_the_policy_and_the_watch_goes_on(watched, text
     assert "\n" not in line
     assert replaced.empty()
     path.write_text(TEXT.format(44))
-    assert replaced.get(timeout=10).memory_fault(None) == 44
+    assert replaced.get(timeout=10).memory_fault(None) == Deny(44)
 
 
 def test_what_does_not_change_is_not_loaded(watched):

@@ -4,7 +4,7 @@ A guest runs on /dev/kvm. Whenever it asks for a page to change hands between *p
 that is in the wrong hands, a policy decides: yours, in Python, or one of those in ``pagegate.policies``.
 """
 
-from pagegate import policies
+from pagegate import policies, trace
 from pagegate._core import (
     DOORBELL_PORT,
     LIVELOCK_BOUND,
@@ -84,4 +84,5 @@ __all__ = [
     "__version__",
     "policies",
     "probe",
+    "trace",
 ]

@@ -21,6 +21,41 @@ def probe() -> Host:
 def script_guest() -> bytes:
     """The machine code that ``pagegate.guests.Script`` runs: position-independent, long mode."""
 
+def bare_loop(
+    memory: int,
+    vcpus: Sequence[tuple[int, bytes, int]],
+    *,
+    enforcement: str,
+    marks: int,
+    memslots: int = 1,
+    shared_bit: int | None = None,
+    doorbell: bool = False,
+    block: int = 4096,
+    work: str = "all",
+    timeout: float | None = None,
+) -> tuple[int, int, int]:
+    """Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
+
+    ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
+    where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
+    ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for
+    ``Vm``.
+
+    Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
+    """
+
+@final
+class Marks:
+    """A port for ``Vm.on_io`` that notes when it is written, without entering Python.
+
+    Read, it answers how often that was.
+    """
+
+    def __new__(cls) -> Self: ...
+    @property
+    def written(self) -> list[tuple[int, int, int]]:
+        """Each as ``(vcpu, value, nanoseconds)``, the time since this object was made."""
+
 @final
 class Host:
     """What /dev/kvm offers, as far as pagegate uses it."""
@@ -176,6 +211,10 @@ class Stop:
 @disjoint_base
 class Builtin:
     """What all built-in policies are."""
+
+    @property
+    def hooks(self) -> tuple[Callable[[Any], Any] | None, ...]:
+        """The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison."""
 
 @final
 class Allow(Builtin):
@@ -467,7 +506,10 @@ class Event:
 
     @property
     def sequence(self) -> int:
-        """Position among all of the machine's events, from 0."""
+        """Position in the log, from 0: in the order in which requests were over."""
+    @property
+    def asked(self) -> int:
+        """In the order in which the policy was asked, from 0."""
     @property
     def time(self) -> int:
         """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
@@ -484,6 +526,45 @@ class Event:
     @property
     def to(self) -> _State:
         """What was asked for: the state."""
+    @property
+    def state(self) -> Literal["private", "shared", "mixed"]:
+        """The state that the pages were in."""
+    @property
+    def page_size(self) -> int:
+        """Explicit: the guest's hint in bytes; else 0."""
+    @property
+    def raw(self) -> int:
+        """Explicit: RDX; else 0."""
+    @property
+    def flags(self) -> int:
+        """Implicit: KVM_MEMORY_EXIT_FLAG_*; else 0."""
+    @property
+    def rip(self) -> int:
+        """Implicit: the guest's instruction pointer; else 0."""
+    @property
+    def repeats(self) -> int:
+        """Implicit: how often this very fault came before, with no change in between; else 0."""
+    @property
+    def decision(self) -> Literal["convert", "deny", "retry", "discard", "stop", "none"]:
+        """What the policy decided; "none" if it failed."""
+    @property
+    def decision_gpa(self) -> int:
+        """What was to be converted: start in bytes; 0 for all decisions but "convert"."""
+    @property
+    def decision_size(self) -> int:
+        """What was to be converted: bytes; 0 for all decisions but "convert"."""
+    @property
+    def decision_to(self) -> _State:
+        """What it was to be converted to."""
+    @property
+    def decision_prefault(self) -> bool:
+        """The decision said ``prefault=True``."""
+    @property
+    def decision_discard(self) -> bool:
+        """The decision did not say ``discard=False``."""
+    @property
+    def decision_errno(self) -> int:
+        """The errno of a "deny"; else 0."""
     @property
     def outcome(self) -> Literal["converted", "denied", "retried", "stopped", "superseded", "failed", "discarded"]: ...
     @property
@@ -504,10 +585,16 @@ class Event:
     @property
     def latency(self) -> int:
         """Exit to resume in nanoseconds."""
+    def __eq__(self, other: object, /) -> bool: ...
 
 @final
 class Events:
-    """The machine's log of requests. It keeps the newest; iterating it gives them oldest first."""
+    """The machine's log of requests. It keeps the newest; iterating it gives them oldest first.
+
+    It is an Arrow table too, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
+    ``pandas.DataFrame.from_arrow(vm.events)``. The columns lie in the log's own memory and are not copied. Those of one
+    vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``asked`` (order of the questions).
+    """
 
     @property
     def total(self) -> int:
@@ -517,6 +604,8 @@ class Events:
         """Events that gave way to newer ones."""
     def since(self, sequence: int) -> list[Event]:
         """The kept events with this sequence number or a higher one."""
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> Any: ...
+    def __arrow_c_schema__(self) -> Any: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Event]: ...
 
@@ -667,7 +756,7 @@ class Vm:
         ``at`` is for what is no ELF file. Private pages that the image covers become shared first: KVM reads code
         through the shared side, and no host can fill the private one.
         """
-    def on_io(self, port: int, handler: Callable[[Io], Any]) -> None:
+    def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
         """Answers a port. For a read the handler returns ``size * count`` bytes, for a write its result is ignored.
 
         A port without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler.
@@ -811,3 +900,157 @@ class Trial:
     @property
     def shared_bytes(self) -> int:
         """Bytes that are shared."""
+
+@final
+class Trace:
+    """Requests that were recorded, or made up, and the machine they were made in: a sequence, and an Arrow table.
+
+    A table by ``__arrow_c_stream__``, as ``vm.events``.
+    """
+
+    @property
+    def memory(self) -> int:
+        """Bytes of guest memory."""
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that were shared when the trace began."""
+    def write(self, path: str | PathLike[str]) -> None:
+        """Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
+
+        Raises OSError, and ValueError for another name.
+        """
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Event: ...
+    def __iter__(self) -> TraceIterator: ...
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> Any: ...
+    def __arrow_c_schema__(self) -> Any: ...
+
+@final
+class TraceIterator:
+    """One event after the other."""
+
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Event: ...
+
+def read_trace(source: object, *, memory: int | None = None, initial: _State | None = None) -> Trace:
+    """Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
+
+    ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
+    metadata, which tell both. Of an IPC stream that ends in the middle what is there is read. Raises OSError, and
+    ValueError for what is no trace.
+    """
+
+def synthetic_trace(requests: int = 1_000_000, *, seed: int = 0, vcpus: int = 1) -> Trace:
+    """A trace of ``requests`` requests that no guest made: a busy guest of 1 GiB that starts out private.
+
+    Each is converted as asked. The same arguments give the same trace. Of a hundred requests about 60 share bounce
+    buffers of 256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages
+    privately and shared in turn (implicit), and 5 are for 2 MiB blocks (explicit).
+    """
+
+@final
+class Judged:
+    """What a policy made of all requests of a trace."""
+
+    @property
+    def converted(self) -> int:
+        """Decisions to convert."""
+    @property
+    def denied(self) -> int:
+        """Decisions to refuse."""
+    @property
+    def retried(self) -> int:
+        """Decisions to let the guest try again."""
+    @property
+    def stopped(self) -> int:
+        """Decisions to end the run."""
+    @property
+    def discarded(self) -> int:
+        """Decisions to free a poisoned page."""
+    @property
+    def bytes_to_private(self) -> int:
+        """Bytes that became private."""
+    @property
+    def bytes_to_shared(self) -> int:
+        """Bytes that became shared."""
+    @property
+    def peak_shared(self) -> int:
+        """The most bytes that were shared at any time."""
+    @property
+    def ping_pongs(self) -> int:
+        """Conversions of a page back to where it came from: each after the first that began at that page."""
+    @property
+    def ends(self) -> int | None:
+        """The sequence number of the first request at which the run would have ended; ``None`` if at none."""
+    @property
+    def differences(self) -> int:
+        """Decisions that are not the recorded ones."""
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Difference:
+    """A request on which the policies and the record do not agree."""
+
+    @property
+    def event(self) -> Event:
+        """The request, with what was decided when it was recorded."""
+    @property
+    def decisions(self) -> tuple[Convert | Deny | Discard | Retry | Stop, ...]:
+        """What each policy decided, in their order."""
+
+@final
+class Replay:
+    """What a replay found."""
+
+    @property
+    def requests(self) -> int:
+        """Requests that were put to each policy."""
+    @property
+    def missing(self) -> int:
+        """Requests that the trace lacks, by the sequence numbers of the others."""
+    @property
+    def recorded(self) -> Judged:
+        """What was decided and done when the trace was recorded."""
+    @property
+    def policies(self) -> tuple[Judged, ...]:
+        """What each policy would have decided and done, in their order."""
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """Requests on which the policies and the record disagree: the first ones."""
+    @property
+    def different(self) -> int:
+        """How many there are in all."""
+
+def replay(trace: object, *policies: object, keep: int = 1000) -> Replay:
+    """Puts the requests of a trace to each of these policies, in the order in which the recorded one was asked.
+
+    No KVM is needed, and a chain of built-in policies never enters Python. ``trace`` is a Trace, or what ``read``
+    takes. ``policies`` are as for ``Vm``; each keeps states of its own, and ``remember=`` is remembered. ``keep``: how
+    many of the differences are kept. The requests stay as they were, whatever a policy decides: of a guest that is
+    refused something, nobody knows what it would have asked next.
+
+    Raises what a hook raises, with notes; PolicyError; ValueError for what is no trace.
+    """
+
+@final
+class Recorder:
+    """Writes a machine's events to a file while it runs, in a thread of its own, from the moment it is made.
+
+    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
+    read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
+    counted. Raises OSError, and ValueError for another name.
+    """
+
+    def __new__(cls, vm: Vm, path: str | PathLike[str]) -> Self: ...
+    @property
+    def written(self) -> int:
+        """Events that are in the file, once it is closed."""
+    @property
+    def lost(self) -> int:
+        """Events that the log dropped before they could be written, once it is closed."""
+    def close(self) -> None:
+        """Writes what there is and closes the file. Raises OSError if anything could not be written. Once is enough."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...

@@ -25,7 +25,7 @@ _TRIAL_MEMORY = 1 << 20
 _MOST = (1 << 64) - 1
 
 _HALT, _FILL, _CHECK, _READ, _WRITE, _VMCALL, _VMMCALL, _DOORBELL = range(8)
-_OUT, _IN, _LOOP, _BARRIER, _ADD, _TOUCH, _UNLESS, _COUNT = range(8, 16)
+_OUT, _IN, _LOOP, _BARRIER, _ADD, _TOUCH, _UNLESS, _COUNT, _DIRTY = range(8, 17)
 
 Call: TypeAlias = Literal["hypercall", "doorbell"]
 """How a guest asks: KVM's hypercall, or the same by port where that does not complete."""
@@ -138,13 +138,21 @@ class Script:
         """Result: how often this was reached."""
         return self._append(_COUNT)
 
-    def start(self, vm: Vm, vcpu: int = 0, *, at: int = 0x1000) -> int:
-        """Puts the guest and this script into memory at ``at`` and starts a vCPU there. Returns where it ends."""
+    def dirty(self, address: int, count: int, stride: int = PAGE) -> int:
+        """Writes one byte at ``address`` and every ``stride`` bytes after it, ``count`` in all."""
+        return self._append(_DIRTY, address=address, count=count, stride=stride)
+
+    def image(self, at: int = 0x1000) -> tuple[bytes, int]:
+        """The guest with this script, to be loaded at ``at`` and started there; and what RDI must be: its table."""
         code = script_guest()
-        shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
         table = -(-(at + len(code)) // PAGE) * PAGE
         records = [_RECORD.pack(*operation, 0, 0, 0, 0) for operation in [*self._operations, (_HALT, 0, 0, 0)]]
-        image = code.ljust(table - at, b"\0") + b"".join(records)
+        return code.ljust(table - at, b"\0") + b"".join(records), table
+
+    def start(self, vm: Vm, vcpu: int = 0, *, at: int = 0x1000) -> int:
+        """Puts the guest and this script into memory at ``at`` and starts a vCPU there. Returns where it ends."""
+        shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
+        image, table = self.image(at)
         vm.load(image, at)
         vm.vcpus[vcpu].start(mode="long", rip=at | shared, rdi=table | shared)
         self._table = table

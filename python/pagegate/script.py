@@ -13,10 +13,11 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pagegate import answers
 from pagegate import options as _options
 from pagegate._core import Builtin
 from pagegate.errors import PolicyError
-from pagegate.hooks import NAMES, Policy, resolve
+from pagegate.hooks import NAMES, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +44,8 @@ def load(
 
     The file's directory is on ``sys.path`` while it is loaded, so that it can import its neighbours.
 
-    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, and for
-    options that the policy does not take.
+    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, for options
+    that the policy does not take, and for hooks whose own text says that they answer with what is no decision.
     """
     file = os.path.abspath(path)  # noqa: PTH100 - what a traceback names is this very path, links and all
     number = next(_numbers)
@@ -53,11 +54,10 @@ def load(
         module = _execute(file, module_name)
         found = _chosen(module, file, name)
         policy = _policy(found, file, name, options or {})
-    if not isinstance(policy, Builtin):
-        try:
-            resolve(policy)
-        except PolicyError as error:
-            raise PolicyError(f"{file}: {error}".replace(module_name, Path(file).stem)) from None
+    try:
+        answers.check(policy)
+    except PolicyError as error:
+        raise PolicyError(f"{file}: {error}".replace(module_name, Path(file).stem)) from None
     return policy
 
 

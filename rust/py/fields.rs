@@ -63,7 +63,7 @@ macro_rules! integers {
     )*};
 }
 
-integers!(u64, u32, i32);
+integers!(u64, u32, u16, u8, i32);
 
 impl Word for bool {
     fn from_word(word: u64) -> Self {

@@ -1,6 +1,8 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
+mod arrow;
 mod attach;
+mod bare;
 mod decision;
 mod devices;
 mod errors;
@@ -10,6 +12,7 @@ mod gate;
 mod host;
 mod listener;
 mod machine;
+mod marks;
 mod names;
 mod policies;
 mod policy;
@@ -17,6 +20,7 @@ mod report;
 mod request;
 mod reuse;
 mod testing;
+mod trace;
 mod trial;
 
 use pyo3::prelude::*;
@@ -25,6 +29,8 @@ use pyo3::prelude::*;
 mod _core {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::bare::bare_loop;
     #[pymodule_export]
     use crate::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
     #[pymodule_export]
@@ -40,6 +46,8 @@ mod _core {
     #[pymodule_export]
     use crate::machine::{PyAttributes, PyMemoryUsage, PyVcpu, PyVm};
     #[pymodule_export]
+    use crate::marks::PyMarks;
+    #[pymodule_export]
     use crate::policies::{
         PyAlign, PyAllow, PyBuiltin, PyDenyAll, PyExplicitOnly, PyPingPong, PyQuota, PyRateLimit, PyWindow,
     };
@@ -49,6 +57,10 @@ mod _core {
     use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
     #[pymodule_export]
     use crate::testing::{PyFake, PyReply, PyStep};
+    #[pymodule_export]
+    use crate::trace::{
+        PyDifference, PyJudged, PyRecorder, PyReplay, PyTrace, PyTraceIterator, read_trace, replay, synthetic_trace,
+    };
     #[pymodule_export]
     use crate::trial::PyTrial;
 

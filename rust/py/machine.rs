@@ -10,15 +10,17 @@ use pagegate_core::boot::{self, REGISTERS, SYSTEM_REGISTERS};
 use pagegate_core::image::Image;
 use pagegate_core::listener::Listener;
 use pagegate_core::machine::{Config, Machine, ThreadWrapper};
+use pagegate_core::trace::About;
 use pyo3::exceptions::{PyIndexError, PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::devices::Handler;
+use crate::devices::{Handler, forget_accesses};
 use crate::events::PyEvents;
 use crate::gate::PyGate;
 use crate::listener::PyListener;
+use crate::marks::PyMarks;
 use crate::policy::{Judge, PyPolicy, forget_requests};
 use crate::report::PyReport;
 use crate::testing::PyFake;
@@ -49,6 +51,8 @@ pub(crate) struct PyVm {
     /// vCPU threads keep a Python thread state only where something may be called.
     enters_python: Arc<AtomicBool>,
     memory: u64,
+    /// The memory as it was at first, for whoever reads the log later.
+    about: About,
     shared_bit: Option<u32>,
     enforcement: &'static str,
 }
@@ -62,6 +66,10 @@ impl PyVm {
     pub(crate) fn machine(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
         let machine = lock(&self.machine).clone();
         machine.ok_or_else(|| errors::busy(py, "this machine is closed"))
+    }
+
+    pub(crate) fn about(&self) -> &About {
+        &self.about
     }
 
     /// The policy as it was given.
@@ -106,7 +114,10 @@ impl PyVm {
 /// One attach for the thread's whole life, so that each hook only switches to a thread state that is there already.
 fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
     Arc::new(move |body| match enters_python.load(Ordering::Relaxed) {
-        true => attach::thread(body, forget_requests),
+        true => attach::thread(body, |py| {
+            forget_requests(py);
+            forget_accesses(py);
+        }),
         false => body(),
     })
 }
@@ -162,6 +173,7 @@ impl PyVm {
             .map_err(|error| errors::raise(py, error))?;
         Ok(Self {
             memory,
+            about: About::now(machine.gate()),
             shared_bit,
             enforcement: machine.enforcement().as_str(),
             machine: Mutex::new(Some(Arc::new(machine))),
@@ -259,8 +271,12 @@ impl PyVm {
         #[pyo3(from_py_with = names::u16)] port: u16,
         handler: Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let handler = callable(handler)?;
         let machine = self.machine(py)?;
+        if let Ok(marks) = handler.cast::<PyMarks>() {
+            let added = machine.on_io(port, marks.get().0.clone());
+            return added.map_err(|error| errors::raise(py, error));
+        }
+        let handler = callable(handler)?;
         machine
             .on_io(port, handler.clone())
             .map_err(|error| errors::raise(py, error))?;

@@ -9,6 +9,7 @@ use pagegate_core::policies::{Align, DenyAll, ExplicitOnly, PingPong, Quota, Rat
 use pagegate_core::policy::{Allow, Policy};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use pyo3::{PyClass, PyTraverseError, PyVisit};
 
 use crate::names;
@@ -20,6 +21,13 @@ pub(crate) struct PyBuiltin(pub(crate) Judge);
 
 #[pymethods]
 impl PyBuiltin {
+    /// The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison.
+    #[getter]
+    fn hooks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let hooks = self.0.hooks().map_or_else(Default::default, |hooks| hooks.cloned(py));
+        PyTuple::new(py, hooks)
+    }
+
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         self.0.traverse(&visit)
     }

@@ -101,6 +101,12 @@ impl PyPolicy {
         })
     }
 
+    /// In the order of their names in Python.
+    pub(crate) fn cloned(&self, py: Python<'_>) -> [Hook; 3] {
+        let clone = |hook: &Hook| hook.as_ref().map(|hook| hook.clone_ref(py));
+        [&self.memory_fault, &self.map_gpa_range, &self.memory_poison].map(clone)
+    }
+
     fn hooks(&self) -> impl Iterator<Item = &Hook> {
         [&self.memory_fault, &self.map_gpa_range, &self.memory_poison].into_iter()
     }

@@ -2,11 +2,11 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pagegate_core::attributes::{AttributeMap, PAGE_SIZE, Range, State};
-use pagegate_core::errno::{EINVAL, Errno};
+use pagegate_core::attributes::{PAGE_SIZE, Range};
 use pagegate_core::error::{Error, Failure, Site};
+use pagegate_core::model::{self, Model};
 use pagegate_core::policies::Request;
-use pagegate_core::policy::{Conversion, Decision, Fault};
+use pagegate_core::policy::{Decision, Fault};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
@@ -21,17 +21,13 @@ use crate::{decision, errors, names};
 pub(crate) struct PyTrial {
     judge: Judge,
     memory: u64,
-    map: Mutex<AttributeMap>,
+    model: Mutex<Model>,
 }
 
 impl PyTrial {
-    /// Never held while a policy is asked, which may be Python code that looks at the map.
-    fn map(&self) -> MutexGuard<'_, AttributeMap> {
-        self.map.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn range(&self, gpa: u64, size: u64) -> Option<Range> {
-        Range::new(gpa, size).filter(|range| range.end() <= self.memory)
+    /// Never held while a policy is asked, which may be Python code that looks at the states.
+    fn model(&self) -> MutexGuard<'_, Model> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn inside(&self, range: Range) -> PyResult<Range> {
@@ -48,53 +44,14 @@ impl PyTrial {
         ))
     }
 
-    /// A decision on a request for pages: what the machine would make of it.
     fn carry_out(&self, request: Request<'_>, decision: Decision) -> Result<Decision, Failure> {
-        let conversion = match decision {
-            Decision::Convert(conversion) => conversion,
-            Decision::Discard => return Err("Discard() is an answer to memory_poison only".into()),
-            decision => return Ok(decision),
-        };
-        let (asked, to) = (request.range(), conversion.to.unwrap_or(request.to()));
-        let gpa = conversion.gpa.unwrap_or(asked.gpa());
-        let size = conversion.size.unwrap_or(asked.size());
-        let memory = self.memory;
-        let range = self.range(gpa, size).ok_or_else(|| {
-            format!("Convert: {gpa:#x} + {size:#x} is no page-aligned part of {memory:#x} bytes of memory")
-        })?;
-        let mut map = self.map();
-        if to == State::Shared && over_quota(&map, range, &conversion) {
-            return Ok(Decision::Deny(Errno(EINVAL)));
-        }
-        map.set(range, to);
-        Ok(Decision::Convert(conversion))
+        Ok(self.model().carry_out(request, decision)?.decision)
     }
 
     fn fault(&self, fault: &Fault) -> Result<Decision, Failure> {
         let decision = self.judge.policy.memory_fault(fault)?;
         self.carry_out(Request::Implicit(fault), decision)
     }
-
-    fn poison(&self, poison: &Fault) -> Result<Decision, Failure> {
-        match self.judge.policy.memory_poison(poison)? {
-            Decision::Convert(_) => {
-                Err("memory_poison cannot answer Convert: a conversion does not repair a poisoned page".into())
-            }
-            decision => Ok(decision),
-        }
-    }
-}
-
-fn over_quota(map: &AttributeMap, range: Range, conversion: &Conversion) -> bool {
-    let Some(most) = conversion.max_shared else {
-        return false;
-    };
-    let private: u64 = map
-        .runs_in(range)
-        .filter(|run| run.state == State::Private)
-        .map(|run| run.range.size())
-        .sum();
-    map.size() - map.private_bytes() + private > most
 }
 
 #[pymethods]
@@ -115,7 +72,7 @@ impl PyTrial {
         Ok(Self {
             judge: Judge::of(policy)?,
             memory,
-            map: Mutex::new(AttributeMap::new(memory, initial)),
+            model: Mutex::new(Model::new(memory, initial)),
         })
     }
 
@@ -133,7 +90,7 @@ impl PyTrial {
             let fault = request.cast::<PyMemoryFault>()?.get().fault(self.memory)?;
             self.inside(fault.range)?;
             let answer = match poison {
-                true => self.poison(&fault),
+                true => model::poison(self.judge.policy.as_ref(), &fault),
                 false => self.fault(&fault),
             };
             (answer, site(fault.vcpu, fault.range, fault.state.as_str(), fault.rip))
@@ -152,14 +109,15 @@ impl PyTrial {
         #[pyo3(from_py_with = names::u64)] gpa: u64,
         #[pyo3(from_py_with = names::u64)] size: u64,
     ) -> PyResult<&'static str> {
-        let range = self.range(gpa, size).ok_or_else(|| self.outside(gpa, size))?;
-        Ok(Standing::from(self.map().uniform(range)).as_str())
+        let model = self.model();
+        let range = model.range(gpa, size).ok_or_else(|| self.outside(gpa, size))?;
+        Ok(Standing::from(model.map().uniform(range)).as_str())
     }
 
     /// Maximal runs of one state as ``(gpa, size, state)``, ascending.
     fn runs(&self) -> Vec<(u64, u64, &'static str)> {
-        let map = self.map();
-        let runs = map.runs();
+        let model = self.model();
+        let runs = model.map().runs();
         runs.map(|run| (run.range.gpa(), run.range.size(), run.state.as_str()))
             .collect()
     }
@@ -167,7 +125,7 @@ impl PyTrial {
     /// Bytes that are shared.
     #[getter]
     fn shared_bytes(&self) -> u64 {
-        self.memory - self.map().private_bytes()
+        self.model().shared_bytes()
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _COMMANDS = {
+    "bench": "pagegate.cli.bench:bench",
     "demo": "pagegate.cli.demo:demo",
     "doctor": "pagegate.cli.doctor:doctor",
+    "replay": "pagegate.cli.replay:replay",
     "run": "pagegate.cli.run:run",
     "testbed": "pagegate.testbed.command:testbed",
+    "trace": "pagegate.cli.trace:trace",
 }
 _INTERRUPTED = 130
 

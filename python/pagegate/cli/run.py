@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console as Terminal
@@ -13,42 +13,16 @@ from rich.console import Console as Terminal
 from pagegate import Vm, guests, script
 from pagegate.bundled import GUESTS, SHARED_BIT, Guest
 from pagegate.cli.console import Console
+from pagegate.cli.parameters import Size, key_values
 from pagegate.cli.policy_file import PolicyFile
 from pagegate.cli.summary import Ran, facts, size, summary
-from pagegate.options import integer
+from pagegate.trace import Recorder
 from pagegate.watch import Watcher
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _ENTRY = 0x1000
-_PAGE = 4096
-
-
-class _Size(click.ParamType[int]):
-    """Bytes: whole pages."""
-
-    name = "BYTES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, with its unit taken in."""
-        try:
-            count = value if isinstance(value, int) else integer(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if count <= 0 or count % _PAGE:
-            self.fail(f"{value} is no positive multiple of {_PAGE} bytes, such as 64M", param, ctx)
-        return count
-
-
-def _options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for value in values:
-        key, equals, text = value.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise click.BadParameter(f"{value!r} is no KEY=VALUE", ctx, param)
-        if key in given:
-            raise click.BadParameter(f"{key} is given twice", ctx, param)
-        given[key] = text
-    return given
 
 
 def _known(ctx: click.Context, param: click.Parameter, name: str | None) -> Guest | None:
@@ -85,11 +59,11 @@ def _start_image(vm: Vm, image: Path) -> None:
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    callback=_options,
+    callback=key_values,
     help="An argument for the policy's class or function.",
 )
 @click.option("--guest", metavar="NAME", callback=_known, help=f"A bundled guest: {', '.join(GUESTS)}.")
-@click.option("--memory", type=_Size(), default="64M", show_default=True, help="Guest memory.")
+@click.option("--memory", type=Size(), default="64M", show_default=True, help="Guest memory.")
 @click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--enforcement", type=click.Choice(["auto", "attributes", "memslots"]), default="auto", show_default=True)
 @click.option(
@@ -107,6 +81,13 @@ def _start_image(vm: Vm, image: Path) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the guest's output goes to stderr.")
 @click.option("--watch", is_flag=True, help="Load the policy's file again when it changes (not what it imports).")
+@click.option(
+    "--events",
+    "events",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write every request to FILE as it runs: .parquet, .arrow (IPC file) or .arrows (IPC stream).",
+)
 def run(  # noqa: PLR0913 - one for each option
     *,
     image: Path | None,
@@ -121,6 +102,7 @@ def run(  # noqa: PLR0913 - one for each option
     timeout: float | None,
     as_json: bool,
     watch: bool,
+    events: Path | None,
 ) -> int:
     """Runs IMAGE, or a bundled guest, under a policy.
 
@@ -155,7 +137,7 @@ def run(  # noqa: PLR0913 - one for each option
             guest.start(vm, call)
         elif image is not None:
             _start_image(vm, image)
-        with Watcher(vm, file, name, options, _say) if watch else nullcontext():
+        with _recorded(vm, events), Watcher(vm, file, name, options, _say) if watch else nullcontext():
             report = vm.run(timeout=timeout)
         console.end()
         ran = Ran(vm, report, report.seconds, call, timeout)
@@ -168,6 +150,22 @@ def run(  # noqa: PLR0913 - one for each option
     if not done:
         click.echo(f"pagegate: {ran.ending()}", err=True)
     return 0 if done else 1
+
+
+@contextmanager
+def _recorded(vm: Vm, file: Path | None) -> Iterator[None]:
+    """Records while the guest runs; what there is is in the file however the run ends."""
+    if file is None:
+        yield
+        return
+    try:
+        recorder = Recorder(vm, file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with recorder:
+        yield
+    if recorder.lost:
+        _say(f"{recorder.lost} requests came faster than they could be written and are not in {file}")
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@
 #  13 touch    read a byte at a and every c bytes after, b times
 #  14 unless   to operation a, unless the word at b is c
 #  15 count    result grows by one
+#  16 dirty    write a byte at a and every c bytes after, b times
 
     .code64
     .pushsection .rodata.pagegate_guests, "a", @progbits
@@ -29,7 +30,7 @@ pagegate_guest_script:
     mov     r13, rdi
     cld
 20: mov     rax, [r13]
-    cmp     rax, 15
+    cmp     rax, 16
     ja      91f
     lea     rdx, [rip + 90f]
     movsxd  rax, dword ptr [rdx + rax * 4]
@@ -144,11 +145,19 @@ pagegate_guest_script:
 66: inc     qword ptr [r13 + 32]
     jmp     22b
 
+67: test    r9, r9
+    jz      22b
+    mov     [r8], r9b
+    add     r8, r10
+    dec     r9
+    jmp     67b
+
 91: ud2
 
     .balign 4
 90: .long   30b - 90b, 31b - 90b, 32b - 90b, 33b - 90b, 34b - 90b, 35b - 90b, 36b - 90b, 37b - 90b
     .long   40b - 90b, 44b - 90b, 60b - 90b, 61b - 90b, 63b - 90b, 64b - 90b, 65b - 90b, 66b - 90b
+    .long   67b - 90b
     .globl pagegate_guest_script_end
 pagegate_guest_script_end:
     .popsection

@@ -397,6 +397,9 @@ impl Tree {
 
     /// The state of all pages `[first, end)`, if they agree.
     fn uniform(&self, first: u64, end: u64) -> Option<State> {
+        if end - first == 1 {
+            return Some(self.state(first));
+        }
         let block = first / BLOCK_PAGES;
         let start = block * BLOCK_PAGES;
         let state = self.uniform_in_block(block, first - start, BLOCK_PAGES.min(end - start))?;

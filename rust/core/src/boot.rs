@@ -44,7 +44,7 @@ const CODE64_DESCRIPTOR: u64 = 0x00af_9b00_0000_ffff;
 const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
 
 /// The page tables and the GDT of mode "long", and where they belong.
-pub(crate) struct Tables {
+pub struct Tables {
     /// Their first byte, without the shared bit.
     pub gpa: u64,
     /// Whole pages.
@@ -91,7 +91,10 @@ impl Builder {
 const TABLE_PAGES: usize = 6;
 
 /// Builds the tables for this memory.
-pub(crate) fn tables(views: Views) -> Result<Tables, Error> {
+///
+/// # Errors
+/// `Invalid` for memory without room for them, `NotSupported` for a shared bit that long mode cannot map.
+pub fn tables(views: Views) -> Result<Tables, Error> {
     let bytes = TABLE_PAGES as u64 * PAGE_SIZE;
     let Some(base) = views.size().checked_sub(bytes) else {
         let message = format!("mode \"long\" keeps {bytes:#x} bytes of tables at the top of memory; give it more");
@@ -151,7 +154,7 @@ fn set_segments(sregs: &mut kvm_sregs, code: u16, data: u16, bits: u8) {
 }
 
 /// The special registers for `mode`, from those after reset.
-pub(crate) fn sregs(mode: Mode, reset: &kvm_sregs, tables: Option<&Tables>, views: Views) -> kvm_sregs {
+pub fn sregs(mode: Mode, reset: &kvm_sregs, tables: Option<&Tables>, views: Views) -> kvm_sregs {
     let mut sregs = *reset;
     match (mode, tables) {
         (Mode::Real, _) => set_segments(&mut sregs, 0, 0, 16),

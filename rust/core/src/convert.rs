@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::attributes::{PAGE_SIZE, Range, Run, State};
-use crate::enforce::{self, Enforcement, Mode};
+use crate::enforce::{self, Before, Enforcement, Mode};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
@@ -53,6 +53,8 @@ pub enum Converted {
     Interrupted {
         /// Bytes whose state changed.
         changed: u64,
+        /// How many of the range's bytes, from its start, are in the wanted state now.
+        size: u64,
     },
     /// The page that faulted changed meanwhile; nothing was done.
     Superseded,
@@ -243,6 +245,10 @@ impl Gate {
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
         let range = order.range;
+        if wanted.is_none() && order.max_shared.is_none() && self.enforcement.is_one_part(range) {
+            let _held = self.hold(range);
+            return self.one_part(order).map(|changed| Converted::Done { changed });
+        }
         let quota = order.max_shared.filter(|_| order.to == State::Shared);
         // The page that faulted is held too, so that it cannot change between the look at it and the conversion. What is
         // not held whole is held part by part.
@@ -287,27 +293,37 @@ impl Gate {
         let mut start = order.range.gpa();
         while let Some(left) = Range::new(start, order.range.end() - start) {
             if start > order.range.gpa() && cancel() {
-                return Ok(Converted::Interrupted { changed });
+                let size = start - order.range.gpa();
+                return Ok(Converted::Interrupted { changed, size });
             }
             let part = self.enforcement.part(left);
             let _held = hold.then(|| self.hold(part));
-            if self.broken.load(Ordering::SeqCst) {
-                let (range, errno) = (part, Errno(libc::EIO));
-                let undo = errno;
-                return Err(ConvertError::Inconsistent { range, errno, undo });
-            }
-            if self.with_map(|map| map.uniform(part)) != Some(order.to) {
-                changed += self.carry_out(Order { range: part, ..order })?;
-            }
+            changed += self.one_part(Order { range: part, ..order })?;
             start = part.end();
         }
         Ok(Converted::Done { changed })
     }
 
     /// With the range held.
-    fn carry_out(&self, order: Order) -> Result<u64, ConvertError> {
+    fn one_part(&self, order: Order) -> Result<u64, ConvertError> {
+        if self.broken.load(Ordering::SeqCst) {
+            let (range, errno) = (order.range, Errno(libc::EIO));
+            let undo = errno;
+            return Err(ConvertError::Inconsistent { range, errno, undo });
+        }
+        let uniform = self.with_map(|map| map.uniform(order.range));
+        match uniform == Some(order.to) {
+            true => Ok(0),
+            false => self.carry_out(order, uniform),
+        }
+    }
+
+    /// With the range held, whose state is known if it is uniform.
+    fn carry_out(&self, order: Order, uniform: Option<State>) -> Result<u64, ConvertError> {
         let Order { range, to, keep, .. } = order;
-        self.clean(order)
+        let runs = |part: Range| -> Vec<Run> { self.with_map(|map| map.runs_in(part)) };
+        let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
+        self.clean(order, before)
             .map_err(|errno| ConvertError::Undone { range, errno })?;
         // Nobody listens as a rule, and then nobody needs to know what exactly changes.
         let snapshot = (!self.listeners.is_empty()).then(|| self.snapshot());
@@ -315,8 +331,7 @@ impl Gate {
         if let Some(conversion) = &conversion {
             self.listeners.prepare(conversion)?;
         }
-        let before = |part: Range| self.with_map(|map| map.runs_in(part));
-        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, &before) {
+        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, before) {
             let told = conversion.map_or(Ok(()), |conversion| self.listeners.abort(&conversion));
             let failure = self.failed(range, failure);
             // What KVM enforces matters more than what a listener says of it.
@@ -339,7 +354,7 @@ impl Gate {
 
     /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
     /// when the page comes back, and it is before that they go: later they might be the guest's.
-    fn clean(&self, order: Order) -> Result<(), Errno> {
+    fn clean(&self, order: Order, before: Before<'_>) -> Result<(), Errno> {
         if order.keep {
             self.kept.store(true, Ordering::Relaxed);
         }
@@ -348,16 +363,11 @@ impl Gate {
             return Ok(());
         }
         // Of pages that are shared already, the bytes stay.
-        let private: Vec<Range> = self.with_map(|map| {
-            let private = map
-                .runs_in(order.range)
-                .into_iter()
-                .filter(|run| run.state == State::Private);
-            private.map(|run| run.range).collect()
-        });
+        let runs = before.runs(order.range);
+        let private = runs.iter().filter(|run| run.state == State::Private);
         private
-            .iter()
-            .try_for_each(|range| self.vm.discard(&self.memory.shared, *range))
+            .map(|run| run.range)
+            .try_for_each(|range| self.vm.discard(&self.memory.shared, range))
     }
 
     /// Where the bytes of a page in this state are.

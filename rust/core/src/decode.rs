@@ -153,10 +153,23 @@ pub struct Hypercall {
 }
 
 /// Decodes one return of KVM_RUN. `page` is the run page from [`PAGE_START`] on.
+#[inline]
 pub fn decode(result: Result<(), Errno>, page: &[u8]) -> Exit {
+    // As all pages of KVM are: then the bounds are checked once.
+    match page.first_chunk::<HEAD>() {
+        Some(head) => decode_head(result, head, page.len()),
+        None => decode_head(result, page, page.len()),
+    }
+}
+
+/// Bytes that hold all that is read here, but for the data of port IO.
+const HEAD: usize = UNION + 256;
+
+#[inline(always)]
+fn decode_head(result: Result<(), Errno>, page: &[u8], len: usize) -> Exit {
     let reason = u32_at(page, offset::EXIT_REASON).unwrap_or(SENTINEL);
     match result {
-        Ok(()) => dispatch(reason, page).unwrap_or(Exit::Unknown { reason }),
+        Ok(()) => dispatch(reason, page, len).unwrap_or(Exit::Unknown { reason }),
         Err(Errno(libc::EINTR)) => Exit::Interrupted,
         Err(Errno(libc::EAGAIN)) => Exit::TryAgain,
         Err(Errno(libc::ENOMEM)) => Exit::OutOfMemory,
@@ -175,9 +188,10 @@ pub fn decode(result: Result<(), Errno>, page: &[u8]) -> Exit {
     }
 }
 
-fn dispatch(reason: u32, page: &[u8]) -> Option<Exit> {
+#[inline(always)]
+fn dispatch(reason: u32, page: &[u8], len: usize) -> Option<Exit> {
     Some(match reason {
-        kvm_bindings::KVM_EXIT_IO => Exit::Io(io(page)?),
+        kvm_bindings::KVM_EXIT_IO => Exit::Io(io(page, len)?),
         kvm_bindings::KVM_EXIT_MMIO => Exit::Mmio(mmio(page)?),
         kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(Hypercall {
             nr: u64_at(page, UNION)?,
@@ -204,6 +218,17 @@ fn dispatch(reason: u32, page: &[u8]) -> Option<Exit> {
     })
 }
 
+/// Port IO, if KVM_RUN returned 0 and left that: what is asked first, for it is by far the most frequent exit of a guest
+/// with devices.
+#[inline]
+pub(crate) fn port_io(page: &[u8]) -> Option<Io> {
+    let head = page.first_chunk::<HEAD>()?;
+    match u32_at(head, offset::EXIT_REASON) {
+        Some(kvm_bindings::KVM_EXIT_IO) => io(head, page.len()),
+        _ => None,
+    }
+}
+
 fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
     Some(MemoryFault {
         flags: u64_at(page, UNION)?,
@@ -212,7 +237,9 @@ fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
     })
 }
 
-fn io(page: &[u8]) -> Option<Io> {
+/// `len` is that of the whole page.
+#[inline(always)]
+fn io(page: &[u8], len: usize) -> Option<Io> {
     let io = Io {
         write: u32::from(*page.get(UNION)?) == kvm_bindings::KVM_EXIT_IO_OUT,
         size: *page.get(UNION + 1)?,
@@ -226,7 +253,7 @@ fn io(page: &[u8]) -> Option<Io> {
     let end = io
         .data
         .checked_add(usize::from(io.size).checked_mul(io.count as usize)?)?;
-    (sane && end <= page.len()).then_some(io)
+    (sane && end <= len).then_some(io)
 }
 
 fn mmio(page: &[u8]) -> Option<Mmio> {

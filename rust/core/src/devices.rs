@@ -3,6 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
@@ -32,15 +33,43 @@ pub trait MmioHandler: Send + Sync {
 /// Bytes, and who answers there.
 type Region = (u64, Arc<dyn MmioHandler>);
 
+/// The port that a vCPU used last, and who answers there: a guest that uses one does so again.
+#[derive(Default)]
+pub(crate) struct KnownPort {
+    port: u16,
+    version: u64,
+    handler: Option<Arc<dyn IoHandler>>,
+}
+
 #[derive(Default)]
 pub(crate) struct Devices {
     ports: RwLock<HashMap<u16, Arc<dyn IoHandler>>>,
+    /// Grows with every change of the ports.
+    version: AtomicU64,
     mmio: RwLock<BTreeMap<u64, Region>>,
 }
 
 impl Devices {
-    pub(crate) fn port(&self, port: u16) -> Option<Arc<dyn IoHandler>> {
-        self.ports.read().get(&port).cloned()
+    /// Who answers a port, if the calling vCPU remembers that.
+    #[inline]
+    pub(crate) fn known<'a>(&self, port: u16, known: &'a KnownPort) -> Option<&'a dyn IoHandler> {
+        // Acquire: a change that is counted is there to be read.
+        let current = known.port == port && known.version == self.version.load(Ordering::Acquire);
+        known.handler.as_deref().filter(|_| current)
+    }
+
+    /// Who answers a port, through what the calling vCPU remembers.
+    pub(crate) fn port<'a>(&self, port: u16, known: &'a mut KnownPort) -> Option<&'a dyn IoHandler> {
+        // Acquire: a change that is counted is there to be read.
+        let version = self.version.load(Ordering::Acquire);
+        if known.port != port || known.version != version {
+            *known = KnownPort {
+                port,
+                version,
+                handler: self.ports.read().get(&port).cloned(),
+            };
+        }
+        known.handler.as_deref()
     }
 
     pub(crate) fn mmio(&self, gpa: u64, len: u64) -> Option<Arc<dyn MmioHandler>> {
@@ -58,6 +87,7 @@ impl Devices {
         match self.ports.write().entry(port) {
             Entry::Vacant(free) => {
                 free.insert(handler);
+                self.version.fetch_add(1, Ordering::Release);
                 Ok(())
             }
             Entry::Occupied(_) => Err(Error::Invalid(format!("port {port:#x} already has a handler"))),
@@ -92,6 +122,7 @@ impl Devices {
     /// Lets go of all handlers.
     pub(crate) fn clear(&self) {
         self.ports.write().clear();
+        self.version.fetch_add(1, Ordering::Release);
         self.mmio.write().clear();
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::attributes::{Range, Run, State};
+use crate::attributes::{PAGE_SIZE, Range, Run, State};
 use crate::errno::Errno;
 use crate::hypervisor::{Hypervisor, Memslot};
 use crate::kick::Kick;
@@ -45,6 +45,31 @@ const PART_SLOTS: usize = 64;
 pub(crate) enum Failure {
     NoSlots(OutOfSlots),
     Kernel { errno: Errno, undo: Result<(), Errno> },
+}
+
+/// The state of a range's pages before they are converted.
+#[derive(Clone, Copy)]
+pub(crate) enum Before<'a> {
+    /// All of them.
+    Uniform(State),
+    /// Of any part of the range.
+    Mixed(&'a dyn Fn(Range) -> Vec<Run>),
+}
+
+impl Before<'_> {
+    pub(crate) fn runs(&self, range: Range) -> Vec<Run> {
+        match self {
+            Before::Uniform(state) => vec![Run { range, state: *state }],
+            Before::Mixed(runs) => runs(range),
+        }
+    }
+
+    fn all(&self, range: Range, state: State) -> bool {
+        match self {
+            Before::Uniform(uniform) => *uniform == state,
+            Before::Mixed(runs) => runs(range).iter().all(|run| run.state == state),
+        }
+    }
 }
 
 pub(crate) struct Enforcement {
@@ -123,17 +148,17 @@ impl Enforcement {
 
     /// Sets up all of memory in `initial`.
     pub(crate) fn start(&self, all: Range, initial: State) -> Result<(), Failure> {
-        let everything = |from: State| move |range: Range| vec![Run { range, state: from }];
+        let before = Before::Uniform(State::Shared);
         match self.mode {
             Mode::Attributes => {
                 self.change_slots(all, &[(SHARED_LAYER, true)], &[])?;
                 if self.views.split() {
                     // Private views carry PRIVATE for good; whether a page is in that view is a matter of its slot.
-                    self.set_attributes(all, State::Private, &everything(State::Shared))?;
+                    self.set_attributes(all, State::Private, before)?;
                 }
                 match initial {
                     State::Shared => Ok(()),
-                    State::Private => self.apply(all, State::Private, &[], &everything(State::Shared)),
+                    State::Private => self.apply(all, State::Private, &[], before),
                 }
             }
             Mode::Memslots => {
@@ -146,10 +171,17 @@ impl Enforcement {
         }
     }
 
+    /// Whether one transaction is enough for `range`, as far as can be told at once.
+    #[inline]
+    pub(crate) fn is_one_part(&self, range: Range) -> bool {
+        self.mode == Mode::Attributes && !self.views.split() && range.size() <= PART
+    }
+
     /// The part of `range`, from its start, that one transaction is for: so much that a run which ends need not wait
     /// for more.
     pub(crate) fn part(&self, range: Range) -> Range {
         let end = match self.mode {
+            _ if range.size() == PAGE_SIZE => return range,
             Mode::Attributes if !self.views.split() => range.end(),
             _ => self.slots.lock().reach(range, PART_SLOTS),
         };
@@ -157,24 +189,23 @@ impl Enforcement {
         Range::new(range.gpa(), size).unwrap_or(range)
     }
 
-    /// Makes KVM enforce `to` on all of `range`. `before` tells the present state of a part of it. What was done
-    /// before a failure is undone.
+    /// Makes KVM enforce `to` on all of `range`. What was done before a failure is undone.
     pub(crate) fn apply(
         &self,
         range: Range,
         to: State,
         vcpus: &[Arc<Kick>],
-        before: &dyn Fn(Range) -> Vec<Run>,
+        before: Before<'_>,
     ) -> Result<(), Failure> {
         let private = to == State::Private;
         match (self.mode, self.views.split()) {
             (Mode::Attributes, false) => self.set_attributes(range, to, before),
             (Mode::Attributes, true) => {
                 let shared_view = |range: Range| self.views.view(range, State::Shared);
-                let before = |view: Range| -> Vec<Run> {
+                let runs = |view: Range| -> Vec<Run> {
                     let page = |gpa: u64| gpa & !self.views.shared_mask();
                     let runs = Range::new(page(view.gpa()), view.size())
-                        .map(before)
+                        .map(|range| before.runs(range))
                         .unwrap_or_default();
                     let seen = |run: Run| Run {
                         range: shared_view(run.range),
@@ -182,10 +213,14 @@ impl Enforcement {
                     };
                     runs.into_iter().map(seen).collect()
                 };
-                self.set_attributes(shared_view(range), to, &before)?;
+                let before = match before {
+                    Before::Uniform(_) => before,
+                    Before::Mixed(_) => Before::Mixed(&runs),
+                };
+                self.set_attributes(shared_view(range), to, before)?;
                 self.change_slots(range, &[(PRIVATE_LAYER, private)], vcpus)
                     .map_err(|failure| {
-                        let undone = self.restore(shared_view(range), &before);
+                        let undone = self.restore(shared_view(range), before);
                         failure.and_undo(undone)
                     })
             }
@@ -196,9 +231,19 @@ impl Enforcement {
         }
     }
 
-    fn set_attributes(&self, range: Range, to: State, before: &dyn Fn(Range) -> Vec<Run>) -> Result<(), Failure> {
+    fn set_attributes(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+        if let Before::Uniform(state) = before
+            && state != to
+            && range.gpa() / CHUNK == (range.end() - 1) / CHUNK
+        {
+            let done = self.vm.set_attributes(range, to);
+            return done.map_err(|errno| {
+                let undo = self.restore(range, before);
+                Failure::Kernel { errno, undo }
+            });
+        }
         for chunk in chunks(range) {
-            if before(chunk).iter().all(|run| run.state == to) {
+            if before.all(chunk, to) {
                 continue;
             }
             if let Err(errno) = self.vm.set_attributes(chunk, to) {
@@ -210,9 +255,9 @@ impl Enforcement {
         Ok(())
     }
 
-    fn restore(&self, range: Range, before: &dyn Fn(Range) -> Vec<Run>) -> Result<(), Errno> {
+    fn restore(&self, range: Range, before: Before<'_>) -> Result<(), Errno> {
         for chunk in chunks(range) {
-            for run in before(chunk) {
+            for run in before.runs(chunk) {
                 self.vm.set_attributes(run.range, run.state)?;
             }
         }

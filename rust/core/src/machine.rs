@@ -1,7 +1,7 @@
 //! A virtual machine: memory, vCPUs, the gate between private and shared, and who judges.
 
-use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -10,6 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::boot;
+use crate::clock::Moment;
 use crate::control::Control;
 use crate::convert::{Converted, Gate, Resident};
 use crate::devices::{Devices, IoHandler, MmioHandler};
@@ -28,7 +29,6 @@ use crate::policy::Policy;
 use crate::probe::{self, VmType};
 use crate::report::{Report, Tally};
 use crate::run::VcpuLoop;
-use crate::sys;
 use crate::vcpu::VcpuState;
 use crate::views::Views;
 
@@ -67,17 +67,22 @@ pub struct Machine {
     kicks: Vec<Arc<Kick>>,
     gate: Gate,
     policy: ArcSwap<Arc<dyn Policy>>,
+    /// Grows when the policy is replaced.
+    policy_version: AtomicU64,
     devices: Devices,
-    events: EventLog,
-    born: Instant,
-    /// The same by the host's monotonic clock, in nanoseconds.
-    born_at: u64,
+    events: Arc<EventLog>,
     /// The run in progress.
     current: Mutex<Option<Arc<Control>>>,
     around: Option<ThreadWrapper>,
     pre_fault: bool,
     /// Last, so that it outlives the VM whose slots point into it.
     _memory: Arc<GuestMemory>,
+}
+
+/// The policy that judged a vCPU's last request.
+pub(crate) struct KnownPolicy {
+    version: u64,
+    policy: Arc<dyn Policy>,
 }
 
 /// The largest memslot, where slots are swapped.
@@ -118,12 +123,16 @@ impl Machine {
         let enforcement = Enforcement::new(mode, vm.clone(), memory.clone(), views, borders);
         let all = Range::new(0, config.memory).ok_or(Error::Busy("memory is empty"))?;
         enforcement.start(all, config.initial).map_err(set_up)?;
-        let vcpu = |index| -> Result<VcpuState, Error> {
+        let (events, writers) = EventLog::new(config.events, config.vcpus as usize);
+        let vcpu = |(index, log)| -> Result<VcpuState, Error> {
             let what = "create a vCPU";
             let hv = vm.create_vcpu(index).map_err(|errno| Error::Host { what, errno })?;
-            VcpuState::new(index, hv).map_err(|errno| Error::Host { what, errno })
+            VcpuState::new(index, hv, log).map_err(|errno| Error::Host { what, errno })
         };
-        let vcpus = (0..config.vcpus).map(vcpu).collect::<Result<Vec<_>, _>>()?;
+        let vcpus = (0..config.vcpus)
+            .zip(writers)
+            .map(vcpu)
+            .collect::<Result<Vec<_>, _>>()?;
         let kicks: Vec<Arc<Kick>> = vcpus
             .iter()
             .map(|vcpu| Arc::new(Kick::new(vcpu.hv.exit_flag())))
@@ -131,13 +140,12 @@ impl Machine {
         let ledger = Ledger::new(config.memory, config.initial, vcpus.len());
         Ok(Self {
             gate: Gate::new(ledger, views, enforcement, vm, memory.clone(), kicks.clone()),
-            events: EventLog::new(config.events, vcpus.len()),
+            events: Arc::new(events),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
             policy: ArcSwap::from_pointee(config.policy),
+            policy_version: AtomicU64::new(0),
             devices: Devices::default(),
-            born: Instant::now(),
-            born_at: sys::monotonic(),
             current: Mutex::new(None),
             around: config.around,
             pre_fault: limits.pre_fault,
@@ -161,19 +169,33 @@ impl Machine {
     }
 
     /// The log of requests.
-    pub fn events(&self) -> &EventLog {
+    pub fn events(&self) -> &Arc<EventLog> {
         &self.events
     }
 
-    /// Who judges a request that comes now. It stays even if it is replaced meanwhile.
-    pub(crate) fn policy(&self) -> impl Deref<Target = Arc<Arc<dyn Policy>>> {
-        self.policy.load()
+    /// Who judges a request that comes now, for a vCPU that knows who judged the last one. It stays even if it is
+    /// replaced meanwhile.
+    pub(crate) fn policy<'a>(&self, known: &'a mut KnownPolicy) -> &'a dyn Policy {
+        // Acquire, and before the policy is read: a replacement that is counted is the one that is found.
+        let version = self.policy_version.load(Ordering::Acquire);
+        if known.version != version {
+            *known = self.known_policy();
+        }
+        known.policy.as_ref()
+    }
+
+    pub(crate) fn known_policy(&self) -> KnownPolicy {
+        KnownPolicy {
+            version: self.policy_version.load(Ordering::Acquire),
+            policy: Arc::clone(&self.policy.load()),
+        }
     }
 
     /// Another policy judges from now on: every request that comes once this has returned. One that is being judged is
     /// answered by the old one.
     pub fn replace_policy(&self, policy: Arc<dyn Policy>) {
         self.policy.store(Arc::new(policy));
+        self.policy_version.fetch_add(1, Ordering::Release);
     }
 
     pub(crate) fn devices(&self) -> &Devices {
@@ -185,8 +207,9 @@ impl Machine {
     }
 
     /// By the host's monotonic clock, which all machines and the kernel's traces share.
-    pub(crate) fn nanoseconds(&self, at: Instant) -> u64 {
-        self.born_at + at.saturating_duration_since(self.born).as_nanos() as u64
+    #[expect(clippy::unused_self, reason = "the machine's clock")]
+    pub(crate) fn nanoseconds(&self, at: Moment) -> u64 {
+        at.nanoseconds()
     }
 
     /// Answers a port from now on.

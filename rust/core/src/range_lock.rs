@@ -52,7 +52,11 @@ pub(crate) struct RangeGuard<'a> {
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
         let mut queue = self.locks.queue.lock();
-        queue.entries.retain(|(ticket, _)| *ticket != self.ticket);
+        match queue.entries[..] {
+            // As a rule nobody else is about.
+            [_] => queue.entries.clear(),
+            _ => queue.entries.retain(|(ticket, _)| *ticket != self.ticket),
+        }
         if queue.waiting > 0 {
             self.locks.freed.notify_all();
         }

@@ -1,21 +1,27 @@
 //! The way of a request: exit, decode, policy, convert, record, resume.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::clock::Moment;
 use crate::control::Control;
 use crate::convert::{Converted, Entry, Order, Standing, Wanted};
 use crate::decode::{self, Exit, Hypercall, Io, MemoryFault, Mmio};
+use crate::devices::KnownPort;
 use crate::enforce::Mode;
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
-use crate::events::{Event, Kind, Outcome};
+use crate::events::{Answer, Event, Kind, Outcome};
 use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
-use crate::machine::Machine;
+use crate::kick::Kick;
+use crate::machine::{KnownPolicy, Machine};
+use crate::model;
+use crate::policies::Request;
 use crate::policy::{Call, Conversion, Decision, Fault};
 use crate::report::Tally;
 use crate::vcpu::VcpuState;
 use crate::views::Place;
+use crate::world::World;
 
 /// The only flag of KVM_EXIT_MEMORY_FAULT.
 pub const MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
@@ -57,7 +63,7 @@ enum Judged {
 /// A request between exit and resume.
 struct Open {
     event: Event,
-    since: Instant,
+    since: Moment,
 }
 
 /// How often a fault came in a row.
@@ -74,12 +80,17 @@ pub(crate) struct VcpuLoop<'a> {
     machine: &'a Machine,
     control: &'a Control,
     vcpu: &'a mut VcpuState,
+    kick: &'a Kick,
+    /// Where the vCPU waits while slots change, if it has to.
+    world: Option<&'a World>,
     entry: Entry,
     repeats: Repeats,
     refused: u32,
     /// When the exit that is being handled was seen, for those that can be requests.
-    exited: Instant,
+    exited: Moment,
     open: Option<Open>,
+    known_port: KnownPort,
+    policy: KnownPolicy,
     tally: Tally,
 }
 
@@ -88,27 +99,23 @@ impl<'a> VcpuLoop<'a> {
         Self {
             machine,
             control,
+            kick: machine.kick(vcpu.index),
+            world: machine.gate().enforcement().world(),
             vcpu,
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
             refused: 0,
-            exited: Instant::now(),
+            exited: Moment::now(),
             open: None,
+            known_port: KnownPort::default(),
+            policy: machine.known_policy(),
             tally: Tally::default(),
         }
     }
 
     /// Runs until the vCPU or the run ends.
     pub(crate) fn run(mut self) -> Tally {
-        loop {
-            self.machine.kick(self.vcpu.index).clear();
-            if self.control.leaving() {
-                break;
-            }
-            let exit = match self.vcpu.pending.take() {
-                Some(exit) => exit,
-                None => self.enter(),
-            };
+        while let Some(exit) = self.next_exit() {
             let handled = self.handle(exit);
             if handled.is_err() && exit.awaits_reply() {
                 // Nobody answered it, so it is the first thing to do should the run go on.
@@ -134,18 +141,56 @@ impl<'a> VcpuLoop<'a> {
             }
         }
         self.close_request();
-        let world = self.machine.gate().enforcement().world();
-        self.vcpu.settle(self.machine.kick(self.vcpu.index), world);
+        self.vcpu.settle(self.kick, self.world);
         self.tally
     }
 
-    /// Resume, and the next exit.
-    fn enter(&mut self) -> Exit {
-        self.close_request();
-        self.machine.gate().enter_again(&mut self.entry);
-        let world = self.machine.gate().enforcement().world();
-        let _inside = world.map(|world| world.enter());
-        self.vcpu.enter(self.machine.kick(self.vcpu.index))
+    /// Resume, and the next exit that is not answered by the way; `None` when the run ends.
+    ///
+    /// Port IO to the handler that this vCPU used last is answered here and takes the shortest way there is: it is by far
+    /// the most frequent exit of a guest with devices.
+    #[inline(never)]
+    fn next_exit(&mut self) -> Option<Exit> {
+        let (machine, kick, world, vcpu) = (self.machine, self.kick, self.world, self.vcpu.index);
+        loop {
+            kick.clear();
+            if self.control.leaving() {
+                return None;
+            }
+            if let Some(exit) = self.vcpu.pending.take() {
+                return Some(exit);
+            }
+            if self.open.is_some() {
+                self.close_request();
+            }
+            machine.gate().enter_again(&mut self.entry);
+            let (result, page) = {
+                let _inside = world.map(World::enter);
+                self.vcpu.run(kick)
+            };
+            if result.is_ok()
+                && let Some(io) = decode::port_io(page)
+                && let Some(handler) = machine.devices().known(io.port, &self.known_port)
+                && let Some(data) = page.get_mut(io.data..io.data + io.len())
+            {
+                let answered = handler.io(vcpu, &io, data);
+                self.refused = 0;
+                match answered {
+                    Ok(()) => self.vcpu.reply_due = true,
+                    Err(failure) => self.unanswered(io, failure),
+                }
+                continue;
+            }
+            return Some(decode::decode(result, page));
+        }
+    }
+
+    /// A handler failed: the run ends, and its exit is the first thing to do should it go on.
+    #[cold]
+    fn unanswered(&mut self, io: Io, failure: Failure) {
+        self.vcpu.pending = Some(Exit::Io(io));
+        let site = self.site(None);
+        self.control.finish(Err(self.hook(&site, failure)));
     }
 
     fn handle(&mut self, exit: Exit) -> Result<Flow, Error> {
@@ -181,7 +226,7 @@ impl<'a> VcpuLoop<'a> {
     // ---- implicit requests
 
     fn memory_fault(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
         match self.judge(page, access, fault.flags)? {
             Judged::Look => Ok(Flow::Resume),
@@ -198,7 +243,7 @@ impl<'a> VcpuLoop<'a> {
         }) else {
             return self.device_mmio(mmio);
         };
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let access = place.view.unwrap_or(State::Private);
         if place.view.is_some() && !self.machine.gate().side(access).is_reachable() {
             return Err(self.failed(format!(
@@ -250,7 +295,7 @@ impl<'a> VcpuLoop<'a> {
         if suberror == KVM_INTERNAL_ERROR_EMULATION
             && let Some((page, access)) = self.unfetchable()
         {
-            self.exited = Instant::now();
+            self.exited = Moment::now();
             return Ok(match self.judge(page, access, implied_flags(access))? {
                 Judged::Look => Flow::Resume,
                 Judged::Leave(reason) => Flow::Leave(reason, None),
@@ -336,11 +381,10 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.faults += 1;
-        self.open_request(Kind::Implicit, page, access);
-        let decision = self.machine.policy().memory_fault(&fault);
-        let site = self.site(Some(page));
-        match decision.map_err(|failure| self.hook(&site, failure))? {
-            Decision::Convert(change) => self.convert_implicit(change, wanted, site),
+        self.open_request(Request::Implicit(&fault), Kind::Implicit);
+        let decision = self.machine.policy(&mut self.policy).memory_fault(&fault);
+        match self.decided(decision, page, access)? {
+            Decision::Convert(change) => self.convert_implicit(change, wanted, &fault),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -362,7 +406,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Stopped, 0);
                 Ok(Judged::Leave(reason))
             }
-            Decision::Discard => Err(self.only_for_poison(&site)),
+            Decision::Discard => Err(self.only_for_poison(&Self::faulting(&fault))),
         }
     }
 
@@ -370,8 +414,11 @@ impl<'a> VcpuLoop<'a> {
         self.hook(site, "Discard() is an answer to memory_poison only".into())
     }
 
-    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, site: Site) -> Result<Judged, Error> {
-        let order = self.decided(change, wanted.page, wanted.access, &site)?;
+    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
+        let order = match self.order(change, wanted.page, wanted.access) {
+            Ok(order) => order,
+            Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
+        };
         match self
             .machine
             .gate()
@@ -385,8 +432,7 @@ impl<'a> VcpuLoop<'a> {
                 Ok(Judged::Look)
             }
             Err(ConvertError::OverQuota { .. }) => {
-                self.tally.denied += 1;
-                self.close(Outcome::Denied, libc::EINVAL);
+                self.over_quota();
                 Ok(Judged::Leave("denied".to_owned()))
             }
             Err(ConvertError::Refused { .. }) => {
@@ -396,13 +442,13 @@ impl<'a> VcpuLoop<'a> {
             }
             Err(source) => {
                 self.close(Outcome::Failed, 0);
-                Err(conversion(site, source))
+                Err(conversion(Self::faulting(fault), source))
             }
         }
     }
 
     fn poison(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
         let repeats = self.repeats(page, access);
         let poison = Fault {
@@ -418,14 +464,12 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.poisons += 1;
-        self.open_request(Kind::Poison, page, access);
-        let decision = self.machine.policy().memory_poison(&poison);
+        self.open_request(Request::Implicit(&poison), Kind::Poison);
+        let decision = self.machine.policy(&mut self.policy).memory_poison(&poison);
+        let decision = self.decided(decision, page, access)?;
         let site = self.site(Some(page));
-        match decision.map_err(|failure| self.hook(&site, failure))? {
-            Decision::Convert(_) => Err(self.hook(
-                &site,
-                "memory_poison cannot answer Convert: a conversion does not repair a poisoned page".into(),
-            )),
+        match decision {
+            Decision::Convert(_) => Err(self.hook(&site, model::POISON_IS_NOT_CONVERTED.into())),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -506,7 +550,7 @@ impl<'a> VcpuLoop<'a> {
 
     /// What RAX becomes, and how the run goes on.
     fn explicit(&mut self, call: Hypercall) -> Result<(i64, Flow), Error> {
-        self.exited = Instant::now();
+        self.exited = Moment::now();
         if call.nr != KVM_HC_MAP_GPA_RANGE {
             self.tally.malformed += 1;
             return Ok((-KVM_ENOSYS, Flow::Resume));
@@ -530,14 +574,10 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.hypercalls += 1;
-        self.open_request(Kind::Explicit, range, request.to);
-        let decision = self.machine.policy().map_gpa_range(&judged);
-        let decision = decision.map_err(|failure| {
-            let site = self.site(Some(range));
-            self.hook(&site, failure)
-        })?;
-        let (errno, flow) = match decision {
-            Decision::Convert(change) => (self.convert_explicit(change, range, request.to)?, Flow::Resume),
+        self.open_request(Request::Explicit(&judged), Kind::Explicit);
+        let decision = self.machine.policy(&mut self.policy).map_gpa_range(&judged);
+        let (errno, flow) = match self.decided(decision, range, request.to)? {
+            Decision::Convert(change) => (self.convert_explicit(change, &judged)?, Flow::Resume),
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -554,7 +594,7 @@ impl<'a> VcpuLoop<'a> {
                 (libc::EAGAIN, Flow::Leave(reason, None))
             }
             Decision::Discard => {
-                let site = self.site(Some(range));
+                let site = self.called(&judged);
                 return Err(self.only_for_poison(&site));
             }
         };
@@ -562,9 +602,14 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// The errno for the guest, 0 for success.
-    fn convert_explicit(&mut self, change: Conversion, asked: Range, to: State) -> Result<i32, Error> {
-        let site = self.site(Some(asked));
-        let order = self.decided(change, asked, to, &site)?;
+    fn convert_explicit(&mut self, change: Conversion, call: &Call) -> Result<i32, Error> {
+        let order = match self.order(change, call.range, call.to) {
+            Ok(order) => order,
+            Err(failure) => {
+                let site = self.called(call);
+                return Err(self.hook(&site, failure));
+            }
+        };
         match self.machine.gate().convert_if(order, None, &|| self.control.leaving()) {
             Ok(converted) => {
                 let errno = self.converted(order, converted);
@@ -574,8 +619,7 @@ impl<'a> VcpuLoop<'a> {
                 Ok(errno)
             }
             Err(ConvertError::OverQuota { .. }) => {
-                self.tally.denied += 1;
-                self.close(Outcome::Denied, libc::EINVAL);
+                self.over_quota();
                 Ok(libc::EINVAL)
             }
             Err(source) => {
@@ -583,7 +627,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Failed, errno.map_or(0, |errno| errno.0));
                 match errno {
                     Some(errno) => Ok(errno.0),
-                    None => Err(conversion(site, source)),
+                    None => Err(conversion(self.called(call), source)),
                 }
             }
         }
@@ -592,11 +636,15 @@ impl<'a> VcpuLoop<'a> {
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn decided(&mut self, change: Conversion, asked: Range, to: State, site: &Site) -> Result<Order, Error> {
-        let gpa = change.gpa.unwrap_or(asked.gpa());
-        let size = change.size.unwrap_or(asked.size());
-        let range = self.machine.gate().range(gpa, size);
-        let range = range.map_err(|error| self.hook(site, format!("Convert: {error}").into()))?;
+    fn order(&mut self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
+        let range = match (change.gpa, change.size) {
+            (None, None) => asked,
+            (gpa, size) => {
+                let (gpa, size) = (gpa.unwrap_or(asked.gpa()), size.unwrap_or(asked.size()));
+                let range = self.machine.gate().range(gpa, size);
+                range.map_err(|error| format!("Convert: {error}"))?
+            }
+        };
         self.machine.gate().asked(&mut self.entry, range);
         Ok(Order {
             range,
@@ -606,13 +654,22 @@ impl<'a> VcpuLoop<'a> {
         })
     }
 
+    /// A quota is a part of the policy, and it was the gate that could tell.
+    fn over_quota(&mut self) {
+        self.tally.denied += 1;
+        if let Some(open) = &mut self.open {
+            open.event.answer = Answer::deny(open.event.to, Errno(libc::EINVAL));
+        }
+        self.close(Outcome::Denied, libc::EINVAL);
+    }
+
     /// Books what was done: the errno for a guest that asked, 0 for all of it.
     fn converted(&mut self, order: Order, converted: Converted) -> i32 {
         let Order { range, to, .. } = order;
-        let (changed, outcome, errno) = match converted {
-            Converted::Done { changed } => (changed, Outcome::Converted, 0),
-            Converted::Interrupted { changed } => (changed, Outcome::Retried, libc::EAGAIN),
-            Converted::Superseded => (0, Outcome::Superseded, 0),
+        let (changed, size, outcome, errno) = match converted {
+            Converted::Done { changed } => (changed, range.size(), Outcome::Converted, 0),
+            Converted::Interrupted { changed, size } => (changed, size, Outcome::Retried, libc::EAGAIN),
+            Converted::Superseded => (0, 0, Outcome::Superseded, 0),
         };
         match outcome {
             Outcome::Converted => self.tally.conversions += 1,
@@ -623,11 +680,11 @@ impl<'a> VcpuLoop<'a> {
             State::Private => self.tally.bytes_to_private += changed,
             State::Shared => self.tally.bytes_to_shared += changed,
         }
-        if outcome == Outcome::Converted
-            && let Some(open) = &mut self.open
+        if let Some(open) = &mut self.open
+            && size > 0
         {
             open.event.done_gpa = range.gpa();
-            open.event.done_size = range.size();
+            open.event.done_size = size;
             open.event.done_to = to;
             open.event.changed = changed;
         }
@@ -667,18 +724,37 @@ impl<'a> VcpuLoop<'a> {
 
     // ---- record
 
-    fn open_request(&mut self, kind: Kind, asked: Range, to: State) {
+    fn open_request(&mut self, request: Request<'_>, kind: Kind) {
         self.close_request();
+        let (asked, to) = (request.range(), request.to());
+        let (state, page_size, raw) = match request {
+            Request::Implicit(fault) => (Some(fault.state), 0, 0),
+            // Both have passed the parser: a hint of at most 1 GiB, and five bits.
+            Request::Explicit(call) => (call.state, call.page_size as u32, call.raw as u32),
+        };
+        let (flags, rip, repeats) = match request {
+            // Only one flag is known, and others reach no policy.
+            Request::Implicit(fault) => (fault.flags as u32, fault.rip, fault.repeats),
+            Request::Explicit(_) => (0, 0, 0),
+        };
         self.open = Some(Open {
             since: self.exited,
             event: Event {
                 sequence: 0,
-                time: self.machine.nanoseconds(self.exited),
+                asked: self.machine.events().ask(),
+                time: request.time(),
                 vcpu: self.vcpu.index,
                 kind,
                 gpa: asked.gpa(),
                 size: asked.size(),
                 to,
+                state,
+                page_size,
+                raw,
+                flags,
+                rip,
+                repeats,
+                answer: Answer::none(to),
                 outcome: Outcome::Failed,
                 done_gpa: asked.gpa(),
                 done_size: 0,
@@ -690,6 +766,22 @@ impl<'a> VcpuLoop<'a> {
         });
     }
 
+    /// What the policy made of the request that is open.
+    fn decided(&mut self, decision: Result<Decision, Failure>, asked: Range, to: State) -> Result<Decision, Error> {
+        match decision {
+            Ok(decision) => {
+                if let Some(open) = &mut self.open {
+                    open.event.answer = Answer::of(&decision, asked, to);
+                }
+                Ok(decision)
+            }
+            Err(failure) => {
+                let site = self.site(Some(asked));
+                Err(self.hook(&site, failure))
+            }
+        }
+    }
+
     fn close(&mut self, outcome: Outcome, errno: i32) {
         if let Some(open) = &mut self.open {
             open.event.outcome = outcome;
@@ -699,11 +791,12 @@ impl<'a> VcpuLoop<'a> {
 
     /// The request that was open is over: the guest resumes, or the run ends.
     fn close_request(&mut self) {
-        if let Some(mut open) = self.open.take() {
+        if let Some(open) = &mut self.open {
             open.event.latency = open.since.elapsed().as_nanos() as u64;
             self.tally.record_latency(open.event.latency);
-            self.machine.events().push(open.event);
+            self.machine.events().push(&mut self.vcpu.log, &mut open.event);
         }
+        self.open = None;
     }
 
     // ---- devices
@@ -716,7 +809,7 @@ impl<'a> VcpuLoop<'a> {
             .page()
             .get_mut(io.data..io.data + io.len())
             .unwrap_or_default();
-        match self.machine.devices().port(io.port) {
+        match self.machine.devices().port(io.port, &mut self.known_port) {
             Some(handler) => {
                 if let Err(failure) = handler.io(self.vcpu.index, &io, data) {
                     let site = self.site(None);
@@ -768,6 +861,26 @@ impl<'a> VcpuLoop<'a> {
             gpa: pages.map(|range| range.gpa()),
             state: pages.map(|range| self.machine.gate().describe(range)),
             rip: self.vcpu.rip(),
+        }
+    }
+
+    /// Where an explicit request was made, with the pages as they were then.
+    fn called(&mut self, call: &Call) -> Site {
+        Site {
+            vcpu: call.vcpu,
+            gpa: Some(call.range.gpa()),
+            state: Some(call.state.map_or("mixed", State::as_str)),
+            rip: self.vcpu.rip(),
+        }
+    }
+
+    /// Where an implicit request was made, with its page as it was then.
+    fn faulting(fault: &Fault) -> Site {
+        Site {
+            vcpu: fault.vcpu,
+            gpa: Some(fault.range.gpa()),
+            state: Some(fault.state.as_str()),
+            rip: fault.rip,
         }
     }
 

@@ -42,8 +42,17 @@ pub(crate) fn monotonic() -> u64 {
 pub(crate) fn punch_hole(fd: RawFd, offset: u64, len: u64) -> Result<(), Errno> {
     let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     loop {
+        // Not by the C library's function, which is a point of cancellation and takes its time to become one.
         // SAFETY: no memory is passed.
-        let result = unsafe { libc::fallocate(fd, flags, offset as libc::off_t, len as libc::off_t) };
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_fallocate,
+                fd,
+                flags,
+                offset as libc::off_t,
+                len as libc::off_t,
+            )
+        };
         match result {
             0 => return Ok(()),
             _ => match Errno::last() {

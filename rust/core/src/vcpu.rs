@@ -4,10 +4,13 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::decode::{self, Exit, decode, offset};
 use crate::errno::Errno;
+use crate::events::Writer;
 use crate::hypervisor::Vcpu;
 use crate::kick::Kick;
 use crate::world::World;
 
+/// For how many entries the run page carries the registers once an exit needed them.
+const SYNC_FOR: u8 = 8;
 /// Entries after which a reply that cannot be finished is given up: one per fragment of the longest access.
 const FRAGMENTS: usize = 16;
 
@@ -15,22 +18,35 @@ const FRAGMENTS: usize = 16;
 pub(crate) struct VcpuState {
     pub index: u32,
     pub hv: Box<dyn Vcpu>,
+    /// Its part of the log.
+    pub log: Writer,
     /// `start` was called, and it did not end in a triple fault since.
     pub started: bool,
     /// An exit that was not answered yet.
     pub pending: Option<Exit>,
     /// The answer is in the run page; the next KVM_RUN takes it.
     pub reply_due: bool,
+    /// Whether the run page can carry the general registers.
+    can_sync: bool,
+    /// Whether it carries those of the last exit. KVM copies them at every exit, so it is asked to only where exits need
+    /// them; else they are an ioctl away.
+    synced: bool,
+    /// Entries left for which it is asked to.
+    sync_for: u8,
     /// As the CPU comes out of reset.
     pub reset_sregs: kvm_sregs,
 }
 
 impl VcpuState {
-    pub(crate) fn new(index: u32, hv: Box<dyn Vcpu>) -> Result<Self, Errno> {
+    pub(crate) fn new(index: u32, hv: Box<dyn Vcpu>, log: Writer) -> Result<Self, Errno> {
         Ok(Self {
             index,
             reset_sregs: hv.sregs()?,
+            can_sync: hv.syncs_regs(),
+            synced: false,
+            sync_for: 0,
             hv,
+            log,
             started: false,
             pending: None,
             reply_due: false,
@@ -39,10 +55,33 @@ impl VcpuState {
 
     /// One KVM_RUN.
     pub(crate) fn enter(&mut self, kick: &Kick) -> Exit {
-        decode::put(self.hv.page(), offset::EXIT_REASON, &decode::SENTINEL.to_le_bytes());
+        let (result, page) = self.run(kick);
+        decode(result, page)
+    }
+
+    /// One KVM_RUN: its result, and the run page as it left it.
+    #[inline]
+    pub(crate) fn run(&mut self, kick: &Kick) -> (Result<(), Errno>, &mut [u8]) {
         self.reply_due = false;
-        let result = kick.inside(|| self.hv.run());
-        decode(result, self.hv.page())
+        if self.synced || self.sync_for > 0 {
+            self.sync();
+        }
+        kick.inside(|| self.hv.enter())
+    }
+
+    /// Has the coming exit's registers put into the run page, or not.
+    fn sync(&mut self) {
+        let wanted = self.sync_for > 0;
+        self.sync_for = self.sync_for.saturating_sub(1);
+        if wanted != self.synced {
+            let valid = if wanted {
+                u64::from(kvm_bindings::KVM_SYNC_X86_REGS)
+            } else {
+                0
+            };
+            decode::put(self.hv.page(), offset::VALID_REGS, &valid.to_le_bytes());
+            self.synced = wanted;
+        }
     }
 
     /// Makes KVM take an answer that is due, without going on in the guest: its registers are then what the guest
@@ -75,7 +114,10 @@ impl VcpuState {
 
     /// The general registers at the last exit.
     pub(crate) fn regs(&mut self) -> Result<kvm_regs, Errno> {
-        if !self.hv.syncs_regs() {
+        if self.can_sync {
+            self.sync_for = SYNC_FOR;
+        }
+        if !self.synced {
             return self.hv.regs();
         }
         let page = self.hv.page();
@@ -104,7 +146,7 @@ impl VcpuState {
 
     /// Gives the guest an answer in RAX.
     pub(crate) fn answer(&mut self, rax: u64) -> Result<(), Errno> {
-        if !self.hv.syncs_regs() {
+        if !self.synced {
             let mut regs = self.hv.regs()?;
             regs.rax = rax;
             return self.hv.set_regs(&regs);

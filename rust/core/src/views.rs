@@ -29,7 +29,8 @@ impl Place {
 }
 
 impl Views {
-    pub(crate) fn new(size: u64, shared_bit: Option<u32>) -> Self {
+    /// Memory of this size, which ends at or before the bit.
+    pub fn new(size: u64, shared_bit: Option<u32>) -> Self {
         Self { size, shared_bit }
     }
 

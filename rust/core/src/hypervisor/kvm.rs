@@ -183,16 +183,11 @@ impl Hypervisor for KvmVm {
         }
         fd.set_cpuid2(&cpuid)?;
         let page = RunPage::map(&fd, self.kvm.get_vcpu_mmap_size()?)?;
-        let mut vcpu = KvmVcpu {
+        Ok(Box::new(KvmVcpu {
             fd,
             page: Arc::new(page),
             sync_regs: self.sync_regs,
-        };
-        if self.sync_regs {
-            let valid = u64::from(kvm_bindings::KVM_SYNC_X86_REGS);
-            crate::decode::put(vcpu.page(), crate::decode::offset::VALID_REGS, &valid.to_le_bytes());
-        }
-        Ok(Box::new(vcpu))
+        }))
     }
 }
 

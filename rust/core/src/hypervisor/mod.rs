@@ -11,6 +11,7 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::attributes::{Range, State};
+use crate::decode;
 use crate::errno::Errno;
 use crate::memory::{Backing, HostAddress};
 
@@ -102,6 +103,17 @@ pub trait Vcpu: Send {
     /// The errno of the ioctl; only with the run page does it mean something, see [`crate::decode`].
     fn run(&mut self) -> Result<(), Errno>;
 
+    /// KVM_RUN after the sentinel: its result, and the run page as it left it.
+    fn enter(&mut self) -> (Result<(), Errno>, &mut [u8]) {
+        decode::put(
+            self.page(),
+            decode::offset::EXIT_REASON,
+            &decode::SENTINEL.to_le_bytes(),
+        );
+        let result = self.run();
+        (result, self.page())
+    }
+
     /// The run page from `exit_reason` on, without the first [`crate::decode::PAGE_START`] bytes, which other
     /// threads may write.
     fn page(&mut self) -> &mut [u8];
@@ -109,7 +121,7 @@ pub trait Vcpu: Send {
     /// What makes a running or a coming KVM_RUN return EINTR.
     fn exit_flag(&self) -> Arc<dyn ExitFlag>;
 
-    /// Whether the run page carries the general registers after each exit (KVM_CAP_SYNC_REGS).
+    /// Whether the run page carries the general registers after an exit, if it is asked to (KVM_CAP_SYNC_REGS).
     fn syncs_regs(&self) -> bool;
 
     /// KVM_GET_REGS.

@@ -1,0 +1,90 @@
+//! The vCPUs' threads: waiting for them, and bringing them out of KVM_RUN.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vmm_sys_util::signal;
+
+pub(crate) struct Crew {
+    pub leave: AtomicBool,
+    inner: Mutex<Inner>,
+    ended: Condvar,
+}
+
+struct Inner {
+    /// Threads that have not ended, begun or not.
+    left: usize,
+    /// Those that are in their loop.
+    aboard: Vec<libc::pthread_t>,
+}
+
+impl Crew {
+    pub(crate) fn new(threads: usize) -> io::Result<Self> {
+        // Without SA_RESTART, so that KVM_RUN returns.
+        signal::register_signal_handler(signal_number(), do_nothing)?;
+        Ok(Self {
+            leave: AtomicBool::new(false),
+            inner: Mutex::new(Inner {
+                left: threads,
+                aboard: Vec::new(),
+            }),
+            ended: Condvar::new(),
+        })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The calling thread is in its loop until the guard drops.
+    pub(crate) fn board(&self) -> Aboard<'_> {
+        // SAFETY: takes nothing and cannot fail.
+        let thread = unsafe { libc::pthread_self() };
+        self.inner().aboard.push(thread);
+        Aboard { crew: self, thread }
+    }
+
+    /// Whether all have ended, waiting this long for it.
+    pub(crate) fn wait(&self, time: Duration) -> bool {
+        let waited = self
+            .ended
+            .wait_timeout_while(self.inner(), time, |inner| inner.left > 0);
+        let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        inner.left == 0
+    }
+
+    /// Makes KVM_RUN return in all of them.
+    pub(crate) fn kick(&self) {
+        for thread in &self.inner().aboard {
+            // SAFETY: a thread takes itself off the list, which is locked, before it ends.
+            unsafe { libc::pthread_kill(*thread, signal_number()) };
+        }
+    }
+}
+
+pub(crate) struct Aboard<'a> {
+    crew: &'a Crew,
+    thread: libc::pthread_t,
+}
+
+impl Drop for Aboard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.crew.leave.store(true, Ordering::SeqCst);
+        }
+        let mut inner = self.crew.inner();
+        inner.aboard.retain(|thread| *thread != self.thread);
+        inner.left -= 1;
+        drop(inner);
+        self.crew.ended.notify_all();
+    }
+}
+
+fn signal_number() -> libc::c_int {
+    signal::SIGRTMIN() + 10
+}
+
+extern "C" fn do_nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}

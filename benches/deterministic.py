@@ -1,0 +1,185 @@
+"""What a request and an exit cost, in instructions, each beside its baseline in the same boot.
+
+It runs in the deterministic testbed, whose clock counts instructions:
+
+    pagegate testbed --deterministic -- python benches/deterministic.py
+
+Prints a JSON list of {"name", "value", "goal", "better", "detail"}; a row without a goal is there to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import plain
+from pagegate import Convert, Io, MapGpaRange, Policy, Region, Vm, guests, measure, policies, probe, workload
+from pagegate.guests import PAGE, Script
+
+REQUESTS = 1024
+EXITS = 4096
+IMPLICIT = 256
+SEQUENTIAL = 32 << 20
+BLOCK = 2 << 20
+PORT = 0x0F10
+EVENTS = 1024
+"""The log is full before anything is measured, as it is in any run that lasts."""
+ROUNDS = EVENTS // 32
+
+Row = dict[str, Any]
+
+
+class Hook(Policy):
+    """The least that a Python policy can do."""
+
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:
+        return Convert()
+
+
+class Learned(Policy):
+    """Answers once for all."""
+
+    def __init__(self, memory: int) -> None:
+        self.region = Region(0, memory)
+
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:
+        return Convert(remember=self.region)
+
+
+def row(name: str, value: float, goal: float | None, detail: str) -> Row:
+    return {"name": name, "value": round(value, 4), "goal": goal, "better": "lower", "detail": detail}
+
+
+def ratio(name: str, goal: float | None, ours: float, theirs: float, what: str) -> Row:
+    return row(name, ours / theirs, goal, f"{ours:,.0f} and {theirs:,.0f} instructions {what}")
+
+
+def explicit(*, touch: bool) -> workload.Workload:
+    return workload.make("explicit", REQUESTS, touch=touch, call="hypercall", rounds=ROUNDS)
+
+
+def policy_cost(load: workload.Workload, policy: object) -> float:
+    return measure.under_policy(load, policy, events=EVENTS).seconds * 1e9 / load.requests
+
+
+def bare_cost(load: workload.Workload, work: str = "all") -> float:
+    return measure.in_bare_loop(load, enforcement="attributes", work=work)[0] * 1e9 / load.requests
+
+
+def explicit_rows() -> list[Row]:
+    load, untouched = explicit(touch=True), explicit(touch=False)
+    each = "a request, the guest's use of the page included"
+    bare, allow, hook = bare_cost(load), policy_cost(load, policies.Allow()), policy_cost(load, Hook())
+    learned = policy_cost(load, Learned(load.memory))
+    pure = plain.measure(load) * 1e9 / load.requests
+    bare_untouched = bare_cost(untouched)
+    return [
+        ratio("explicit, Allow()", 1.03, allow, bare, each),
+        ratio("explicit, Python hook", 1.15, hook, bare, each),
+        ratio("explicit, Python hook, against the pure-Python program", 0.42, hook, pure, each),
+        ratio("explicit, learned rule, against Allow()", 1.02, learned, allow, each),
+        ratio(
+            "explicit, Allow(), pages that nobody uses",
+            None,
+            policy_cost(untouched, policies.Allow()),
+            bare_untouched,
+            "a request",
+        ),
+        ratio(
+            "explicit, bare loop that converts nothing",
+            None,
+            bare_cost(untouched, "nothing"),
+            bare_untouched,
+            "a request: exit, reply and re-entry alone, and all of it",
+        ),
+    ]
+
+
+def port_io(port: int) -> workload.Workload:
+    script = Script(call="hypercall")
+    script.in_(port)
+    script.loop(0, 64)
+    script.out(workload.MARKS, workload.BEGIN)
+    first = script.in_(port)
+    script.loop(first, EXITS)
+    script.out(workload.MARKS, workload.END)
+    return workload.Workload(
+        kind="explicit",
+        pages=1,
+        touch=False,
+        requests=0,
+        warm_up=0,
+        memory=8 << 20,
+        memslots=1,
+        call="hypercall",
+        scripts=(script,),
+    )
+
+
+def answer(io: Io) -> bytes:
+    return b"\x2a"
+
+
+def port_io_rows() -> list[Row]:
+    def attach(vm: Vm) -> None:
+        vm.on_io(PORT, answer)
+
+    rust, python = port_io(workload.MARKS), port_io(PORT)
+    seconds, exits = measure.in_bare_loop(rust, enforcement="attributes")
+    if exits != EXITS:
+        raise RuntimeError(f"{exits} exits in place of {EXITS}")
+    bare = seconds * 1e9 / EXITS
+    in_rust = measure.under_policy(rust, policies.Allow()).seconds * 1e9 / EXITS
+    in_python = measure.under_policy(python, policies.Allow(), prepare=attach).seconds * 1e9 / EXITS
+    return [
+        ratio("port IO answered in Rust", 1.03, in_rust, bare, "an exit"),
+        ratio("port IO answered by a Python handler", 1.6, in_python, bare, "an exit"),
+    ]
+
+
+def implicit_rows() -> list[Row]:
+    load = workload.make("implicit", IMPLICIT, call="hypercall", rounds=ROUNDS)
+    return [
+        ratio("implicit, Allow()", 1.05, policy_cost(load, policies.Allow()), bare_cost(load), "a request"),
+        sequential(),
+    ]
+
+
+def sequential() -> Row:
+    """A guest that touches a stretch of memory in order, page by page."""
+
+    def touched(pages: int) -> float:
+        script = Script(call="hypercall")
+        script.out(workload.MARKS, workload.BEGIN)
+        script.touch(SEQUENTIAL, SEQUENTIAL // PAGE)
+        script.out(workload.MARKS, workload.END)
+        load = workload.Workload(
+            kind="implicit",
+            pages=pages,
+            touch=False,
+            requests=SEQUENTIAL // PAGE // pages,
+            warm_up=0,
+            memory=3 * SEQUENTIAL,
+            memslots=1,
+            call="hypercall",
+            scripts=(script,),
+        )
+        return measure.under_policy(load, policies.Allow(), events=EVENTS).seconds * 1e9
+
+    wide, narrow = touched(BLOCK // PAGE), touched(1)
+    name = "implicit, 32 MiB in order, Align(2 MiB), against Allow()"
+    return ratio(name, 0.1, wide, narrow, "for all of it")
+
+
+def main() -> None:
+    if "sw-protected" not in probe().vm_types or not guests.hypercall_completes():
+        sys.exit("deterministic: this kernel has no software-protected VMs: run this in the testbed")
+    print(json.dumps([*explicit_rows(), *port_io_rows(), *implicit_rows()]))
+
+
+if __name__ == "__main__":
+    main()

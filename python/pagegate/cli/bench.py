@@ -1,0 +1,148 @@
+"""`pagegate bench`: what a request costs on this host, under a policy and in the bare loop."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pagegate import Convert, Policy, guests, measure, policies, probe, script, workload
+from pagegate.cli.policy_file import PolicyFile
+from pagegate.errors import KvmUnavailable
+from pagegate.guests import PAGE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pagegate import MapGpaRange, MemoryFault
+
+_BUILT_IN = ("allow", "python")
+_NANO = 1e9
+
+
+class _Asked(Policy):
+    """The least that a Python policy can do."""
+
+    def memory_fault(self, fault: MemoryFault) -> Convert:  # noqa: ARG002
+        return Convert()
+
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:  # noqa: ARG002
+        return Convert()
+
+
+class _Judge(PolicyFile):
+    """A policy's file, or one of those that come with the command."""
+
+    name = "allow|python|FILE[:NAME]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, str | None]:
+        return value if value in _BUILT_IN else super().convert(value, param, ctx)
+
+
+def _policy(named: str | tuple[Path, str | None]) -> tuple[str, object]:
+    if isinstance(named, tuple):
+        file, name = named
+        return f"{file}:{name}" if name else str(file), script.load(file, name)
+    return named, policies.Allow() if named == "allow" else _Asked()
+
+
+@click.command()
+@click.option(
+    "-p",
+    "--policy",
+    "named",
+    type=_Judge(),
+    default="allow",
+    show_default=True,
+    help="Who judges: Allow(), a Python hook that returns Convert(), or a policy of yours.",
+)
+@click.option(
+    "--requests", type=click.IntRange(1, 10_000_000), default=2000, show_default=True, help="Of all vCPUs together."
+)
+@click.option("--pages", type=click.IntRange(1, 1 << 18), default=1, show_default=True, help="Pages a request.")
+@click.option("--touch", is_flag=True, help="The guest writes to each page after it was converted.")
+@click.option("--vcpus", type=click.IntRange(1, 1024), default=1, show_default=True)
+@click.option("--kind", type=click.Choice(["explicit", "implicit"]), default="explicit", show_default=True)
+@click.option("--enforcement", type=click.Choice(["auto", "attributes", "memslots"]), default="auto", show_default=True)
+@click.option("--compare", is_flag=True, help="Run the bare loop, too, and print the ratio.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(  # noqa: PLR0913 - one for each option
+    *,
+    named: str | tuple[Path, str | None],
+    requests: int,
+    pages: int,
+    touch: bool,
+    vcpus: int,
+    kind: workload.Kind,
+    enforcement: str,
+    compare: bool,
+    as_json: bool,
+) -> int:
+    """Measures requests: a guest asks for pages at a stretch, private and shared in turn.
+
+    Only requests are timed, with the guest's own few instructions between them: the guest says when it begins, once it
+    had every page both private and shared, and when it ends. An implicit request is for one page; with --pages the
+    policy is wrapped in Align(), so that each touch converts a whole block.
+
+    The bare loop (--compare) is a plain program around KVM's ioctls that runs the same guest and has the kernel do the
+    same work, with no policy, checks, books or records. A time of one run says little of another host, or of another
+    day; the ratio does.
+    """
+    if kind == "implicit" and pages & (pages - 1):
+        raise click.UsageError(f"--pages {pages}: touched blocks are a power of two")
+    label, judge = _policy(named)
+    host = probe()
+    if host.enforcement is None:
+        raise KvmUnavailable("; ".join(host.problems))
+    if enforcement == "auto":
+        enforcement = host.enforcement
+    if compare and enforcement == "memslots" and vcpus > 1 and kind == "implicit":
+        raise click.UsageError("--compare: with memslots the bare loop has no means to keep several vCPUs apart")
+    call: guests.Call = "hypercall" if kind == "explicit" and guests.hypercall_completes() else "doorbell"
+    try:
+        load = workload.make(kind, requests, pages=pages, touch=touch, vcpus=vcpus, call=call)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    facts = _facts(load, label, measure.under_policy(load, judge, enforcement=enforcement))
+    if compare:
+        seconds, _ = measure.in_bare_loop(load, enforcement=enforcement)
+        facts["bare"] = {"seconds": seconds, "ns_per_request": seconds * _NANO / requests}
+        facts["ratio"] = facts["seconds"] / seconds
+    click.echo(json.dumps(facts) if as_json else _text(facts))
+    return 0
+
+
+def _facts(load: workload.Workload, policy: str, measured: measure.Measured) -> dict[str, Any]:
+    report, seconds = measured.report, measured.seconds
+    latency = report.latency
+    return {
+        "enforcement": measured.enforcement,
+        "kind": load.kind,
+        "policy": policy,
+        "vcpus": load.vcpus,
+        "pages": load.pages,
+        "touch": load.touch,
+        "requests": load.requests,
+        "seconds": seconds,
+        "ns_per_request": seconds * _NANO / load.requests,
+        "requests_per_second": load.requests / seconds,
+        "bytes_per_second": load.requests * load.pages * PAGE / seconds,
+        "latency": {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99, "max": latency.max},
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    pages = f"{facts['pages']} page{'s' * (facts['pages'] > 1)}{', touched' if facts['touch'] else ''}"
+    vcpus = f"{facts['vcpus']} vCPU{'s' * (facts['vcpus'] > 1)}"
+    latency = facts["latency"]
+    lines = [
+        f"{facts['requests']} {facts['kind']} requests of {pages}, {vcpus}, {facts['enforcement']}, {facts['policy']}",
+        f"request   {facts['ns_per_request'] / 1000:,.2f} µs, {facts['requests_per_second']:,.0f} a second, "
+        f"{facts['bytes_per_second'] / (1 << 20):,.1f} MiB a second",
+        f"exit to resume   p50 {latency['p50'] / 1000:,.2f} µs, p99 {latency['p99'] / 1000:,.2f} µs",
+    ]
+    if "ratio" in facts:
+        bare = facts["bare"]["ns_per_request"]
+        lines.append(f"bare loop {bare / 1000:,.2f} µs: {facts['ratio']:.3f} times as long under pagegate")
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""`pagegate trace`: a trace that no guest made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pagegate.trace import synthetic
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--requests", type=click.IntRange(min=0), default=1_000_000, show_default=True)
+@click.option("--vcpus", type=click.IntRange(min=1, max=(1 << 32) - 1), default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), default=0, show_default=True)
+def trace(*, file: Path, requests: int, vcpus: int, seed: int) -> int:
+    """Writes a trace of made-up requests to FILE: .parquet, .arrow or .arrows.
+
+    They are those of a busy guest of 1 GiB that starts out private: bounce buffers, rings, a few pages that it cannot
+    make up its mind about, and a balloon. The same arguments give the same trace.
+    """
+    made = synthetic(requests, seed=seed, vcpus=vcpus)
+    try:
+        made.write(file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    return 0

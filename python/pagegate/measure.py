@@ -1,0 +1,110 @@
+"""Running a workload under a policy, and in the bare loop beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pagegate import Vm
+from pagegate._core import Marks, bare_loop
+from pagegate.errors import PagegateError
+from pagegate.policies import Align
+from pagegate.workload import BEGIN, END, MARKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pagegate import Report
+    from pagegate.workload import Workload
+
+_NANO = 1e9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A workload's measured part under a policy."""
+
+    enforcement: str
+    seconds: float
+    report: Report
+    """Of the whole run, warm-up included."""
+
+
+def under_policy(  # noqa: PLR0913 - one for each thing that is varied
+    workload: Workload,
+    policy: object,
+    *,
+    enforcement: str = "auto",
+    events: int = 65536,
+    prepare: Callable[[Vm], None] | None = None,
+    timeout: float | None = None,
+) -> Measured:
+    """Runs a workload. The policy is widened to the workload's blocks where the guest cannot ask for them.
+
+    ``prepare`` is given the machine before it runs.
+
+    Raises PagegateError for a run that did not do what was to be measured.
+    """
+    if workload.pages > 1 and workload.kind == "implicit":
+        policy = Align(workload.block, then=policy)
+    marks = Marks()
+    vm = Vm(
+        workload.memory,
+        vcpus=workload.vcpus,
+        policy=policy,
+        enforcement=enforcement,
+        shared_bit=workload.shared_bit,
+        memslots=workload.memslots,
+        events=events,
+    )
+    with vm:
+        shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
+        for vcpu, (at, image, table) in zip(vm.vcpus, workload.images(), strict=True):
+            vm.load(image, at)
+            vcpu.start(mode="long", rip=at | shared, rdi=table | shared)
+        vm.on_io(MARKS, marks)
+        if prepare is not None:
+            prepare(vm)
+        report = vm.run(timeout=timeout)
+        if report.reason != "halt":
+            raise PagegateError(f"the guest did not come to its end: the run ended with {report.reason!r}")
+        asked = workload.warm_up + workload.requests
+        if report.requests != asked:
+            raise PagegateError(
+                f"the guest asks {asked} times and the policy was asked {report.requests} times: this measures "
+                "something else (a policy that has the guest try again, or converts other pages than it was asked for?)"
+            )
+        return Measured(vm.enforcement, _between(marks, workload.vcpus), report)
+
+
+def in_bare_loop(
+    workload: Workload, *, enforcement: str, work: str = "all", timeout: float | None = None
+) -> tuple[float, int]:
+    """Runs a workload in the bare loop: the seconds and the port IO exits of its measured part.
+
+    Raises PagegateError if it did something else.
+    """
+    nanoseconds, requests, port_io = bare_loop(
+        workload.memory,
+        workload.images(),
+        enforcement=enforcement,
+        marks=MARKS,
+        memslots=workload.memslots,
+        shared_bit=workload.shared_bit,
+        doorbell=workload.call == "doorbell",
+        block=workload.block,
+        work=work,
+        timeout=timeout,
+    )
+    if requests != workload.requests:
+        raise PagegateError(f"the bare loop answered {requests} requests in place of {workload.requests}")
+    return nanoseconds / _NANO, port_io
+
+
+def _between(marks: Marks, vcpus: int) -> float:
+    """Seconds from the first vCPU's beginning to the last one's end."""
+    begins = [time for _, value, time in marks.written if value == BEGIN]
+    ends = [time for _, value, time in marks.written if value == END]
+    if len(begins) != vcpus or len(ends) != vcpus:
+        raise PagegateError(f"{len(begins)} of {vcpus} vCPUs began and {len(ends)} ended")
+    return (max(ends) - min(begins)) / _NANO

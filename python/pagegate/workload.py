@@ -1,0 +1,153 @@
+"""Guests that ask for conversions at a stretch, and say when they begin and end: what a benchmark measures.
+
+Both kinds walk over a few buffers, a buffer apart from each other, and have all of them private, then all shared, and
+so on. Before the first mark each buffer was both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from pagegate.guests import PAGE, Script
+
+if TYPE_CHECKING:
+    from pagegate.guests import Call
+
+Kind: TypeAlias = Literal["explicit", "implicit"]
+"""By KVM_HC_MAP_GPA_RANGE, or by touching a page in the wrong state."""
+
+MARKS: Final = 0x0F00
+"""The port at which the guest says that the measured part begins and ends."""
+BEGIN, END = 1, 2
+SHARED_BIT: Final = 35
+
+_CODE = 0x1000
+_LEAST_PART = 2 << 20
+_BUFFERS = 16
+_AREA = 64 << 20
+_MAPPED = 1 << 30
+"""What a guest in long mode reaches."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The guest of each vCPU, and the machine it is written for."""
+
+    kind: Kind
+    pages: int
+    """Pages of one request."""
+    touch: bool
+    """Whether the guest writes to each page once it was converted."""
+    requests: int
+    """Requests between the marks, of all vCPUs."""
+    warm_up: int
+    """Requests before."""
+    memory: int
+    memslots: int
+    """Equal parts of memory: one for the code, one for each vCPU, and one for page tables."""
+    call: Call
+    scripts: tuple[Script, ...]
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs."""
+        return len(self.scripts)
+
+    @property
+    def shared_bit(self) -> int | None:
+        """What the machine needs: two views of a page, where touching it is the request."""
+        return SHARED_BIT if self.kind == "implicit" else None
+
+    @property
+    def block(self) -> int:
+        """What a policy has to widen an implicit request to, in bytes."""
+        return self.pages * PAGE if self.kind == "implicit" else PAGE
+
+    def images(self) -> list[tuple[int, bytes, int]]:
+        """Of each vCPU where its code is loaded and entered, the code, and RDI without the shared bit."""
+        images, at = [], _CODE
+        for script in self.scripts:
+            image, table = script.image(at)
+            images.append((at, image, table))
+            at = _up(at + len(image), PAGE)
+        return images
+
+
+def make(  # noqa: PLR0913 - one for each thing that is varied
+    kind: Kind, requests: int, *, pages: int = 1, touch: bool = False, vcpus: int = 1, call: Call, rounds: int = 1
+) -> Workload:
+    """A workload of ``requests`` requests in all, and before them ``rounds`` over all buffers.
+
+    ValueError for one that does not fit a machine.
+    """
+    if requests < vcpus:
+        raise ValueError(f"{requests} requests are too few for {vcpus} vCPUs")
+    size = pages * PAGE
+    buffers = max(1, min(_BUFFERS, _AREA // (2 * size)))
+    # A buffer of any power of two lies at a multiple of its own size.
+    part = _up(2 * size * buffers, max(_LEAST_PART, size if size & (size - 1) == 0 else PAGE))
+    part = _up(part, _LEAST_PART)
+    memory = part * (vcpus + 2)
+    if (touch or kind == "implicit") and part * (vcpus + 1) > _MAPPED:
+        raise ValueError(
+            f"{pages} pages a request on {vcpus} vCPUs are more than the guest's first GiB, which it reaches"
+        )
+    walk = _Walk(kind, size, buffers, rounds, touch=touch, barrier=part - PAGE)
+    each, more = divmod(requests, vcpus)
+    return Workload(
+        kind=kind,
+        pages=pages,
+        touch=touch,
+        requests=requests,
+        warm_up=2 * buffers * rounds * vcpus,
+        memory=memory,
+        memslots=vcpus + 2,
+        call=call,
+        scripts=tuple(
+            walk.script(part * (vcpu + 1), each + (vcpu < more), vcpus=vcpus, call=call) for vcpu in range(vcpus)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Walk:
+    kind: Kind
+    size: int
+    buffers: int
+    rounds: int
+    touch: bool
+    barrier: int
+
+    def script(self, area: int, requests: int, *, vcpus: int, call: Call) -> Script:
+        script = Script(call=call)
+        steps = [(area + i * 2 * self.size, private) for private in (True, False) for i in range(self.buffers)]
+        self._append(script, steps)
+        script.loop(0, self.rounds)
+        script.barrier(self._view(self.barrier, private=False), vcpus)
+        script.out(MARKS, BEGIN)
+        rounds, rest = divmod(requests, len(steps))
+        if rounds:
+            first = len(script)
+            self._append(script, steps)
+            script.loop(first, rounds)
+        self._append(script, steps[:rest])
+        script.out(MARKS, END)
+        return script
+
+    def _append(self, script: Script, steps: list[tuple[int, bool]]) -> None:
+        for buffer, private in steps:
+            view = self._view(buffer, private=private)
+            if self.kind == "explicit":
+                script.map(buffer, self.size, to="private" if private else "shared")
+            elif not self.touch:
+                script.touch(view, 1)
+            if self.touch:
+                script.dirty(view, self.size // PAGE)
+
+    def _view(self, address: int, *, private: bool) -> int:
+        return address if private or self.kind == "explicit" else address | 1 << SHARED_BIT
+
+
+def _up(value: int, to: int) -> int:
+    return -(-value // to) * to

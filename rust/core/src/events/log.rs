@@ -1,0 +1,195 @@
+//! The bounded log of requests.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arrow_array::RecordBatch;
+use parking_lot::Mutex;
+
+use super::Event;
+use super::chunk::Chunk;
+use super::columns::Row;
+
+/// The events of one vCPU.
+struct Ring {
+    /// The last one is being written. Held for a moment, once in a chunk by the vCPU.
+    chunks: Mutex<VecDeque<Arc<Chunk>>>,
+    /// No event of this vCPU that is still on its way here has a lower number.
+    arriving: AtomicU64,
+}
+
+const NONE_ARRIVING: u64 = u64::MAX;
+
+/// The last events of each vCPU. A full ring drops its oldest.
+pub struct EventLog {
+    rings: Vec<Ring>,
+    /// Events that a ring keeps.
+    capacity: usize,
+    sequence: AtomicU64,
+    asked: AtomicU64,
+}
+
+/// Adds the events of one vCPU.
+pub(crate) struct Writer {
+    ring: usize,
+    /// `None` where no events are kept.
+    open: Option<Arc<Chunk>>,
+}
+
+/// Some of a chunk's rows.
+struct Part {
+    chunk: Arc<Chunk>,
+    from: usize,
+    to: usize,
+}
+
+impl EventLog {
+    /// Room for `capacity` events in all, 0 for none; and for each vCPU what writes there.
+    pub(crate) fn new(capacity: usize, vcpus: usize) -> (Self, Vec<Writer>) {
+        let capacity = capacity.div_ceil(vcpus.max(1));
+        let ring = |_| Ring {
+            chunks: Mutex::default(),
+            arriving: AtomicU64::new(NONE_ARRIVING),
+        };
+        let log = Self {
+            rings: (0..vcpus).map(ring).collect(),
+            capacity,
+            sequence: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
+        };
+        (log, (0..vcpus).map(|ring| Writer { ring, open: None }).collect())
+    }
+
+    /// The number of a request that is put to the policy now.
+    pub(crate) fn ask(&self) -> u64 {
+        self.asked.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Adds an event. Nobody who reads is waited for.
+    #[inline]
+    pub(crate) fn push(&self, writer: &mut Writer, event: &mut Event) {
+        let ring = &self.rings[writer.ring];
+        ring.arriving
+            .store(self.sequence.load(Ordering::SeqCst), Ordering::SeqCst);
+        event.sequence = self.sequence.fetch_add(1, Ordering::SeqCst);
+        if self.capacity > 0 {
+            let row = Row::from(&*event);
+            if !writer.open.as_ref().is_some_and(|chunk| chunk.push(&row)) {
+                self.push_into_another(writer, &row);
+            }
+        }
+        ring.arriving.store(NONE_ARRIVING, Ordering::SeqCst);
+    }
+
+    #[cold]
+    fn push_into_another(&self, writer: &mut Writer, row: &Row) {
+        writer.open = None;
+        let chunk = self.rings[writer.ring].open_chunk(self.capacity);
+        chunk.push(row);
+        writer.open = Some(chunk);
+    }
+
+    /// Events there were, kept or dropped.
+    pub fn total(&self) -> u64 {
+        self.sequence.load(Ordering::Relaxed)
+    }
+
+    /// Events that are kept.
+    pub fn kept(&self) -> usize {
+        self.parts().map(|part| part.to - part.from).sum()
+    }
+
+    /// The events that are kept, from sequence `since` on, in order. One that is not here yet hides those after it, so
+    /// that whoever goes on behind the last misses none.
+    pub fn since(&self, since: u64) -> Vec<Event> {
+        // Whoever takes a number after this one finds its rows behind those that are looked at.
+        let horizon = self.horizon();
+        let mut events: Vec<Event> = Vec::new();
+        for part in self.parts() {
+            let rows = part.find(since)..part.find(horizon);
+            events.extend(rows.filter_map(|row| part.chunk.event(row)));
+        }
+        events.sort_unstable_by_key(|event| event.sequence);
+        events
+    }
+
+    fn horizon(&self) -> u64 {
+        let total = self.sequence.load(Ordering::SeqCst);
+        let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::SeqCst));
+        arriving.min().unwrap_or(total).min(total)
+    }
+
+    /// The events that are kept as Arrow batches over the log's own memory. Those of one vCPU are in order; those of
+    /// several take turns, a batch each.
+    pub fn batches(&self) -> Vec<RecordBatch> {
+        let mut parts: Vec<Part> = self.parts().filter(|part| part.from < part.to).collect();
+        parts.sort_by_key(|part| part.chunk.sequence(part.from));
+        parts.iter().map(|part| part.chunk.batch(part.from, part.to)).collect()
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Part> {
+        self.rings.iter().flat_map(|ring| ring.parts(self.capacity))
+    }
+
+    /// The last `n` events that asked for the page at `gpa`.
+    pub(crate) fn about(&self, gpa: u64, n: usize) -> Vec<Event> {
+        let mut events = self.since(0);
+        events.retain(|event| event.gpa <= gpa && gpa - event.gpa < event.size);
+        events.split_off(events.len().saturating_sub(n))
+    }
+}
+
+impl Part {
+    /// The first row with this sequence number or a higher one.
+    fn find(&self, sequence: u64) -> usize {
+        let (mut from, mut to) = (self.from, self.to);
+        while from < to {
+            let middle = from.midpoint(to);
+            match self.chunk.sequence(middle) < sequence {
+                true => from = middle + 1,
+                false => to = middle,
+            }
+        }
+        from
+    }
+}
+
+impl Ring {
+    /// Another chunk, made of the oldest if the others hold enough and nobody has it.
+    fn open_chunk(&self, capacity: usize) -> Arc<Chunk> {
+        let mut chunks = self.chunks.lock();
+        let held: usize = chunks.iter().map(|chunk| chunk.len()).sum();
+        let oldest = chunks.front().map_or(0, |chunk| chunk.len());
+        // One event more is about to come.
+        let spare = (held - oldest >= capacity.saturating_sub(1)).then(|| chunks.pop_front());
+        let chunk = match spare.flatten() {
+            Some(mut chunk) => match Arc::get_mut(&mut chunk) {
+                Some(only) => {
+                    only.clear();
+                    chunk
+                }
+                None => Arc::new(Chunk::new()),
+            },
+            None => Arc::new(Chunk::new()),
+        };
+        chunks.push_back(chunk.clone());
+        chunk
+    }
+
+    /// What of the chunks is kept: the last `capacity` rows.
+    fn parts(&self, capacity: usize) -> Vec<Part> {
+        let chunks: Vec<Arc<Chunk>> = self.chunks.lock().iter().cloned().collect();
+        let mut parts: Vec<Part> = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let to = chunk.len();
+            parts.push(Part { chunk, from: 0, to });
+        }
+        let mut surplus = parts.iter().map(|part| part.to).sum::<usize>().saturating_sub(capacity);
+        for part in &mut parts {
+            part.from = surplus.min(part.to);
+            surplus -= part.from;
+        }
+        parts
+    }
+}

@@ -1,0 +1,125 @@
+//! The machine that a trace is from, as the metadata of its schema tells it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arrow_schema::{Schema, SchemaRef};
+
+use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::convert::Gate;
+use crate::events;
+use crate::model::Model;
+
+/// Ranges that are told one by one.
+const MOST_RANGES: usize = 4096;
+const MOST_MEMORY: u64 = 1 << 52;
+
+const MEMORY: &str = "pagegate.memory";
+const INITIAL: &str = "pagegate.initial";
+const OTHERS: &str = "pagegate.others";
+
+/// A machine's memory when its trace begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    memory: u64,
+    initial: State,
+    /// What is in the other state.
+    others: Vec<Range>,
+}
+
+impl About {
+    /// All of memory in one state. `None` for a size that no guest has.
+    pub fn new(memory: u64, initial: State) -> Option<Self> {
+        let valid = memory > 0 && memory.is_multiple_of(PAGE_SIZE) && memory <= MOST_MEMORY;
+        valid.then(|| Self::whole(memory, initial))
+    }
+
+    pub(super) fn whole(memory: u64, initial: State) -> Self {
+        Self {
+            memory,
+            initial,
+            others: Vec::new(),
+        }
+    }
+
+    /// A machine as it is now. Where its states are scattered all over, only the prevailing one is told.
+    pub fn now(gate: &Gate) -> Self {
+        let map = gate.snapshot();
+        let initial = match map.private_bytes() > map.size() / 2 {
+            true => State::Private,
+            false => State::Shared,
+        };
+        let others = map.runs().filter(|run| run.state != initial).map(|run| run.range);
+        let others: Vec<Range> = others.take(MOST_RANGES + 1).collect();
+        Self {
+            memory: map.size(),
+            initial,
+            others: if others.len() > MOST_RANGES { Vec::new() } else { others },
+        }
+    }
+
+    /// Bytes of guest memory.
+    pub fn memory(&self) -> u64 {
+        self.memory
+    }
+
+    /// The state of all pages, but for some.
+    pub fn initial(&self) -> State {
+        self.initial
+    }
+
+    /// The states when the trace begins.
+    pub fn model(&self) -> Model {
+        let mut model = Model::new(self.memory, self.initial);
+        for range in &self.others {
+            model.set(*range, self.initial.other());
+        }
+        model
+    }
+
+    /// The schema of events, with this.
+    pub fn schema(&self) -> SchemaRef {
+        let others: Vec<String> = self
+            .others
+            .iter()
+            .map(|range| format!("{:#x}+{:#x}", range.gpa(), range.size()))
+            .collect();
+        let metadata = [
+            (MEMORY, self.memory.to_string()),
+            (INITIAL, self.initial.as_str().to_owned()),
+            (OTHERS, others.join(" ")),
+        ];
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+        let fields = events::schema().fields().clone();
+        Arc::new(Schema::new_with_metadata(fields, HashMap::from(metadata)))
+    }
+
+    /// What a schema tells; `None` where it tells nothing, as when a table was made anew.
+    ///
+    /// # Errors
+    /// A sentence on what makes no sense.
+    pub fn of(schema: &Schema) -> Result<Option<Self>, String> {
+        let value = |key| schema.metadata().get(key).map(String::as_str);
+        let (Some(memory), Some(initial)) = (value(MEMORY), value(INITIAL)) else {
+            return Ok(None);
+        };
+        let wrong = |key: &str| format!("the metadata's {key} makes no sense");
+        let states = [State::Shared, State::Private];
+        let initial = states.into_iter().find(|state| state.as_str() == initial);
+        let about = memory.parse().ok().zip(initial);
+        let mut about = about
+            .and_then(|(memory, initial)| Self::new(memory, initial))
+            .ok_or_else(|| wrong(MEMORY))?;
+        for range in value(OTHERS).unwrap_or_default().split_whitespace() {
+            let range = parse(range).filter(|range| range.end() <= about.memory);
+            about.others.push(range.ok_or_else(|| wrong(OTHERS))?);
+        }
+        Ok(Some(about))
+    }
+}
+
+fn parse(range: &str) -> Option<Range> {
+    let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    let (gpa, size) = range.split_once('+')?;
+    Range::new(number(gpa)?, number(size)?)
+}

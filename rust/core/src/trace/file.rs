@@ -1,0 +1,262 @@
+//! Traces as files: Parquet, and both kinds of Arrow IPC.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use arrow_array::RecordBatch;
+use arrow_ipc::reader::{FileReader, StreamReader};
+use arrow_ipc::writer::{FileWriter, StreamWriter};
+use arrow_schema::{ArrowError, Schema, SchemaRef};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::basic::Compression;
+use parquet::errors::ParquetError;
+use parquet::file::properties::WriterProperties;
+
+use super::{About, Trace, TraceError};
+use crate::events::{self, Event};
+
+/// Rows that are held back at most before a part of a Parquet file is written.
+const ROW_GROUP: usize = 128 * 1024;
+
+/// How events lie in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Parquet. It can be read once it is closed.
+    Parquet,
+    /// Arrow's IPC file format, also known as Feather. It can be read once it is closed.
+    IpcFile,
+    /// Arrow's IPC stream format. It can be read at any time, also when its writer was killed.
+    IpcStream,
+}
+
+impl Format {
+    /// As the file's name says.
+    ///
+    /// # Errors
+    /// [`TraceError::Format`].
+    pub fn of(path: &Path) -> Result<Self, TraceError> {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("parquet") => Ok(Format::Parquet),
+            Some("arrow" | "feather") => Ok(Format::IpcFile),
+            Some("arrows") => Ok(Format::IpcStream),
+            _ => Err(TraceError::Format(path.display().to_string())),
+        }
+    }
+}
+
+enum Writer {
+    Parquet(Box<ArrowWriter<BufWriter<File>>>),
+    IpcFile(FileWriter<BufWriter<File>>),
+    IpcStream(StreamWriter<BufWriter<File>>),
+}
+
+/// A file that batches are written to.
+pub(super) struct Output {
+    path: PathBuf,
+    schema: SchemaRef,
+    writer: Writer,
+}
+
+impl Output {
+    /// Makes the file, or empties it.
+    pub(super) fn create(path: &Path, about: &About) -> Result<Self, TraceError> {
+        let format = Format::of(path)?;
+        let file = BufWriter::new(File::create(path).map_err(|error| failed(path, error))?);
+        let schema = about.schema();
+        let writer = match format {
+            Format::Parquet => {
+                let properties = WriterProperties::builder()
+                    .set_compression(Compression::SNAPPY)
+                    .set_max_row_group_row_count(Some(ROW_GROUP))
+                    .build();
+                let writer = ArrowWriter::try_new(file, schema.clone(), Some(properties));
+                Writer::Parquet(Box::new(writer.map_err(|error| of_parquet(path, error))?))
+            }
+            Format::IpcFile => {
+                Writer::IpcFile(FileWriter::try_new(file, &schema).map_err(|error| of_arrow(path, error))?)
+            }
+            Format::IpcStream => {
+                let mut writer = StreamWriter::try_new(file, &schema).map_err(|error| of_arrow(path, error))?;
+                writer.flush().map_err(|error| of_arrow(path, error))?;
+                Writer::IpcStream(writer)
+            }
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            schema,
+            writer,
+        })
+    }
+
+    /// Adds a batch; of an IPC stream it is in the kernel's hands then.
+    pub(super) fn write(&mut self, batch: &RecordBatch) -> Result<(), TraceError> {
+        let batch = batch.clone().with_schema(self.schema.clone());
+        let batch = batch.map_err(|error| of_arrow(&self.path, error))?;
+        let written = match &mut self.writer {
+            Writer::Parquet(writer) => return writer.write(&batch).map_err(|error| of_parquet(&self.path, error)),
+            Writer::IpcFile(writer) => writer.write(&batch),
+            Writer::IpcStream(writer) => writer.write(&batch).and_then(|()| writer.flush()),
+        };
+        written.map_err(|error| of_arrow(&self.path, error))
+    }
+
+    /// Writes what makes the file whole.
+    pub(super) fn close(self) -> Result<(), TraceError> {
+        let path = &self.path;
+        let file = match self.writer {
+            Writer::Parquet(writer) => writer.into_inner().map_err(|error| of_parquet(path, error))?,
+            Writer::IpcFile(mut writer) => {
+                writer.finish().map_err(|error| of_arrow(path, error))?;
+                writer.into_inner().map_err(|error| of_arrow(path, error))?
+            }
+            Writer::IpcStream(mut writer) => {
+                writer.finish().map_err(|error| of_arrow(path, error))?;
+                writer.into_inner().map_err(|error| of_arrow(path, error))?
+            }
+        };
+        let mut file = file;
+        file.flush().map_err(|error| failed(path, error))
+    }
+}
+
+impl Trace {
+    /// Writes it to a file, in the format that its name says.
+    ///
+    /// # Errors
+    /// Those of making and writing the file.
+    pub fn write(&self, path: &Path) -> Result<(), TraceError> {
+        let mut output = Output::create(path, &self.about)?;
+        for part in self.events.chunks(ROW_GROUP) {
+            output.write(&events::batch(part))?;
+        }
+        output.close()
+    }
+
+    /// Reads a file of any of the formats, whatever its name is. Of an IPC stream that ends in the middle, what is
+    /// there. `about` is for a file that does not say what machine it is from.
+    ///
+    /// # Errors
+    /// Those of reading the file, and `Invalid` for one that is no trace.
+    pub fn read(path: &Path, about: Option<About>) -> Result<Self, TraceError> {
+        // The readers panic at some of the files that are damaged.
+        let read = std::panic::catch_unwind(|| Self::read_whole(path, about));
+        read.unwrap_or_else(|_| {
+            Err(TraceError::Invalid(format!(
+                "{} is no trace: it is damaged",
+                path.display()
+            )))
+        })
+    }
+
+    fn read_whole(path: &Path, about: Option<About>) -> Result<Self, TraceError> {
+        let mut file = File::open(path).map_err(|error| failed(path, error))?;
+        let mut magic = Vec::new();
+        let begin = (&file).take(6).read_to_end(&mut magic).and_then(|_| file.rewind());
+        begin.map_err(|error| failed(path, error))?;
+        let invalid = |error: ArrowError| TraceError::Invalid(format!("{} is no trace: {error}", path.display()));
+        let mut reader = Reader {
+            name: path.display().to_string(),
+            events: Vec::new(),
+        };
+        let schema = if magic.starts_with(b"PAR1") {
+            let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| invalid(error.into()))?;
+            let schema = builder.schema().clone();
+            let batches = builder.build().map_err(|error| invalid(error.into()))?;
+            reader.take_all(batches.map(|batch| batch.map_err(invalid)))?;
+            schema
+        } else if magic.starts_with(b"ARROW1") {
+            let batches = FileReader::try_new_buffered(file, None).map_err(invalid)?;
+            let schema = batches.schema();
+            reader.take_all(batches.map(|batch| batch.map_err(invalid)))?;
+            schema
+        } else {
+            let batches = StreamReader::try_new_buffered(file, None).map_err(invalid)?;
+            let schema = batches.schema();
+            // Its writer may have been killed in the middle of a batch.
+            reader.take_all(batches.map_while(Result::ok).map(Ok))?;
+            schema
+        };
+        reader.finish(&schema, about)
+    }
+
+    /// Of batches that came from elsewhere.
+    ///
+    /// # Errors
+    /// `Invalid` for what is no trace.
+    pub fn collect(
+        schema: SchemaRef,
+        batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
+        about: Option<About>,
+    ) -> Result<Self, TraceError> {
+        let mut reader = Reader {
+            name: "this table".to_owned(),
+            events: Vec::new(),
+        };
+        reader.take_all(batches.map(|batch| batch.map_err(|error| TraceError::Invalid(error.to_string()))))?;
+        reader.finish(&schema, about)
+    }
+
+    /// As record batches.
+    pub fn batches(&self) -> impl Iterator<Item = RecordBatch> {
+        self.events.chunks(ROW_GROUP).map(events::batch)
+    }
+}
+
+/// Gathers the events of batches.
+struct Reader {
+    name: String,
+    events: Vec<Event>,
+}
+
+impl Reader {
+    fn take_all(&mut self, batches: impl Iterator<Item = Result<RecordBatch, TraceError>>) -> Result<(), TraceError> {
+        for batch in batches {
+            let events = events::events(&batch?);
+            let no_trace = |what| TraceError::Invalid(format!("{} is no trace: {what}", self.name));
+            self.events.append(&mut events.map_err(no_trace)?);
+        }
+        Ok(())
+    }
+
+    fn finish(self, schema: &Schema, given: Option<About>) -> Result<Trace, TraceError> {
+        let Self { name, mut events } = self;
+        let told = About::of(schema).map_err(|what| TraceError::Invalid(format!("{name} is no trace: {what}")))?;
+        let about = given.or(told).ok_or_else(|| {
+            TraceError::Invalid(format!(
+                "{name} does not say how much memory its guest had, nor in which state: pass memory and initial"
+            ))
+        })?;
+        // Tables of several vCPUs, and those that were sorted by something else.
+        events.sort_by_key(|event| event.sequence);
+        Ok(Trace { about, events })
+    }
+}
+
+fn failed(path: &Path, source: std::io::Error) -> TraceError {
+    TraceError::File {
+        path: path.display().to_string(),
+        source,
+    }
+}
+
+fn of_arrow(path: &Path, error: ArrowError) -> TraceError {
+    match error {
+        ArrowError::IoError(_, source) => failed(path, source),
+        error => TraceError::Encoding {
+            path: path.display().to_string(),
+            what: error.to_string(),
+        },
+    }
+}
+
+fn of_parquet(path: &Path, error: ParquetError) -> TraceError {
+    match error {
+        ParquetError::External(source) => match source.downcast::<std::io::Error>() {
+            Ok(source) => failed(path, *source),
+            Err(error) => of_arrow(path, ArrowError::ExternalError(error)),
+        },
+        error => of_arrow(path, error.into()),
+    }
+}

@@ -1,0 +1,313 @@
+//! The requests of a trace, put to other policies in the order in which the first one was asked.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{Trace, TraceError};
+use crate::attributes::{Range, State};
+use crate::errno::Errno;
+use crate::error::{Failure, Site};
+use crate::events::{Answer, Event, Kind, Verdict};
+use crate::model::{self, Carried, Model};
+use crate::policies::Request;
+use crate::policy::{Call, Decision, Fault, Policy};
+
+/// Requests between two looks at whether the caller wants to go on.
+const PATIENCE: usize = 4096;
+
+/// What one policy made of all requests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// Decisions to convert.
+    pub converted: u64,
+    /// Decisions to refuse.
+    pub denied: u64,
+    /// Decisions to let the guest try again.
+    pub retried: u64,
+    /// Decisions to end the run.
+    pub stopped: u64,
+    /// Decisions to free a poisoned page.
+    pub discarded: u64,
+    /// Bytes that became private.
+    pub bytes_to_private: u64,
+    /// Bytes that became shared.
+    pub bytes_to_shared: u64,
+    /// The most bytes that were shared at any time.
+    pub peak_shared: u64,
+    /// Conversions of a page back to where it came from: each after the first at that page.
+    pub ping_pongs: u64,
+    /// The first request at which the run would have ended, by its sequence number. What comes after it the guest might
+    /// never have asked.
+    pub ends: Option<u64>,
+    /// Decisions that are not the recorded ones.
+    pub differences: u64,
+}
+
+/// A request on which the policies and the record do not agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The request, with what was decided when it was recorded.
+    pub event: Event,
+    /// What each policy decided.
+    pub decisions: Vec<Decision>,
+}
+
+/// What a replay found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replay {
+    /// Requests.
+    pub requests: u64,
+    /// Requests that are missing, by the sequence numbers of the others.
+    pub missing: u64,
+    /// What was decided and done when the trace was recorded.
+    pub recorded: Judged,
+    /// What each policy would have decided and done.
+    pub policies: Vec<Judged>,
+    /// Requests on which they disagree; the first ones.
+    pub differences: Vec<Difference>,
+    /// How many there are in all.
+    pub different: u64,
+}
+
+/// Why a replay ended early.
+#[derive(Debug)]
+pub enum ReplayError {
+    /// The trace makes no sense.
+    Trace(TraceError),
+    /// A policy failed.
+    Policy {
+        /// Which one.
+        policy: usize,
+        /// The request's sequence number.
+        sequence: u64,
+        /// The request.
+        site: Site,
+        /// How it failed.
+        failure: Failure,
+    },
+    /// The caller wanted no more.
+    Interrupted(Failure),
+}
+
+/// States as one policy has them.
+struct Timeline {
+    model: Model,
+    /// Where a page that a conversion began at went last.
+    last: HashMap<u64, State>,
+    judged: Judged,
+}
+
+impl Timeline {
+    fn new(model: Model) -> Self {
+        let judged = Judged {
+            peak_shared: model.shared_bytes(),
+            ..Judged::default()
+        };
+        Self {
+            model,
+            last: HashMap::new(),
+            judged,
+        }
+    }
+
+    /// Counts a decision; whether the run would have ended there.
+    fn count(&mut self, event: &Event, verdict: Verdict) {
+        let judged = &mut self.judged;
+        let ends = match verdict {
+            Verdict::Convert => {
+                judged.converted += 1;
+                false
+            }
+            Verdict::Deny => {
+                judged.denied += 1;
+                event.kind != Kind::Explicit
+            }
+            Verdict::Retry => {
+                judged.retried += 1;
+                false
+            }
+            Verdict::Discard => {
+                judged.discarded += 1;
+                false
+            }
+            Verdict::Stop => {
+                judged.stopped += 1;
+                true
+            }
+            Verdict::None => true,
+        };
+        if ends {
+            judged.ends.get_or_insert(event.sequence);
+        }
+    }
+
+    fn done(&mut self, range: Range, to: State, changed: u64) {
+        if changed == 0 {
+            return;
+        }
+        match to {
+            State::Private => self.judged.bytes_to_private += changed,
+            State::Shared => self.judged.bytes_to_shared += changed,
+        }
+        self.judged.peak_shared = self.judged.peak_shared.max(self.model.shared_bytes());
+        let before = self.last.insert(range.gpa(), to);
+        self.judged.ping_pongs += u64::from(before == Some(to.other()));
+    }
+}
+
+/// A request as a machine would put it.
+enum Asked {
+    Fault(Fault),
+    Call(Call),
+}
+
+impl Asked {
+    fn of(event: &Event, memory: u64) -> Option<Self> {
+        let range = Range::new(event.gpa, event.size).filter(|range| range.end() <= memory)?;
+        Some(match event.kind {
+            Kind::Explicit => Asked::Call(Call {
+                vcpu: event.vcpu,
+                range,
+                to: event.to,
+                page_size: event.page_size.into(),
+                raw: event.raw.into(),
+                state: event.state,
+                time: event.time,
+                memory,
+            }),
+            Kind::Implicit | Kind::Poison => Asked::Fault(Fault {
+                vcpu: event.vcpu,
+                range,
+                access: event.to,
+                flags: event.flags.into(),
+                errno: Errno(match event.kind {
+                    Kind::Poison => libc::EHWPOISON,
+                    _ => libc::EFAULT,
+                }),
+                state: event.state.unwrap_or(event.to.other()),
+                rip: event.rip,
+                repeats: event.repeats,
+                time: event.time,
+                memory,
+            }),
+        })
+    }
+
+    fn request(&self) -> Request<'_> {
+        match self {
+            Asked::Fault(fault) => Request::Implicit(fault),
+            Asked::Call(call) => Request::Explicit(call),
+        }
+    }
+
+    fn judge(&self, kind: Kind, policy: &dyn Policy, model: &mut Model) -> Result<Carried, Failure> {
+        let decision = match (self, kind) {
+            (Asked::Fault(fault), Kind::Poison) => return Ok(Carried::nothing(model::poison(policy, fault)?)),
+            (Asked::Fault(fault), _) => policy.memory_fault(fault)?,
+            (Asked::Call(call), _) => policy.map_gpa_range(call)?,
+        };
+        model.carry_out(self.request(), decision)
+    }
+}
+
+/// Puts every request of a trace to each of these policies. `keep` is how many of the differences are kept; `watch` is
+/// asked now and then whether to go on.
+///
+/// What the trace does not hold, conversions by the host and requests that are missing, is taken over from the states
+/// that later requests met.
+///
+/// # Errors
+/// See [`ReplayError`].
+pub fn replay(
+    trace: &Trace,
+    policies: &[Arc<dyn Policy>],
+    keep: usize,
+    watch: &mut dyn FnMut() -> Result<(), Failure>,
+) -> Result<Replay, ReplayError> {
+    let memory = trace.about.memory();
+    let mut order: Vec<&Event> = trace.events.iter().collect();
+    order.sort_by_key(|event| event.asked);
+    let mut recorded = Timeline::new(trace.about.model());
+    let mut timelines: Vec<Timeline> = policies.iter().map(|_| Timeline::new(trace.about.model())).collect();
+    let (mut differences, mut different) = (Vec::new(), 0);
+    for (number, event) in order.iter().enumerate() {
+        if number % PATIENCE == 0 {
+            watch().map_err(ReplayError::Interrupted)?;
+        }
+        let asked = Asked::of(event, memory).ok_or_else(|| outside(event, memory))?;
+        let range = asked.request().range();
+        if let Some(state) = event.state
+            && recorded.model.map().uniform(range) != Some(state)
+        {
+            recorded.model.set(range, state);
+            timelines.iter_mut().for_each(|timeline| {
+                timeline.model.set(range, state);
+            });
+        }
+        let mut decisions = Vec::new();
+        let mut differ = false;
+        for (policy, (judge, timeline)) in policies.iter().zip(&mut timelines).enumerate() {
+            let carried = asked.judge(event.kind, judge.as_ref(), &mut timeline.model);
+            let carried = carried.map_err(|failure| ReplayError::Policy {
+                policy,
+                sequence: event.sequence,
+                site: site(event),
+                failure,
+            })?;
+            let answer = Answer::of(&carried.decision, range, event.to);
+            timeline.count(event, answer.verdict);
+            if let Some((range, to)) = carried.done {
+                timeline.done(range, to, carried.changed);
+            }
+            if event.answer.verdict != Verdict::None && answer != event.answer {
+                timeline.judged.differences += 1;
+                differ = true;
+            }
+            decisions.push((carried.decision, answer));
+        }
+        recorded.count(event, event.answer.verdict);
+        if let Some(range) = Range::new(event.done_gpa, event.done_size).filter(|range| range.end() <= memory) {
+            let changed = recorded.model.set(range, event.done_to);
+            recorded.done(range, event.done_to, changed);
+        }
+        differ |= decisions.windows(2).any(|pair| pair[0].1 != pair[1].1);
+        if differ {
+            different += 1;
+            if differences.len() < keep {
+                differences.push(Difference {
+                    event: **event,
+                    decisions: decisions.into_iter().map(|(decision, _)| decision).collect(),
+                });
+            }
+        }
+    }
+    let first = trace.events.iter().map(|event| event.sequence).min();
+    let last = trace.events.iter().map(|event| event.sequence).max();
+    let span = first
+        .zip(last)
+        .map_or(0, |(first, last)| (last - first).saturating_add(1));
+    Ok(Replay {
+        requests: order.len() as u64,
+        missing: span.saturating_sub(order.len() as u64),
+        recorded: recorded.judged,
+        policies: timelines.into_iter().map(|timeline| timeline.judged).collect(),
+        differences,
+        different,
+    })
+}
+
+fn site(event: &Event) -> Site {
+    Site {
+        vcpu: event.vcpu,
+        gpa: Some(event.gpa),
+        state: Some(event.state.map_or("mixed", State::as_str)),
+        rip: event.rip,
+    }
+}
+
+fn outside(event: &Event, memory: u64) -> ReplayError {
+    ReplayError::Trace(TraceError::Invalid(format!(
+        "event {}: {:#x} + {:#x} is no page-aligned part of {memory:#x} bytes of memory",
+        event.sequence, event.gpa, event.size
+    )))
+}

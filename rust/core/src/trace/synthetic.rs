@@ -1,0 +1,133 @@
+//! Requests that no guest made, as many as one likes: to try policies, and what reads traces, on.
+
+use super::{About, Trace};
+use crate::attributes::{PAGE_SIZE, Range, State};
+use crate::events::{Answer, Event, Kind, Outcome};
+use crate::explicit;
+use crate::model::Model;
+use crate::policy::Decision;
+use crate::run::MEMORY_EXIT_FLAG_PRIVATE;
+
+const MEMORY: u64 = 1 << 30;
+const BLOCK: u64 = 2 << 20;
+const BUFFER: u64 = 256 << 10;
+/// Where a guest of this kind has its bounce buffers, its rings, what it cannot make up its mind about, and what it
+/// balloons: first address and size.
+const BUFFERS: (u64, u64) = (64 << 20, 64 << 20);
+const RINGS: (u64, u64) = (256 << 20, 16 << 20);
+const RESTLESS: (u64, u64) = (300 << 20, 8 * PAGE_SIZE);
+const BALLOON: (u64, u64) = (512 << 20, 256 << 20);
+
+/// A trace of so many requests of a busy guest of 1 GiB that starts out private, all converted as asked; the same for
+/// the same arguments. Of a hundred requests about sixty share bounce buffers or take them back (explicit), 25 touch
+/// pages of rings (implicit), ten touch a few pages privately and shared in turn (implicit), and five are for whole
+/// 2 MiB blocks (explicit).
+pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
+    let about = About::whole(MEMORY, State::Private);
+    let mut model = about.model();
+    let mut random = Random(seed);
+    let mut time = 0;
+    let event = |sequence| {
+        let (kind, (start, size), unit) = match random.below(100) {
+            0..60 => (Kind::Explicit, BUFFERS, BUFFER),
+            60..85 => (Kind::Implicit, RINGS, PAGE_SIZE),
+            85..95 => (Kind::Implicit, RESTLESS, PAGE_SIZE),
+            _ => (Kind::Explicit, BALLOON, BLOCK),
+        };
+        let gpa = start + random.below(size / unit) * unit;
+        time += 1_000 + random.below(20_000);
+        one(
+            &mut model,
+            Event {
+                sequence,
+                time,
+                vcpu: random.below(vcpus.max(1).into()) as u32,
+                kind,
+                gpa,
+                size: unit,
+                rip: 0xffff_ffff_8100_0000 + random.below(4096) * 16,
+                latency: 2_000 + random.below(8_000),
+                ..NOTHING
+            },
+        )
+    };
+    let events = (0..requests).map(event).collect();
+    Trace { about, events }
+}
+
+const NOTHING: Event = Event {
+    sequence: 0,
+    asked: 0,
+    time: 0,
+    vcpu: 0,
+    kind: Kind::Implicit,
+    gpa: 0,
+    size: 0,
+    to: State::Shared,
+    state: None,
+    page_size: 0,
+    raw: 0,
+    flags: 0,
+    rip: 0,
+    repeats: 0,
+    answer: Answer::none(State::Shared),
+    outcome: Outcome::Converted,
+    done_gpa: 0,
+    done_size: 0,
+    done_to: State::Shared,
+    changed: 0,
+    errno: 0,
+    latency: 0,
+};
+
+/// Completes a request for pages of one state, which it wants in the other one.
+fn one(model: &mut Model, event: Event) -> Event {
+    let Some(range) = Range::new(event.gpa, event.size) else {
+        return event;
+    };
+    let state = model.map().state(range.gpa());
+    let to = state.other();
+    let explicit = event.kind == Kind::Explicit;
+    let page_size = if range.size() == BLOCK { BLOCK } else { PAGE_SIZE };
+    let flags = if to == State::Private {
+        MEMORY_EXIT_FLAG_PRIVATE
+    } else {
+        0
+    };
+    Event {
+        asked: event.sequence,
+        to,
+        state: Some(state),
+        page_size: if explicit { page_size as u32 } else { 0 },
+        raw: match explicit {
+            true => explicit::attributes(to, page_size).unwrap_or_default() as u32,
+            false => 0,
+        },
+        flags: if explicit { 0 } else { flags as u32 },
+        rip: if explicit { 0 } else { event.rip },
+        answer: Answer::of(&Decision::as_asked(), range, to),
+        done_gpa: range.gpa(),
+        done_size: range.size(),
+        done_to: to,
+        changed: model.set(range, to),
+        ..event
+    }
+}
+
+/// SplitMix64: short, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// A number below `end`, which is small: the numbers are a little uneven, and nobody minds.
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}

@@ -1,0 +1,169 @@
+"""`pagegate bench`, as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+KEYS = {
+    *("enforcement", "kind", "policy", "vcpus", "pages", "touch", "requests", "seconds", "ns_per_request"),
+    *("requests_per_second", "bytes_per_second", "latency"),
+}
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "pagegate", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def measured(*arguments):
+    done = bench("--json", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def policy(tmp_path):
+    def policy(text):
+        path = tmp_path / "mine.py"
+        path.write_text("from pagegate import *\n" + text)
+        return path
+
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--policy", "nobody"), "there is no file nobody"),
+        (("--requests", "0"), "--requests"),
+        (("--pages", "0"), "--pages"),
+        (("--vcpus", "0"), "--vcpus"),
+        (("--kind", "both"), "--kind"),
+        (("--kind", "implicit", "--pages", "3"), "power of two"),
+    ],
+)
+def test_a_usage_error_is_2(arguments, said):
+    done = bench(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--requests", "1", "--vcpus", "2"), "too few for 2 vCPUs"),
+        (("--touch", "--pages", 1 << 18), "first GiB"),
+        (("--kind", "implicit", "--pages", 1 << 18), "first GiB"),
+    ],
+)
+def test_what_no_machine_fits_is_a_usage_error(arguments, said):
+    done = bench(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+@pytest.mark.parametrize("options", [(), ("--touch",), ("--pages", 4, "--touch"), ("--vcpus", 2)])
+def test_the_numbers_are_one_measurement(kind, options):
+    told = measured("--requests", 101, "--kind", kind, *options)
+    assert set(told) == KEYS
+    assert (told["kind"], told["policy"], told["requests"]) == (kind, "allow", 101)
+    assert told["vcpus"] == (2 if "--vcpus" in options else 1)
+    assert told["pages"] == (4 if "--pages" in options else 1)
+    assert told["seconds"] > 0
+    assert told["ns_per_request"] == pytest.approx(told["seconds"] * 1e9 / 101)
+    assert told["requests_per_second"] == pytest.approx(101 / told["seconds"])
+    assert told["bytes_per_second"] == pytest.approx(101 * 4096 * told["pages"] / told["seconds"])
+
+
+@pytest.mark.kvm
+def test_start_up_is_not_timed(policy):
+    slow = policy(
+        "import time\n"
+        "class Slow(Policy):\n"
+        "  def __init__(self): time.sleep(1.5)\n"
+        "  def map_gpa_range(self, call):\n"
+        "    if not hasattr(self, 'asked'): time.sleep(1.5)\n"
+        "    self.asked = True\n"
+        "    return Convert()\n"
+    )
+    assert measured("--requests", 1, "--policy", slow)["seconds"] < 1
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("kind", "options"), [("explicit", ()), ("implicit", ()), ("implicit", ("--pages", 2))])
+def test_the_bare_loop_beside_it(kind, options):
+    told = measured("--requests", 100, "--kind", kind, "--compare", *options)
+    assert set(told) == KEYS | {"bare", "ratio"}
+    assert told["bare"]["ns_per_request"] == pytest.approx(told["bare"]["seconds"] * 1e9 / 100)
+    assert told["ratio"] == pytest.approx(told["seconds"] / told["bare"]["seconds"])
+    assert re.search(r"bare loop .* times as long under pagegate", bench("--requests", 100, "--compare").stdout)
+
+
+@pytest.mark.kvm
+def test_a_policy_of_ones_own_is_asked(policy):
+    file = policy(
+        "from pathlib import Path\n"
+        "class Mine(Policy):\n"
+        "  def map_gpa_range(self, call):\n"
+        f"    with open({str(policy('').with_suffix('.log'))!r}, 'a') as log: log.write('asked\\n')\n"
+        "    return Convert()\n"
+    )
+    told = measured("--policy", f"{file}:Mine", "--requests", 40)
+    assert told["policy"] == f"{file}:Mine"
+    # All 16 buffers were private and shared once before anything was measured.
+    assert file.with_suffix(".log").read_text().count("asked") == 40 + 32
+
+
+@pytest.mark.kvm
+def test_a_policy_that_denies_is_measured_all_the_same(policy):
+    told = measured("--policy", policy("policy = policies.DenyAll()\n"), "--requests", 40)
+    assert told["requests"] == 40
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("class A(Policy):\n  def memory_fault(self, fault): return Deny()\n", "ended with 'denied'"),
+        ("class A(Policy):\n  def memory_fault(self, fault): return Stop('enough')\n", "ended with 'enough'"),
+        ("class A(Policy):\n  def memory_fault(self, fault): raise KeyError('mine')\n", "KeyError: 'mine'"),
+        (
+            "class A(Policy):\n  def memory_fault(self, fault): return Convert() if fault.repeats else Retry()\n",
+            "measures something else",
+        ),
+    ],
+)
+def test_what_was_not_measured_is_no_number(policy, text, said):
+    done = bench("--kind", "implicit", "--policy", policy(text), "--requests", 40)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+
+
+@pytest.mark.kvm
+def test_for_people():
+    done = bench("--requests", 100, "--policy", "python", "--touch")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"100 explicit requests of 1 page, touched, 1 vCPU, (attributes|memslots), python\n", done.stdout)
+    assert "µs" in done.stdout
+
+
+def test_a_host_without_kvm_is_3():
+    code = (
+        "import pagegate, types, sys\n"
+        "from pagegate.cli import bench, main\n"
+        "bench.probe = lambda: types.SimpleNamespace(enforcement=None, problems=['there is no /dev/kvm'])\n"
+        "sys.argv = ['pagegate', 'bench']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "there is no /dev/kvm" in done.stderr

@@ -1,0 +1,475 @@
+"""Traces as files and as tables, and what a replay says of them. No KVM."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import pagegate
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pagegate import Convert, Deny, Policy, PolicyError, Region, Retry, Stop, Vm, policies, trace
+from pagegate.testing import Fake, Step
+
+PAGE = 4096
+MEMORY = 64 * PAGE
+PRIVATE, SHARED = 16, 0
+FORMATS = ("parquet", "arrow", "arrows")
+
+
+def machine(*scripts, policy=None, **kwargs):
+    fake = kwargs.pop("fake", None) or Fake(*scripts, cycles=kwargs.pop("cycles", 1))
+    vm = Vm(kwargs.pop("memory", MEMORY), vcpus=max(1, len(scripts)), hypervisor=fake, policy=policy, **kwargs)
+    for vcpu in vm.vcpus:
+        vcpu.start(mode="long", rip=0x1000)
+    return vm
+
+
+def recorded(path, *scripts, policy=None, **kwargs):
+    with machine(*scripts, policy=policy, **kwargs) as vm:
+        with trace.Recorder(vm, path) as recorder:
+            vm.run(timeout=30)
+        assert (recorder.written, recorder.lost) == (vm.events.total, 0)
+        return list(vm.events)
+
+
+def call(page, pages=1, to=PRIVATE):
+    return Step.doorbell(page * PAGE, pages, to)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_holds_what_the_log_held(tmp_path, kind) -> None:
+    file = tmp_path / f"trace.{kind}"
+    events = recorded(file, [call(1), call(2, 3), call(1, 1, SHARED)], cycles=2000)
+    read = trace.read(file)
+    assert list(read) == events
+    assert (len(read), read.memory, read[0], read[-1]) == (6000, MEMORY, events[0], events[-1])
+    assert read[0] != events[1]
+    with pytest.raises(IndexError):
+        read[6000]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_two_vcpus(tmp_path, kind) -> None:
+    file = tmp_path / f"trace.{kind}"
+    events = recorded(file, [call(1), call(1, 1, SHARED)], [call(9), call(9, 1, SHARED)], cycles=3000)
+    assert list(trace.read(file)) == events
+    assert [event.sequence for event in events] == list(range(12_000))
+    assert sorted(event.asked for event in events) == list(range(12_000))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_empty_trace(tmp_path, kind) -> None:
+    file = tmp_path / f"trace.{kind}"
+    assert recorded(file, []) == []
+    assert len(trace.read(file)) == 0
+    assert trace.replay(file, policies.Allow()).requests == 0
+
+
+def test_others_read_the_files(tmp_path) -> None:
+    files = {kind: tmp_path / f"trace.{kind}" for kind in FORMATS}
+    made = trace.synthetic(500)
+    for file in files.values():
+        made.write(file)
+    tables = [
+        pyarrow.parquet.read_table(files["parquet"]),
+        pa.ipc.open_file(files["arrow"]).read_all(),
+        pa.ipc.open_stream(files["arrows"]).read_all(),
+    ]
+    assert all(table.to_pylist() == pa.table(made).to_pylist() for table in tables)
+    assert all(table.schema.metadata == pa.table(made).schema.metadata for table in tables)
+
+
+def test_what_others_wrote_is_read(tmp_path) -> None:
+    polars = pytest.importorskip("polars")
+    duckdb = pytest.importorskip("duckdb")
+    made = trace.synthetic(500)
+    frame = polars.DataFrame(made)
+    frame.write_parquet(tmp_path / "polars.parquet")
+    frame.write_ipc(tmp_path / "polars.arrow", compression="zstd")
+    frame.lazy().sort("latency").collect().write_parquet(tmp_path / "shuffled.parquet", compression="lz4")
+    strings = frame.with_columns(polars.col("kind", "to").cast(polars.String)).select(reversed(frame.columns))
+    strings.write_parquet(tmp_path / "strings.parquet", compression="gzip")
+    duckdb.sql(f"copy (select * from frame) to '{tmp_path / 'duckdb.parquet'}'")
+    for file in tmp_path.iterdir():
+        assert list(trace.read(file, memory=made.memory, initial="private")) == list(made), file.name
+    assert list(trace.read(frame, memory=made.memory, initial="private")) == list(made)
+    some = trace.read(frame.filter(polars.col("kind") == "implicit"), memory=made.memory, initial="private")
+    assert {event.kind for event in some} == {"implicit"}
+
+
+def test_a_table_that_says_nothing_of_its_machine() -> None:
+    table = pa.table(trace.synthetic(5)).replace_schema_metadata()
+    with pytest.raises(ValueError, match="does not say how much memory .*: pass memory and initial"):
+        trace.read(table)
+    with pytest.raises(ValueError, match="initial goes with memory"):
+        trace.read(table, initial="private")
+    with pytest.raises(ValueError, match="multiple of 4096"):
+        trace.read(table, memory=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda table: table.drop(["gpa"]), 'no column "gpa"'),
+        (
+            lambda table: table.set_column(5, "gpa", pa.array([-1, 0, 0], pa.int64())),
+            '"gpa": its values do not all fit',
+        ),
+        (lambda table: table.set_column(5, "gpa", pa.array([None, 0, 0], pa.uint64())), '"gpa": it has nulls'),
+        (lambda table: table.set_column(4, "kind", pa.array(["implicit", "x", "poison"])), '"kind": "x" is none of'),
+        (lambda table: table.set_column(7, "to", pa.array(["mixed"] * 3)), "row 0 makes no sense"),
+        (lambda table: table.set_column(4, "kind", pa.array([1.5, 2.5, 3.5])), '"kind": "1.5" is none of'),
+    ],
+)
+def test_what_is_no_trace(change, why) -> None:
+    with pytest.raises(ValueError, match=why):
+        trace.read(change(pa.table(trace.synthetic(3))))
+
+
+def test_what_is_no_source(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        trace.read(tmp_path / "none.parquet")
+    assert caught.value.filename == str(tmp_path / "none.parquet")
+    with pytest.raises(TypeError, match="a path, a Trace, vm.events"):
+        trace.read(5)
+    (tmp_path / "text.parquet").write_text("no trace at all")
+    with pytest.raises(ValueError, match="is no trace"):
+        trace.read(tmp_path / "text.parquet")
+    (tmp_path / "empty.arrow").touch()
+    with pytest.raises(ValueError, match="is no trace"):
+        trace.read(tmp_path / "empty.arrow")
+    with pytest.raises(ValueError, match=r"must end in .parquet, .arrow \(IPC file\) or .arrows"):
+        trace.synthetic(1).write(tmp_path / "trace.csv")
+
+
+def test_damaged_parquet_is_an_error(tmp_path) -> None:
+    file = tmp_path / "trace.parquet"
+    trace.synthetic(200).write(file)
+    whole = file.read_bytes()
+    choose = random.Random(1)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[len(damaged) - 1 - choose.randrange(3000)] = choose.randrange(256)
+        file.write_bytes(damaged[: choose.choice([len(damaged), choose.randrange(len(damaged))])])
+        try:
+            trace.read(file)
+        except (ValueError, OSError):
+            continue
+
+
+def test_a_stream_can_be_read_at_any_time(tmp_path) -> None:
+    file = tmp_path / "trace.arrows"
+    events = recorded(file, [call(1), call(1, 1, SHARED)], cycles=10_000)
+    whole = file.read_bytes()
+    for length in (len(whole) - 8, len(whole) - 1000, len(whole) * 2 // 3):
+        file.write_bytes(whole[:length])
+        read = list(trace.read(file))
+        assert read == events[: len(read)]
+        assert len(read) > 4000
+
+
+def test_a_killed_recorder_leaves_a_stream_that_can_be_read(tmp_path) -> None:
+    file = tmp_path / "trace.arrows"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            vm = machine([call(1), call(1, 1, SHARED)], cycles=10_000)
+            recorder = trace.Recorder(vm, file)
+            vm.run(timeout=30)
+            time.sleep(1.5)
+            assert recorder.written == 0
+        finally:
+            os._exit(9)
+    os.waitpid(pid, 0)
+    assert len(trace.read(file)) > 4000
+
+
+# ---- recording
+
+
+def test_what_the_log_dropped_is_counted(tmp_path) -> None:
+    file = tmp_path / "trace.arrow"
+    with machine([call(1), call(1, 1, SHARED)], cycles=200_000, events=8) as vm:
+        with trace.Recorder(vm, file) as recorder:
+            vm.run(timeout=60)
+        assert recorder.lost > 0
+        assert recorder.written + recorder.lost == vm.events.total == 400_000
+        sequences = [event.sequence for event in trace.read(file)]
+    assert len(sequences) == recorder.written
+    assert sequences == sorted(set(sequences))
+    assert sequences[-1] == 399_999
+    found = trace.replay(file, policies.Allow())
+    assert found.missing == sequences[-1] - sequences[0] + 1 - len(sequences)
+
+
+def test_recording_begins_where_it_begins(tmp_path) -> None:
+    with machine([call(1), call(2), call(3)], policy=policies.Allow()) as vm:
+        vm.policy.replace(StopAt(1))
+        vm.run(timeout=10)
+        with trace.Recorder(vm, tmp_path / "trace.arrow") as recorder:
+            vm.run(timeout=10)
+            recorder.close()
+        recorder.close()
+    events = list(trace.read(tmp_path / "trace.arrow"))
+    assert [event.sequence for event in events] == [2]
+    # What had been converted by then is known.
+    assert trace.read(tmp_path / "trace.arrow").shared_bytes == MEMORY - PAGE
+
+
+class StopAt(Policy):
+    def __init__(self, number):
+        self.left = number
+
+    def map_gpa_range(self, call):
+        self.left -= 1
+        return Stop("for now") if self.left == -1 else Convert()
+
+
+def test_a_full_disk_is_said_once(tmp_path) -> None:
+    full = tmp_path / "trace.arrows"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught, machine([call(1)]) as vm:
+        trace.Recorder(vm, full)
+    assert caught.value.filename == str(full)
+    for kind in ("parquet", "arrow"):
+        full = tmp_path / f"trace.{kind}"
+        full.symlink_to("/dev/full")
+        with machine([call(1)], cycles=20_000) as vm:
+            recorder = trace.Recorder(vm, full)
+            vm.run(timeout=30)
+            with pytest.raises(OSError, match="No space left on device"):
+                recorder.close()
+            recorder.close()
+
+
+def test_a_recorder_of_a_closed_machine(tmp_path) -> None:
+    vm = machine([call(1)])
+    recorder = trace.Recorder(vm, tmp_path / "trace.arrow")
+    vm.run(timeout=10)
+    vm.close()
+    recorder.close()
+    assert len(trace.read(tmp_path / "trace.arrow")) == 1
+    with pytest.raises(pagegate.PagegateError, match="closed"):
+        trace.Recorder(vm, tmp_path / "other.arrow")
+
+
+# ---- replay
+
+
+class Naive:
+    """Policies and their bookkeeping, a page at a time."""
+
+    def __init__(self, initial_shared):
+        self.shared = set(initial_shared)
+        self.peak = len(self.shared)
+        self.to_private = self.to_shared = self.ping_pongs = 0
+        self.last = {}
+
+    def convert(self, gpa, size, to):
+        pages = range(gpa // PAGE, (gpa + size) // PAGE)
+        changed = [page for page in pages if (page in self.shared) != (to == "shared")]
+        (self.shared.update if to == "shared" else self.shared.difference_update)(pages)
+        if not changed:
+            return
+        if to == "shared":
+            self.to_shared += len(changed) * PAGE
+        else:
+            self.to_private += len(changed) * PAGE
+        self.peak = max(self.peak, len(self.shared))
+        self.ping_pongs += self.last.get(gpa, to) != to
+        self.last[gpa] = to
+
+    def facts(self):
+        return self.to_private, self.to_shared, self.peak * PAGE, self.ping_pongs
+
+
+def facts(judged):
+    return judged.bytes_to_private, judged.bytes_to_shared, judged.peak_shared, judged.ping_pongs
+
+
+PAGES = st.integers(0, 15)
+CALLS = st.lists(st.tuples(PAGES, st.integers(1, 4), st.sampled_from([PRIVATE, SHARED])), max_size=40)
+ANSWERS = st.sampled_from(
+    [Convert(), Convert("shared"), Convert(size=PAGE), Convert(gpa=8 * PAGE, size=2 * PAGE), Deny(), Deny(5), Retry()]
+)
+
+
+class Scripted(Policy):
+    def __init__(self, answers):
+        self.answers = answers
+        self.asked = []
+
+    def map_gpa_range(self, call):
+        self.asked.append((call.vcpu, call.gpa, call.size, call.to, call.page_size, call.raw, call.state, call.time))
+        return self.answers[(len(self.asked) - 1) % len(self.answers)]
+
+
+@settings(max_examples=150)
+@given(CALLS, st.lists(ANSWERS, min_size=1, max_size=5), st.lists(ANSWERS, min_size=1, max_size=5))
+def test_a_replay_counts_as_a_naive_one_does(calls, then, now) -> None:
+    live = Scripted(then)
+    vm = machine([call(*each) for each in calls], policy=live)
+    vm.run(timeout=30)
+    read = trace.read(vm.events)
+    vm.close()
+    again, other = Scripted(then), Scripted(now)
+    found = trace.replay(read, again, other)
+    assert again.asked == other.asked == live.asked
+    assert found.policies[0].differences == 0
+    assert facts(found.policies[0]) == facts(found.recorded)
+    naive, different = Naive(range(MEMORY // PAGE)), 0
+    for number, (page, pages, to) in enumerate(calls):
+        asked = page * PAGE, pages * PAGE, "private" if to == PRIVATE else "shared"
+        effects = []
+        for answers in (then, now):
+            answer = answers[number % len(answers)]
+            effect = answer
+            if isinstance(answer, Convert):
+                gpa = asked[0] if answer.gpa is None else answer.gpa
+                effect = gpa, answer.size or asked[1], answer.to or asked[2]
+            effects.append(effect)
+        if isinstance(effects[1], tuple):
+            naive.convert(*effects[1])
+        different += effects[0] != effects[1]
+    assert facts(found.policies[1]) == naive.facts()
+    assert found.policies[1].differences == found.different == different
+    assert len(found.differences) == min(different, 1000)
+
+
+def test_a_difference_names_both(tmp_path) -> None:
+    recorded(tmp_path / "t.arrow", [call(1), call(2), call(3)])
+
+    class Picky(Policy):
+        def map_gpa_range(self, call):
+            return Deny() if call.gpa == 2 * PAGE else Convert()
+
+    found = trace.replay(tmp_path / "t.arrow", Picky(), policies.DenyAll(11), keep=2)
+    assert (found.requests, found.different, found.missing) == (3, 3, 0)
+    first, second = found.differences
+    assert (first.event.gpa, first.decisions) == (PAGE, (Convert(), Deny(11)))
+    assert (second.event.gpa, second.decisions) == (2 * PAGE, (Deny(), Deny(11)))
+    assert [judged.differences for judged in found.policies] == [1, 3]
+    assert "Difference(Event(" in repr(first)
+
+
+def test_requests_come_in_the_order_in_which_they_were_asked() -> None:
+    table = pa.table(trace.synthetic(100))
+    asked = pa.array(list(reversed(range(100))), pa.uint64())
+    found = Scripted([Convert()])
+    trace.replay(table.set_column(1, "asked", asked), found)
+    times = [each[-1] for each in found.asked]
+    assert times == sorted(times, reverse=True)
+    assert len(times) > 10
+
+
+def test_where_the_run_would_have_ended() -> None:
+    made = trace.synthetic(1000)
+    implicit = next(event.sequence for event in made if event.kind == "implicit")
+    explicit = next(event.sequence for event in made if event.kind == "explicit")
+    found = trace.replay(made, policies.ExplicitOnly(), StopAt(0), policies.Allow())
+    assert [judged.ends for judged in found.policies] == [implicit, explicit, None]
+    assert found.recorded.ends is None
+
+
+def test_what_is_remembered_is_remembered() -> None:
+    class Once(Policy):
+        asked = 0
+
+        def map_gpa_range(self, call):
+            self.asked += 1
+            return Convert(remember=Region(0, 1 << 30))
+
+        def memory_fault(self, fault):
+            self.asked += 1
+            return Convert(remember=Region(0, 1 << 30))
+
+    once = Once()
+    assert trace.replay(trace.synthetic(1000), once).different == 0
+    assert once.asked == 4
+
+
+def test_a_policy_that_fails() -> None:
+    class Broken(Policy):
+        def map_gpa_range(self, call):
+            return {}[call.gpa]
+
+    class Wild(Policy):
+        def map_gpa_range(self, call):
+            return Convert(size=1 << 40)
+
+    made = trace.synthetic(100)
+    first = next(event for event in made if event.kind == "explicit")
+    with pytest.raises(KeyError) as caught:
+        trace.replay(made, policies.Allow(), Broken())
+    assert f"event {first.sequence} of the trace, policy 2 of 2" in caught.value.__notes__
+    assert f"gpa {first.gpa:#x}" in caught.value.__notes__
+    with pytest.raises(PolicyError, match="is no page-aligned part of") as caught:
+        trace.replay(made, Wild())
+    assert f"event {first.sequence} of the trace" in caught.value.__notes__
+    with pytest.raises(PolicyError, match="did you mean map_gpa_range"):
+        trace.replay(made, type("Slip", (), {"map_gpa_rang": print, "memory_fault": print})())
+
+
+def test_poison() -> None:
+    vm = machine([Step.memory_fault(PAGE, errno=133)], initial="private")
+    assert vm.run(timeout=10).reason == "poison"
+    seen = []
+
+    class Frees(Policy):
+        def memory_poison(self, poison):
+            seen.append((poison.gpa, poison.errno, poison.state))
+            return pagegate.Discard()
+
+    found = trace.replay(vm.events, Frees())
+    assert seen == [(PAGE, 133, "private")]
+    assert (found.policies[0].discarded, found.recorded.stopped, found.recorded.ends) == (1, 1, 0)
+    vm.close()
+
+
+def test_what_the_host_converted_is_taken_over() -> None:
+    vm = machine([call(1), call(2, 4), call(2, 4)], policy=StopAt(1))
+    vm.run(timeout=10)
+    vm.convert(2 * PAGE, 4 * PAGE, to="private")
+    vm.run(timeout=10)
+    found = trace.replay(vm.events, StopAt(1))
+    vm.close()
+    # The last request found its pages private, so it changed nothing.
+    assert found.different == 0
+    assert found.policies[0].bytes_to_private == found.recorded.bytes_to_private == PAGE
+
+
+def test_requests_outside_memory() -> None:
+    with pytest.raises(ValueError, match="no page-aligned part of"):
+        trace.replay(trace.read(trace.synthetic(10), memory=PAGE), policies.Allow())
+
+
+def test_the_same_arguments_make_the_same_trace() -> None:
+    def made(**kwargs):
+        return list(trace.synthetic(2000, **kwargs))
+
+    assert made(seed=7, vcpus=3) == made(seed=7, vcpus=3)
+    assert made(seed=7) != made(seed=8)
+    assert {event.vcpu for event in made(vcpus=3)} == {0, 1, 2}
+    kinds = [event.kind for event in made()]
+    assert 0.6 < kinds.count("explicit") / 2000 < 0.7
+    # Each meets the state that the ones before it left.
+    assert trace.replay(trace.synthetic(2000), policies.Allow()).different == 0
+    assert all(event.state != event.to and event.changed == event.size for event in made())
+
+
+def test_a_million_requests() -> None:
+    made = trace.synthetic()
+    assert len(made) == 1_000_000
+    quota = policies.Quota(64 << 20)
+    found = trace.replay(made, policies.Allow(), quota, keep=0)
+    assert found.policies[0] == found.recorded
+    assert found.policies[1].peak_shared == 64 << 20 < found.recorded.peak_shared
+    assert found.policies[1].denied == found.different > 0
