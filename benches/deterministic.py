@@ -37,7 +37,7 @@ Row = dict[str, Any]
 class Hook(Policy):
     """The least that a Python policy can do."""
 
-    def map_gpa_range(self, call: MapGpaRange) -> Convert:  # noqa: ARG002
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:
         return Convert()
 
 
@@ -47,7 +47,7 @@ class Learned(Policy):
     def __init__(self, memory: int) -> None:
         self.region = Region(0, memory)
 
-    def map_gpa_range(self, call: MapGpaRange) -> Convert:  # noqa: ARG002
+    def map_gpa_range(self, call: MapGpaRange) -> Convert:
         return Convert(remember=self.region)
 
 
@@ -137,7 +137,7 @@ def port_io(port: int) -> workload.Workload:
     )
 
 
-def answer(io: Io) -> bytes:  # noqa: ARG001
+def answer(io: Io) -> bytes:
     return b"\x2a"
 
 

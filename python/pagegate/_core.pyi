@@ -511,11 +511,8 @@ class Event:
     def sequence(self) -> int:
         """Position in the log, from 0: in the order in which requests were over."""
     @property
-    def asked(self) -> int:
-        """In the order in which the policy was asked, from 0."""
-    @property
     def time(self) -> int:
-        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
+        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``. Policies were asked in this order."""
     @property
     def vcpu(self) -> int: ...
     @property
@@ -596,7 +593,7 @@ class Events:
 
     It is an Arrow table too, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
     ``pandas.DataFrame.from_arrow(vm.events)``. The columns lie in the log's own memory and are not copied. Those of one
-    vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``asked`` (order of the questions).
+    vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``time`` (order of the questions).
     """
 
     @property

@@ -15,9 +15,7 @@ use crate::{arrow, names};
 pub(crate) struct PyEvent {
     /// Position in the log, from 0: in the order in which requests were over.
     sequence: u64,
-    /// In the order in which the policy was asked, from 0.
-    asked: u64,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``. Policies were asked in this order.
     time: u64,
     vcpu: u32,
     kind: &'static str,
@@ -73,7 +71,6 @@ impl From<Event> for PyEvent {
         let answer = event.answer;
         Self {
             sequence: event.sequence,
-            asked: event.asked,
             time: event.time,
             vcpu: event.vcpu,
             kind: event.kind.as_str(),
@@ -128,7 +125,7 @@ impl PyEvent {
 ///
 /// It is an Arrow table too, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
 /// ``pandas.DataFrame.from_arrow(vm.events)``. The columns lie in the log's own memory and are not copied. Those of one
-/// vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``asked`` (order of the questions).
+/// vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``time`` (order of the questions).
 #[pyclass(name = "Events", module = "pagegate", frozen)]
 pub(crate) struct PyEvents(pub(crate) Py<PyVm>);
 

@@ -121,6 +121,11 @@ impl Ledger {
 
     /// The fewest possible runs of a range, ascending.
     pub fn runs_in(&self, range: Range) -> Vec<Run> {
+        if let Some((part, piece)) = self.whole(range) {
+            let moved = range.gpa() - piece.gpa();
+            let books = part.books.lock();
+            return books.map().runs_in(piece).map(|run| moved_by(moved, run)).collect();
+        }
         let mut runs: Vec<Run> = Vec::new();
         for (part, piece) in pieces(self.shift, range) {
             let books = self.parts[part].books.lock();
@@ -339,9 +344,12 @@ fn pieces(shift: u32, range: Range) -> impl Iterator<Item = (usize, Range)> {
 
 /// A part's run in the addresses of the guest.
 fn placed(shift: u32, part: usize, run: Run) -> Run {
-    let gpa = ((part as u64) << shift) + run.range.gpa();
+    moved_by((part as u64) << shift, run)
+}
+
+fn moved_by(bytes: u64, run: Run) -> Run {
     Run {
-        range: Range::new(gpa, run.range.size()).unwrap_or(run.range),
+        range: Range::new(run.range.gpa() + bytes, run.range.size()).unwrap_or(run.range),
         state: run.state,
     }
 }

@@ -741,7 +741,6 @@ impl<'a> VcpuLoop<'a> {
             since: self.exited,
             event: Event {
                 sequence: 0,
-                asked: self.machine.events().ask(),
                 time: request.time(),
                 vcpu: self.vcpu.index,
                 kind,

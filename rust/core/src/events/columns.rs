@@ -7,7 +7,7 @@ use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use super::{Answer, Event, Kind, Outcome, Verdict};
 use crate::attributes::State;
 
-pub(super) const WORDS: usize = 12;
+pub(super) const WORDS: usize = 11;
 pub(super) const HALVES: usize = 7;
 pub(super) const BYTES: usize = 9;
 
@@ -64,33 +64,32 @@ impl Vocabulary {
 /// The columns, in order.
 pub(super) static COLUMNS: [(&str, Source); WORDS + HALVES + BYTES] = [
     ("sequence", Source::Word(0)),
-    ("asked", Source::Word(1)),
-    ("time", Source::Word(2)),
+    ("time", Source::Word(1)),
     ("vcpu", Source::Half(0)),
     ("kind", Source::Code(0, Vocabulary::Kinds)),
-    ("gpa", Source::Word(3)),
-    ("size", Source::Word(4)),
+    ("gpa", Source::Word(2)),
+    ("size", Source::Word(3)),
     ("to", Source::Code(1, Vocabulary::States)),
     ("state", Source::Code(2, Vocabulary::States)),
     ("page_size", Source::Half(1)),
     ("raw", Source::Half(2)),
     ("flags", Source::Half(3)),
-    ("rip", Source::Word(5)),
+    ("rip", Source::Word(4)),
     ("repeats", Source::Half(4)),
     ("decision", Source::Code(3, Vocabulary::Verdicts)),
-    ("decision_gpa", Source::Word(6)),
-    ("decision_size", Source::Word(7)),
+    ("decision_gpa", Source::Word(5)),
+    ("decision_size", Source::Word(6)),
     ("decision_to", Source::Code(4, Vocabulary::States)),
     ("decision_prefault", Source::Flag(5)),
     ("decision_discard", Source::Flag(6)),
     ("decision_errno", Source::Signed(5)),
     ("outcome", Source::Code(7, Vocabulary::Outcomes)),
-    ("done_gpa", Source::Word(8)),
-    ("done_size", Source::Word(9)),
+    ("done_gpa", Source::Word(7)),
+    ("done_size", Source::Word(8)),
     ("done_to", Source::Code(8, Vocabulary::States)),
-    ("changed", Source::Word(10)),
+    ("changed", Source::Word(9)),
     ("errno", Source::Signed(6)),
-    ("latency", Source::Word(11)),
+    ("latency", Source::Word(10)),
 ];
 
 impl Source {
@@ -121,7 +120,6 @@ impl From<&Event> for Row {
         Self {
             words: [
                 event.sequence,
-                event.asked,
                 event.time,
                 event.gpa,
                 event.size,
@@ -162,7 +160,6 @@ impl Row {
     pub(super) fn event(&self) -> Option<Event> {
         let [
             sequence,
-            asked,
             time,
             gpa,
             size,
@@ -188,7 +185,6 @@ impl Row {
         ] = self.bytes;
         Some(Event {
             sequence,
-            asked,
             time,
             vcpu,
             kind: *Kind::ALL.get(usize::from(kind))?,

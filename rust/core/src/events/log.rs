@@ -11,7 +11,8 @@ use super::Event;
 use super::chunk::Chunk;
 use super::columns::Row;
 
-/// The events of one vCPU.
+/// The events of one vCPU. Alone in its cache lines, for it is written at every request.
+#[repr(align(128))]
 struct Ring {
     /// The last one is being written. Held for a moment, once in a chunk by the vCPU.
     chunks: Mutex<VecDeque<Arc<Chunk>>>,
@@ -26,13 +27,18 @@ pub struct EventLog {
     rings: Vec<Ring>,
     /// Events that a ring keeps.
     capacity: usize,
-    sequence: AtomicU64,
-    asked: AtomicU64,
+    sequence: Sequence,
 }
+
+/// The next number, which all vCPUs write. Alone in its cache lines.
+#[repr(align(128))]
+struct Sequence(AtomicU64);
 
 /// Adds the events of one vCPU.
 pub(crate) struct Writer {
     ring: usize,
+    /// Its next event has no lower number.
+    next: u64,
     /// `None` where no events are kept.
     open: Option<Arc<Chunk>>,
 }
@@ -55,31 +61,49 @@ impl EventLog {
         let log = Self {
             rings: (0..vcpus).map(ring).collect(),
             capacity,
-            sequence: AtomicU64::new(0),
-            asked: AtomicU64::new(0),
+            sequence: Sequence(AtomicU64::new(0)),
         };
-        (log, (0..vcpus).map(|ring| Writer { ring, open: None }).collect())
-    }
-
-    /// The number of a request that is put to the policy now.
-    pub(crate) fn ask(&self) -> u64 {
-        self.asked.fetch_add(1, Ordering::Relaxed)
+        (
+            log,
+            (0..vcpus)
+                .map(|ring| Writer {
+                    ring,
+                    next: 0,
+                    open: None,
+                })
+                .collect(),
+        )
     }
 
     /// Adds an event. Nobody who reads is waited for.
     #[inline]
     pub(crate) fn push(&self, writer: &mut Writer, event: &mut Event) {
         let ring = &self.rings[writer.ring];
-        ring.arriving
-            .store(self.sequence.load(Ordering::SeqCst), Ordering::SeqCst);
-        event.sequence = self.sequence.fetch_add(1, Ordering::SeqCst);
+        // Whoever finds the number that is taken next counted finds this, too.
+        ring.arriving.store(writer.next, Ordering::Relaxed);
+        event.sequence = self.number();
+        writer.next = event.sequence + 1;
         if self.capacity > 0 {
             let row = Row::from(&*event);
             if !writer.open.as_ref().is_some_and(|chunk| chunk.push(&row)) {
                 self.push_into_another(writer, &row);
             }
         }
-        ring.arriving.store(NONE_ARRIVING, Ordering::SeqCst);
+        ring.arriving.store(NONE_ARRIVING, Ordering::Release);
+    }
+
+    #[inline]
+    fn number(&self) -> u64 {
+        let Sequence(sequence) = &self.sequence;
+        match self.rings.len() {
+            // Nobody else counts.
+            1 => {
+                let number = sequence.load(Ordering::Relaxed);
+                sequence.store(number + 1, Ordering::Release);
+                number
+            }
+            _ => sequence.fetch_add(1, Ordering::AcqRel),
+        }
     }
 
     #[cold]
@@ -92,7 +116,7 @@ impl EventLog {
 
     /// Events there were, kept or dropped.
     pub fn total(&self) -> u64 {
-        self.sequence.load(Ordering::Relaxed)
+        self.sequence.0.load(Ordering::Relaxed)
     }
 
     /// Events that are kept.
@@ -115,8 +139,8 @@ impl EventLog {
     }
 
     fn horizon(&self) -> u64 {
-        let total = self.sequence.load(Ordering::SeqCst);
-        let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::SeqCst));
+        let total = self.sequence.0.load(Ordering::Acquire);
+        let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::Acquire));
         arriving.min().unwrap_or(total).min(total)
     }
 

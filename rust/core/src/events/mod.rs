@@ -201,9 +201,7 @@ impl Answer {
 pub struct Event {
     /// Position in the log, from 0: in the order in which requests were over.
     pub sequence: u64,
-    /// In the order in which the policy was asked, from 0.
-    pub asked: u64,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC. The order in which policies were asked.
     pub time: u64,
     /// The vCPU's index.
     pub vcpu: u32,

@@ -233,7 +233,7 @@ pub fn replay(
 ) -> Result<Replay, ReplayError> {
     let memory = trace.about.memory();
     let mut order: Vec<&Event> = trace.events.iter().collect();
-    order.sort_by_key(|event| event.asked);
+    order.sort_by_key(|event| (event.time, event.sequence));
     let mut recorded = Timeline::new(&trace.about);
     let mut timelines: Vec<Timeline> = policies.iter().map(|_| Timeline::new(&trace.about)).collect();
     let (mut differences, mut different) = (Vec::new(), 0);

@@ -61,7 +61,6 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
 
 const NOTHING: Event = Event {
     sequence: 0,
-    asked: 0,
     time: 0,
     vcpu: 0,
     kind: Kind::Implicit,
@@ -99,7 +98,6 @@ fn one(model: &mut Model, event: Event) -> Event {
         0
     };
     Event {
-        asked: event.sequence,
         to,
         state: Some(state),
         page_size: if explicit { page_size as u32 } else { 0 },
