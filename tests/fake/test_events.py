@@ -168,7 +168,7 @@ def test_a_table_stays_as_it_was(make) -> None:
 
 
 def test_who_looks_meanwhile_sees_whole_rows(make, in_background) -> None:
-    cycles = 4000
+    cycles = 20_000
     scripts = [[Step.doorbell((16 * vcpu + n) * PAGE, 1 + n % 4, PRIVATE) for n in range(12)] for vcpu in range(2)]
     vm, _ = make(*scripts, cycles=cycles, events=4096)
     run = in_background(vm, timeout=60)
