@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pagegate import Convert, Deny, MapGpaRange, Region, Stop, Vm, policies
+from pagegate import Convert, Deny, MapGpaRange, Region, Stop, Vm, measure, policies, probe, workload
+from pagegate.guests import hypercall_completes
 from pagegate.testing import Fake, Step
 
 if TYPE_CHECKING:
@@ -44,12 +45,16 @@ class Row:
 
     name: str
     value: float
-    goal: float
+    goal: float | None
     better: str
     detail: str
+    holds: float | None = None
+    """What must not be missed on a noisy machine, where the goal itself may be."""
 
     @property
     def met(self) -> bool:
+        if self.goal is None:
+            return True
         return self.value <= self.goal if self.better == "lower" else self.value >= self.goal
 
 
@@ -167,19 +172,42 @@ def hooks(plan: Effort) -> Iterator[Row]:
         "lower",
         f"{core:.0f} against {called:.0f} ns: a request with the hook less one with Allow(), against a call in a for "
         f"loop, of a hook that looks at the request and answers; {others}",
+        holds=3.0,
     )
 
 
 def events(plan: Effort) -> Iterator[Row]:
     times = taking_turns(
         plan.rounds * 2,
-        on=lambda: request(policies.Allow(), plan.requests),
+        # So few that the log is soon full: what it costs to get memory from the kernel is paid once.
+        on=lambda: request(policies.Allow(), plan.requests, events=2048),
         off=lambda: request(policies.Allow(), plan.requests, events=0),
     )
     on, off = times["on"], times["off"]
+    # Without the kernel's part a request on the fake is next to nothing, and the goal is for those of a machine.
     yield Row(
-        "events on, against events off", on / off, 1.02, "lower", f"{on:.0f} against {off:.0f} ns a request, Allow()"
+        "events on, against events off, on the fake",
+        on / off,
+        None,
+        "lower",
+        f"{on:.0f} against {off:.0f} ns a request, Allow(): {on - off:.0f} ns for an event",
     )
+    if probe().enforcement is not None:
+        yield on_this_host(plan)
+
+
+def on_this_host(plan: Effort) -> Row:
+    """The same by a guest on this host's KVM, by whichever enforcement it has."""
+    call = "hypercall" if hypercall_completes() else "doorbell"
+    load = workload.make("explicit", 400, call=call)
+
+    def cost(kept: int) -> float:
+        return measure.under_policy(load, policies.Allow(), events=kept).seconds * 1e9 / load.requests
+
+    times = taking_turns(plan.rounds * 2, on=lambda: cost(65536), off=lambda: cost(0))
+    on, off = times["on"], times["off"]
+    detail = f"{on / 1e3:.1f} against {off / 1e3:.1f} µs a request, Allow()"
+    return Row("events on, against events off, on this host's KVM", on / off, 1.02, "lower", detail, holds=1.1)
 
 
 def learned(plan: Effort) -> Iterator[Row]:
@@ -197,6 +225,7 @@ def learned(plan: Effort) -> Iterator[Row]:
         1.1,
         "lower",
         f"{rule:.0f} against {allow:.0f} ns a request",
+        holds=1.25,
     )
 
 
@@ -205,10 +234,11 @@ def two_vcpus(plan: Effort) -> Iterator[Row]:
         return
     times = taking_turns(
         plan.rounds * 3,
-        one=lambda: request(policies.Allow(), plan.requests),
-        two=lambda: request(policies.Allow(), plan.requests, vcpus=2),
-        one_unlogged=lambda: request(policies.Allow(), plan.requests, events=0),
-        two_unlogged=lambda: request(policies.Allow(), plan.requests, events=0, vcpus=2),
+        # As above; and while the log fills, both would wait for the one address space that they get memory in.
+        one=lambda: request(policies.Allow(), plan.requests * 4, events=2048),
+        two=lambda: request(policies.Allow(), plan.requests * 4, events=4096, vcpus=2),
+        one_unlogged=lambda: request(policies.Allow(), plan.requests * 4, events=0),
+        two_unlogged=lambda: request(policies.Allow(), plan.requests * 4, events=0, vcpus=2),
     )
     one, two = 1e9 / times["one"], 1e9 / times["two"]
     unlogged = times["one_unlogged"] / times["two_unlogged"]
@@ -219,6 +249,7 @@ def two_vcpus(plan: Effort) -> Iterator[Row]:
         "higher",
         f"{two / 1e6:.2f} against {one / 1e6:.2f} million requests a second, Allow(); {unlogged:.2f} "
         "with no events kept",
+        holds=1.5,
     )
 
 
@@ -309,6 +340,7 @@ def attributes(plan: Effort) -> Iterator[Row]:
             "lower",
             f"{figures[f'{what}_1t_{spread}']:.1f} against {figures[f'{what}_1g_{spread}']:.1f} ns, {spread} pages at "
             f"random all over memory; {others}: above what the caches hold, memory's own latency counts",
+            holds=1.6,
         )
     mib = figures["worst_case_resident"] / 2**20
     how = "every other page of a block in each 128 MiB, as bad as all" if plan.short else "every other page"
@@ -338,7 +370,7 @@ def attributes(plan: Effort) -> Iterator[Row]:
 # ---- all of it
 
 
-def measure() -> list[Row]:
+def measured() -> list[Row]:
     plan = effort()
     # Memory first, before there is freed memory to grow into.
     parts = (memory, attributes, hooks, events, learned, two_vcpus)
@@ -353,14 +385,15 @@ def main() -> int:
     if arguments.build:
         print(figures_program())
         return 0
-    rows = measure()
+    rows = measured()
     if arguments.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         for row in rows:
             sign = "<=" if row.better == "lower" else ">="
-            met = "met   " if row.met else "MISSED"
-            print(f"{met} {row.value:8.3f} {sign} {row.goal:<5g} {row.name}")
+            met = "      " if row.goal is None else "met   " if row.met else "MISSED"
+            goal = "" if row.goal is None else f"{sign} {row.goal:g}"
+            print(f"{met} {row.value:8.3f} {goal:8} {row.name}")
             print(textwrap.fill(row.detail, 110, initial_indent=" " * 7, subsequent_indent=" " * 7))
     return 0 if all(row.met for row in rows) else 1
 

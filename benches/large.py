@@ -71,7 +71,6 @@ def main(mib: int) -> None:
     # Both ends of whatever is converted.
     first = script.touch(start, 1)
     script.touch(start + size - PAGE, 1)
-    script.touch(start, 4000, stride=0)
     script.out(PORT, 1)
     script.loop(first, 1 << 40)
     results: dict[str, list[tuple[int, int]]] = {}

@@ -512,7 +512,7 @@ class Event:
         """Position in the log, from 0: in the order in which requests were over."""
     @property
     def time(self) -> int:
-        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``. Policies were asked in this order."""
+        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``; the order of the questions."""
     @property
     def vcpu(self) -> int: ...
     @property

@@ -15,7 +15,7 @@ use crate::{arrow, names};
 pub(crate) struct PyEvent {
     /// Position in the log, from 0: in the order in which requests were over.
     sequence: u64,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``. Policies were asked in this order.
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``; the order of the questions.
     time: u64,
     vcpu: u32,
     kind: &'static str,

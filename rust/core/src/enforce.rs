@@ -33,8 +33,8 @@ impl Mode {
     }
 }
 
-/// One KVM_SET_MEMORY_ATTRIBUTES call is bounded by this many bytes: it cannot be interrupted, and it holds
-/// every vCPU that faults in its range.
+/// One KVM_SET_MEMORY_ATTRIBUTES call, and one discard, is bounded by this many bytes: neither can be interrupted, and
+/// both hold every vCPU that faults in their range.
 pub(crate) const CHUNK: u64 = 2 << 20;
 
 /// One transaction is for at most this many bytes, and this many slots of a layer.
@@ -343,7 +343,7 @@ impl Failure {
 }
 
 /// `range`, cut at multiples of [`CHUNK`].
-fn chunks(range: Range) -> impl Iterator<Item = Range> {
+pub(crate) fn chunks(range: Range) -> impl Iterator<Item = Range> {
     let mut start = range.gpa();
     std::iter::from_fn(move || {
         let end = (start - start % CHUNK + CHUNK).min(range.end());

@@ -25,12 +25,15 @@ pub(super) struct Chunk {
     columns: Box<Columns>,
 }
 
-/// Fixed sizes, so that a row's places are known without arithmetic on every column.
+/// Fixed sizes, so that a row's places are known without arithmetic on every column. Each column is longer than its rows
+/// by a cache line: else those of one row would all meet in one set of the cache.
 struct Columns {
-    words: [[AtomicU64; ROWS]; WORDS],
-    halves: [[AtomicU32; ROWS]; HALVES],
-    bytes: [[AtomicU8; ROWS]; BYTES],
+    words: [[AtomicU64; ROWS + LINE / 8]; WORDS],
+    halves: [[AtomicU32; ROWS + LINE / 4]; HALVES],
+    bytes: [[AtomicU8; ROWS + LINE]; BYTES],
 }
+
+const LINE: usize = 64;
 
 impl Columns {
     /// Memory that the kernel has zeroed need not be written once more.

@@ -17,6 +17,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use super::{ExitFlag, Hypervisor, Limits, Memslot, Vcpu};
 use crate::attributes::{Range, State};
 use crate::decode::PAGE_START;
+use crate::enforce;
 use crate::errno::Errno;
 use crate::explicit::KVM_HC_MAP_GPA_RANGE;
 use crate::memory::Backing;
@@ -164,7 +165,8 @@ impl Hypervisor for KvmVm {
     }
 
     fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
-        sys::punch_hole(side.file().as_raw_fd(), range.gpa(), range.size())
+        let file = side.file().as_raw_fd();
+        enforce::chunks(range).try_for_each(|chunk| sys::punch_hole(file, chunk.gpa(), chunk.size()))
     }
 
     fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno> {
