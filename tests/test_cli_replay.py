@@ -122,6 +122,13 @@ def test_record_and_replay(folder, kind) -> None:
 
 
 @pytest.mark.kvm
+def test_the_limit_of_a_trace(folder) -> None:
+    run = ("run", "-p", "allow.py", "--guest", "explicit", "--events", "e.arrow", "--events-limit", 5)
+    assert "requests are not in e.arrow: above --events-limit" in pagegate(*run, cwd=folder).stderr
+    assert len(trace.read(folder / "e.arrow")) == 5
+
+
+@pytest.mark.kvm
 def test_the_trace_of_a_guest_that_crashed(folder) -> None:
     # out 0xe6, al with RAX = 12, RBX = 0x100000, RCX = 1, RDX = 16, and then an undefined instruction without an IDT
     code = "b80c000000bb00001000b901000000ba10000000e6e60f0b"

@@ -284,6 +284,15 @@ def test_a_disk_that_fills_up_ends_the_run(tmp_path) -> None:
             recorder.close()
 
 
+def test_no_more_than_the_limit_is_written(tmp_path) -> None:
+    file = tmp_path / "trace.arrow"
+    with machine([call(1), call(1, 1, SHARED)], cycles=10_000) as vm:
+        with trace.Recorder(vm, file, limit=7) as recorder:
+            vm.run(timeout=60)
+        assert (recorder.written, recorder.lost) == (7, 19_993)
+    assert [event.sequence for event in trace.read(file)] == list(range(7))
+
+
 def test_what_is_missing_at_the_beginning_is_missing() -> None:
     vm = machine([call(1), call(1, 1, SHARED)], cycles=50, events=10)
     vm.run(timeout=10)

@@ -1041,17 +1041,17 @@ class Recorder:
 
     ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
     read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-    counted. What cannot be written ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and
-    ValueError for another name.
+    counted, and so is what comes after ``limit`` events, for a guest asks as often as it likes. What cannot be written
+    ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and ValueError for another name.
     """
 
-    def __new__(cls, vm: Vm, path: str | PathLike[str]) -> Self: ...
+    def __new__(cls, vm: Vm, path: str | PathLike[str], *, limit: int | None = None) -> Self: ...
     @property
     def written(self) -> int:
         """Events that are in the file, once it is closed."""
     @property
     def lost(self) -> int:
-        """Events that the log dropped before they could be written, once it is closed."""
+        """Events that are not in the file: dropped by the log before, or above the limit. Once it is closed."""
     def close(self) -> None:
         """Writes what there is and closes the file. Raises OSError if anything could not be written. Once is enough."""
     def __enter__(self) -> Self: ...

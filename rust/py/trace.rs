@@ -394,8 +394,8 @@ pub(crate) fn replay(
 ///
 /// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
 /// read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-/// counted. What cannot be written ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and
-/// ValueError for another name.
+/// counted, and so is what comes after ``limit`` events, for a guest asks as often as it likes. What cannot be written
+/// ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and ValueError for another name.
 #[pyclass(name = "Recorder", module = "pagegate.trace", frozen)]
 pub(crate) struct PyRecorder {
     recorder: Mutex<Option<Recorder>>,
@@ -409,7 +409,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[pymethods]
 impl PyRecorder {
     #[new]
-    fn new(py: Python<'_>, vm: &Bound<'_, PyVm>, path: PathBuf) -> PyResult<Self> {
+    #[pyo3(signature = (vm, path, *, limit = None))]
+    fn new(
+        py: Python<'_>,
+        vm: &Bound<'_, PyVm>,
+        path: PathBuf,
+        #[pyo3(from_py_with = names::optional_u64)] limit: Option<u64>,
+    ) -> PyResult<Self> {
         let machine = vm.get().machine(py)?;
         let start = || {
             let about = About::now(&machine);
@@ -420,7 +426,13 @@ impl PyRecorder {
                     machine.stop();
                 }
             };
-            Recorder::start(machine.events().clone(), &about, &path, failed)
+            Recorder::start(
+                machine.events().clone(),
+                &about,
+                &path,
+                limit.unwrap_or(u64::MAX),
+                failed,
+            )
         };
         let recorder = py.detach(start).map_err(failed)?;
         Ok(Self {
@@ -435,7 +447,7 @@ impl PyRecorder {
         lock(&self.recorded).written
     }
 
-    /// Events that the log dropped before they could be written, once it is closed.
+    /// Events that are not in the file: dropped by the log before, or above the limit. Once it is closed.
     #[getter]
     fn lost(&self) -> u64 {
         lock(&self.recorded).lost

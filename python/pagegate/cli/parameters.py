@@ -27,8 +27,7 @@ class Size(click.ParamType[int]):
         return count
 
 
-def key_values(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """A callback for an option that is given as KEY=VALUE, several times."""
+def _key_values(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     given: dict[str, str] = {}
     for value in values:
         key, equals, text = value.partition("=")
@@ -39,3 +38,14 @@ def key_values(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
             raise click.BadParameter(f"{key} is given twice", ctx, param)
         given[key] = text
     return given
+
+
+policy_options = click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_key_values,
+    help="An argument for the policy's class or function.",
+)

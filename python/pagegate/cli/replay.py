@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pagegate import script
-from pagegate.cli.parameters import Size, key_values
+from pagegate.cli.parameters import Size, policy_options
 from pagegate.cli.policy_file import PolicyFile
 from pagegate.cli.summary import size
 from pagegate.trace import read
@@ -38,15 +38,7 @@ _BYTES = {"bytes_to_private": "to private", "bytes_to_shared": "to shared", "pea
     multiple=True,
     help="The Python file that judges. Several are compared with each other.",
 )
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    callback=key_values,
-    help="An argument for the policy's class or function.",
-)
+@policy_options
 @click.option("--memory", type=Size(), help="The guest's memory, for a trace that does not say so.")
 @click.option("--initial", type=click.Choice(["private", "shared"]), help="All pages' state at first, likewise.")
 @click.option("--show", type=click.IntRange(min=0), default=20, show_default=True, help="Differences to list.")

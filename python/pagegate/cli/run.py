@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from pagegate import Vm, guests, script
 from pagegate.bundled import GUESTS, SHARED_BIT, Guest
 from pagegate.cli.console import Console
-from pagegate.cli.parameters import Size, key_values
+from pagegate.cli.parameters import Size, policy_options
 from pagegate.cli.policy_file import PolicyFile
 from pagegate.cli.summary import Ran, facts, size, summary
 from pagegate.trace import Recorder
@@ -49,15 +49,7 @@ def _start_image(vm: Vm, image: Path) -> None:
 @click.command()
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
 @click.option("-p", "--policy", "named", type=PolicyFile(), required=True, help="The Python file that judges.")
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    callback=key_values,
-    help="An argument for the policy's class or function.",
-)
+@policy_options
 @click.option("--guest", metavar="NAME", callback=_known, help=f"A bundled guest: {', '.join(GUESTS)}.")
 @click.option("--memory", type=Size(), default="64M", show_default=True, help="Guest memory.")
 @click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True)
@@ -84,6 +76,14 @@ def _start_image(vm: Vm, image: Path) -> None:
     metavar="FILE",
     help="Write every request to FILE as it runs: .parquet, .arrow (IPC file) or .arrows (IPC stream).",
 )
+@click.option(
+    "--events-limit",
+    type=click.IntRange(min=1),
+    default=10_000_000,
+    show_default=True,
+    metavar="N",
+    help="Requests in FILE at most; the rest is counted.",
+)
 def run(  # noqa: PLR0913 - one for each option
     *,
     image: Path | None,
@@ -99,6 +99,7 @@ def run(  # noqa: PLR0913 - one for each option
     as_json: bool,
     watch: bool,
     events: Path | None,
+    events_limit: int,
 ) -> int:
     """Runs IMAGE, or a bundled guest, under a policy.
 
@@ -134,7 +135,7 @@ def run(  # noqa: PLR0913 - one for each option
             guest.start(vm, call)
         elif image is not None:
             _start_image(vm, image)
-        recorder = _recorder(vm, events)
+        recorder = _recorder(vm, events, events_limit)
         try:
             with Watcher(vm, changes, name, options, _say) if watch else nullcontext():
                 report = vm.run(timeout=timeout)
@@ -158,9 +159,9 @@ def run(  # noqa: PLR0913 - one for each option
     return 0 if done else 1
 
 
-def _recorder(vm: Vm, file: Path | None) -> Recorder | None:
+def _recorder(vm: Vm, file: Path | None, limit: int) -> Recorder | None:
     try:
-        return None if file is None else Recorder(vm, file)
+        return None if file is None else Recorder(vm, file, limit=limit)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
@@ -174,7 +175,7 @@ def _close(recorder: Recorder | None, file: Path | None) -> OSError | None:
     except OSError as error:
         return error
     if recorder.lost:
-        _say(f"{recorder.lost} requests came faster than they could be written and are not in {file}")
+        _say(f"{recorder.lost} requests are not in {file}: above --events-limit, or too fast to be written")
     return None
 
 

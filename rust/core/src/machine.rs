@@ -10,7 +10,6 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::boot;
-use crate::clock::Moment;
 use crate::control::Control;
 use crate::convert::{Converted, Gate, Resident};
 use crate::devices::{Devices, IoHandler, MmioHandler};
@@ -204,12 +203,6 @@ impl Machine {
 
     pub(crate) fn kick(&self, vcpu: u32) -> &Kick {
         &self.kicks[vcpu as usize]
-    }
-
-    /// By the host's monotonic clock, which all machines and the kernel's traces share.
-    #[expect(clippy::unused_self, reason = "the machine's clock")]
-    pub(crate) fn nanoseconds(&self, at: Moment) -> u64 {
-        at.nanoseconds()
     }
 
     /// Answers a port from now on.

@@ -377,7 +377,7 @@ impl<'a> VcpuLoop<'a> {
             state: access.other(),
             rip: self.vcpu.rip(),
             repeats,
-            time: self.machine.nanoseconds(self.exited),
+            time: self.exited.nanoseconds(),
             memory: self.machine.gate().views().size(),
         };
         self.tally.faults += 1;
@@ -460,7 +460,7 @@ impl<'a> VcpuLoop<'a> {
             state: self.machine.gate().with_map(|map| map.state(page.gpa())),
             rip: self.vcpu.rip(),
             repeats,
-            time: self.machine.nanoseconds(self.exited),
+            time: self.exited.nanoseconds(),
             memory: self.machine.gate().views().size(),
         };
         self.tally.poisons += 1;
@@ -570,7 +570,7 @@ impl<'a> VcpuLoop<'a> {
             page_size: request.page_size,
             raw: request.raw,
             state: self.machine.gate().with_map(|map| map.uniform(range)),
-            time: self.machine.nanoseconds(self.exited),
+            time: self.exited.nanoseconds(),
             memory: self.machine.gate().views().size(),
         };
         self.tally.hypercalls += 1;

@@ -13,7 +13,7 @@ use crate::events::{self, Event, EventLog};
 
 /// How often the log is looked at. The ring holds what comes in between.
 const POLL: Duration = Duration::from_millis(10);
-/// Events are in the file after this time at the latest, or as soon as there are so many.
+/// Events are in the file after this time at the latest, or as soon as there are as many as a batch holds at most.
 const PATIENCE: Duration = Duration::from_secs(1);
 const BATCH: usize = 4096;
 
@@ -22,7 +22,7 @@ const BATCH: usize = 4096;
 pub struct Recorded {
     /// Events that are in the file.
     pub written: u64,
-    /// Events that gave way to newer ones before they could be written.
+    /// Events that gave way to newer ones before they could be written, and those above the limit.
     pub lost: u64,
 }
 
@@ -39,7 +39,8 @@ struct Stop {
 }
 
 impl Recorder {
-    /// Makes the file, or empties it, and begins. `failed` is called, once, should something not be written.
+    /// Makes the file, or empties it, and begins. At most `limit` events are written: a guest can ask as often as it likes.
+    /// `failed` is called, once, should something not be written.
     ///
     /// # Errors
     /// Those of making the file.
@@ -47,12 +48,14 @@ impl Recorder {
         log: Arc<EventLog>,
         about: &About,
         path: &Path,
+        limit: u64,
         failed: impl FnOnce() + Send + 'static,
     ) -> Result<Self, TraceError> {
         let mut writing = Writing {
             next: about.first(),
             log,
             output: Output::create(path, about)?,
+            limit,
             pending: Vec::new(),
             since: Instant::now(),
             recorded: Recorded::default(),
@@ -121,6 +124,7 @@ struct Writing {
     log: Arc<EventLog>,
     next: u64,
     output: Output,
+    limit: u64,
     pending: Vec<Event>,
     /// When the oldest of what is pending was found.
     since: Instant,
@@ -133,6 +137,10 @@ impl Writing {
         if let Some(last) = events.last() {
             self.recorded.lost += last.sequence + 1 - self.next - events.len() as u64;
             self.next = last.sequence + 1;
+            let room = self.limit - self.recorded.written - self.pending.len() as u64;
+            let kept = events.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+            self.recorded.lost += (events.len() - kept) as u64;
+            events.truncate(kept);
             if self.pending.is_empty() {
                 self.since = Instant::now();
             }
@@ -145,11 +153,11 @@ impl Writing {
     }
 
     fn write(&mut self) -> Result<(), TraceError> {
-        if !self.pending.is_empty() {
-            self.output.write(&events::batch(&self.pending))?;
-            self.recorded.written += self.pending.len() as u64;
-            self.pending.clear();
+        for part in self.pending.chunks(BATCH) {
+            self.output.write(&events::batch(part))?;
+            self.recorded.written += part.len() as u64;
         }
+        self.pending.clear();
         Ok(())
     }
 
