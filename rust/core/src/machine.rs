@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use kvm_bindings::kvm_regs;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -65,7 +64,7 @@ pub struct Machine {
     vcpus: Vec<Mutex<VcpuState>>,
     kicks: Vec<Arc<Kick>>,
     gate: Gate,
-    policy: ArcSwap<Arc<dyn Policy>>,
+    policy: Mutex<Arc<dyn Policy>>,
     /// Grows when the policy is replaced.
     policy_version: AtomicU64,
     devices: Devices,
@@ -142,7 +141,7 @@ impl Machine {
             events: Arc::new(events),
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
-            policy: ArcSwap::from_pointee(config.policy),
+            policy: Mutex::new(config.policy),
             policy_version: AtomicU64::new(0),
             devices: Devices::default(),
             current: Mutex::new(None),
@@ -186,15 +185,17 @@ impl Machine {
     pub(crate) fn known_policy(&self) -> KnownPolicy {
         KnownPolicy {
             version: self.policy_version.load(Ordering::Acquire),
-            policy: Arc::clone(&self.policy.load()),
+            policy: self.policy.lock().clone(),
         }
     }
 
     /// Another policy judges from now on: every request that comes once this has returned. One that is being judged is
     /// answered by the old one.
     pub fn replace_policy(&self, policy: Arc<dyn Policy>) {
-        self.policy.store(Arc::new(policy));
+        let old = std::mem::replace(&mut *self.policy.lock(), policy);
         self.policy_version.fetch_add(1, Ordering::Release);
+        // Outside the lock: what it refers to may run code of its own when it goes.
+        drop(old);
     }
 
     pub(crate) fn devices(&self) -> &Devices {

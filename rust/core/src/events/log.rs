@@ -186,17 +186,16 @@ impl Ring {
         let held: usize = chunks.iter().map(|chunk| chunk.len()).sum();
         let oldest = chunks.front().map_or(0, |chunk| chunk.len());
         // One event more is about to come.
-        let spare = (held - oldest >= capacity.saturating_sub(1)).then(|| chunks.pop_front());
-        let chunk = match spare.flatten() {
-            Some(mut chunk) => match Arc::get_mut(&mut chunk) {
-                Some(only) => {
-                    only.clear();
-                    chunk
-                }
-                None => Arc::new(Chunk::new()),
-            },
-            None => Arc::new(Chunk::new()),
+        let surplus = held - oldest >= capacity.saturating_sub(1);
+        let mut spare = surplus.then(|| chunks.pop_front()).flatten();
+        let chunk = match spare.as_mut().and_then(Arc::get_mut) {
+            Some(only) => {
+                only.clear();
+                spare
+            }
+            None => None,
         };
+        let chunk = chunk.unwrap_or_else(|| Arc::new(Chunk::new()));
         chunks.push_back(chunk.clone());
         chunk
     }
