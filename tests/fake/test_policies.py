@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -241,3 +242,27 @@ def test_wrong_arguments(make_wrong) -> None:
 @pytest.mark.parametrize("name", policies.__all__)
 def test_each_says_what_it_is_for(name) -> None:
     assert getattr(policies, name).__doc__
+
+
+@pytest.mark.parametrize("python", [False, True], ids=["built in", "python"])
+def test_a_chain_without_python_never_waits_for_the_interpreter(make, in_background, python) -> None:
+    then = Python() if python else Allow()
+    chain = RateLimit(1e9, 1_000_000, PingPong(65536, 0.0, Quota(MEMORY, Align(PAGE, then))))
+    vm, _ = make([Step.doorbell(8 * PAGE, 1, to) for to in (PRIVATE, SHARED)], policy=chain, cycles=1 << 40)
+    run = in_background(vm)
+    while not vm.events.total:
+        time.sleep(0.01)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        # From here on this thread does not let go of the interpreter.
+        before, end = vm.events.total, time.perf_counter() + 0.3
+        while time.perf_counter() < end:
+            pass
+        judged = vm.events.total - before
+    finally:
+        sys.setswitchinterval(interval)
+    vm.stop()
+    assert run.join().reason == "stopped"
+    # Who waited already is let in once more: it had asked when the interval was another.
+    assert judged < 10 if python else judged > 100
