@@ -143,6 +143,14 @@ impl Range {
         (gpa < end).then(|| Range { gpa, size: end - gpa })
     }
 
+    /// The same pages, counted from `start`, a page that does not lie behind them.
+    pub(crate) const fn below(&self, start: u64) -> Range {
+        Range {
+            gpa: self.gpa - start,
+            size: self.size,
+        }
+    }
+
     /// The pages `[first, end)`, which lie in memory and are not empty.
     const fn of_pages(first: u64, end: u64) -> Range {
         Range {
@@ -295,6 +303,8 @@ impl Place {
 #[derive(Clone)]
 struct Tree {
     pages: u64,
+    /// Of these, the pages of whole blocks.
+    whole: u64,
     private_pages: u64,
     /// Of the branches.
     root: Vec<Holds>,
@@ -340,6 +350,7 @@ impl Tree {
         let private_pages = if initial == State::Private { pages } else { 0 };
         Tree {
             pages,
+            whole: pages - pages % BLOCK_PAGES,
             private_pages,
             root,
             branches,
@@ -396,10 +407,15 @@ impl Tree {
     }
 
     /// The state of all pages `[first, end)`, if they agree.
+    #[inline]
     fn uniform(&self, first: u64, end: u64) -> Option<State> {
-        if end - first == 1 {
-            return Some(self.state(first));
+        match end - first {
+            1 => Some(self.state(first)),
+            _ => self.uniform_of_several(first, end),
         }
+    }
+
+    fn uniform_of_several(&self, first: u64, end: u64) -> Option<State> {
         let block = first / BLOCK_PAGES;
         let start = block * BLOCK_PAGES;
         let state = self.uniform_in_block(block, first - start, BLOCK_PAGES.min(end - start))?;
@@ -492,6 +508,36 @@ impl Tree {
             *leaf.holds.of_mut(to.other()) &= !range;
         });
         (pages, changing)
+    }
+
+    /// Puts a page into state `to`, if its block is mixed, stays so, and has bits that nobody else holds: whether that
+    /// changed it.
+    #[inline]
+    fn flip(&mut self, page: u64, to: State) -> Option<bool> {
+        if page >= self.whole {
+            return None;
+        }
+        let at = Place::of(page / BLOCK_PAGES);
+        let words = self.leaf(at).mixed(at.block)?;
+        if !self.exclusive(at) {
+            return None;
+        }
+        let word = &words[(page % BLOCK_PAGES / 64) as usize];
+        let (old, bit) = (get(word), 1 << (page % 64));
+        if (old ^ to.word()) & bit == 0 {
+            return Some(false);
+        }
+        let new = old ^ bit;
+        // One that is all in one state may be the last such of its block.
+        if new == to.word() {
+            return None;
+        }
+        word.store(new, Ordering::Relaxed);
+        match to {
+            State::Private => self.private_pages += 1,
+            State::Shared => self.private_pages -= 1,
+        }
+        Some(true)
     }
 
     /// Puts a block's pages `[from, end)`, which are not all of its pages, into state `to`. Returns how many pages
@@ -875,6 +921,7 @@ macro_rules! queries {
         ///
         /// If `range` ends behind [`size`](Self::size).
         #[track_caller]
+        #[inline]
         pub fn uniform(&self, range: Range) -> Option<State> {
             let (first, end) = self.tree.span(range);
             self.tree.uniform(first, end)
@@ -951,21 +998,27 @@ impl AttributeMap {
     ///
     /// If `range` ends behind [`size`](Self::size). Nothing has changed then.
     #[track_caller]
+    #[inline]
     pub fn set(&mut self, range: Range, to: State) -> u64 {
+        // By far the most frequent change: one page among others of both states.
+        if range.size == PAGE_SIZE
+            && let Some(changed) = self.tree.flip(range.gpa / PAGE_SIZE, to)
+        {
+            if !changed {
+                return 0;
+            }
+            self.generation += 1;
+            self.stamps[(range.gpa / PAGE_SIZE / BLOCK_PAGES) as usize] = self.generation;
+            return PAGE_SIZE;
+        }
+        self.set_several(range, to)
+    }
+
+    #[track_caller]
+    fn set_several(&mut self, range: Range, to: State) -> u64 {
         let (mut page, end) = self.tree.span(range);
         let stamp = self.generation + 1;
         let mut changed = 0;
-        // By far the most frequent change deserves its own copy of the code, with nothing but constants in place
-        // of loops.
-        if end - page == 1 && end < self.tree.pages {
-            let block = page / BLOCK_PAGES;
-            let at = page % BLOCK_PAGES;
-            changed = self.tree.set_pages(block, at, at + 1, to);
-            if changed > 0 {
-                self.stamps[block as usize] = stamp;
-            }
-            page = end;
-        }
         while page < end {
             let block = page / BLOCK_PAGES;
             let behind = if end == self.tree.pages {

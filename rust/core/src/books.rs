@@ -1,8 +1,6 @@
 //! The map of a part of memory and what is remembered of its changes, page by page: together under one short lock.
 
-use std::collections::VecDeque;
-
-use crate::attributes::{AttributeMap, Range, State};
+use crate::attributes::{AttributeMap, PAGE_SIZE, Range, State};
 
 /// How many changes are remembered exactly. More than a vCPU misses while it is in the guest, as a rule; behind them
 /// the map's own stamps speak for whole 2 MiB blocks.
@@ -10,8 +8,11 @@ const REMEMBERED: usize = 64;
 
 pub(crate) struct Books {
     map: AttributeMap,
-    recent: VecDeque<(u64, Range)>,
+    /// The last changes, each at its generation's place in turn.
+    recent: Box<[Range; REMEMBERED]>,
     watches: Vec<Watch>,
+    /// Whether anybody watches.
+    watched: bool,
 }
 
 /// The page that a vCPU last faulted on.
@@ -23,10 +24,13 @@ struct Watch {
 
 impl Books {
     pub(crate) fn new(map: AttributeMap, vcpus: usize) -> Self {
+        #[expect(clippy::expect_used, reason = "a constant range")]
+        let page = Range::new(0, PAGE_SIZE).expect("a page");
         Self {
             map,
-            recent: VecDeque::with_capacity(REMEMBERED),
+            recent: Box::new([page; REMEMBERED]),
             watches: vec![Watch::default(); vcpus],
+            watched: false,
         }
     }
 
@@ -35,19 +39,23 @@ impl Books {
     }
 
     /// Takes a change over: bytes whose state it changed.
+    #[inline]
     pub(crate) fn set(&mut self, range: Range, to: State) -> u64 {
+        if self.watched {
+            self.tell_watches(range, to);
+        }
+        let changed = self.map.set(range, to);
+        if changed > 0 {
+            self.recent[self.map.generation() as usize % REMEMBERED] = range;
+        }
+        changed
+    }
+
+    fn tell_watches(&mut self, range: Range, to: State) {
         for watch in &mut self.watches {
             let changes = range.contains(watch.gpa) && self.map.state(watch.gpa) != to;
             watch.changes += u64::from(changes);
         }
-        let changed = self.map.set(range, to);
-        if changed > 0 {
-            if self.recent.len() == REMEMBERED {
-                self.recent.pop_front();
-            }
-            self.recent.push_back((self.map.generation(), range));
-        }
-        changed
     }
 
     /// Whether the page at `gpa` changed after `generation`. Exact as far as is remembered, else cautious.
@@ -55,10 +63,10 @@ impl Books {
         if !self.map.changed_since(gpa, generation) {
             return false;
         }
-        let oldest = self.recent.front().map_or(0, |(oldest, _)| *oldest);
-        let missed = oldest > generation + 1;
-        let mut later = self.recent.iter().rev().take_while(|(when, _)| *when > generation);
-        missed || later.any(|(_, range)| range.contains(gpa))
+        let now = self.map.generation();
+        let missed = now - generation > REMEMBERED as u64;
+        let mut later = (generation + 1..=now).map(|when| self.recent[when as usize % REMEMBERED]);
+        missed || later.any(|range| range.contains(gpa))
     }
 
     /// How often the page at `gpa` changed since this vCPU began to watch it, which may be now.
@@ -69,6 +77,7 @@ impl Books {
         if watch.gpa != gpa {
             *watch = Watch { gpa, changes: 0 };
         }
+        self.watched = true;
         watch.changes
     }
 }

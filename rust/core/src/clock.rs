@@ -1,7 +1,5 @@
 //! Time as requests are stamped with it.
 
-use std::time::Duration;
-
 use crate::sys;
 
 /// A moment of the host's monotonic clock, which all machines and the kernel's traces share.
@@ -21,8 +19,9 @@ impl Moment {
         self.0
     }
 
+    /// Nanoseconds since then.
     #[inline]
-    pub(crate) fn elapsed(self) -> Duration {
-        Duration::from_nanos(sys::monotonic().saturating_sub(self.0))
+    pub(crate) fn elapsed(self) -> u64 {
+        sys::monotonic().saturating_sub(self.0)
     }
 }

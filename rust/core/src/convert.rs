@@ -11,7 +11,7 @@ use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
 use crate::kick::Kick;
-use crate::ledger::{Held, Ledger, Seen, Snapshot};
+use crate::ledger::{Held, Ledger, Look, Seen, Snapshot};
 use crate::listener::{Conversion, Listener, Listeners};
 use crate::memory::{Backing, GuestMemory};
 use crate::views::Views;
@@ -177,6 +177,12 @@ impl Gate {
         self.ledger.hold(range)
     }
 
+    /// The states of `range` as they are now; a conversion of the same range need not look for them again.
+    #[inline]
+    pub(crate) fn look_at(&self, range: Range) -> Look {
+        self.ledger.look_at(range)
+    }
+
     /// "private", "shared" or "mixed".
     pub fn describe(&self, range: Range) -> &'static str {
         self.with_map(|map| map.uniform(range)).map_or("mixed", State::as_str)
@@ -227,7 +233,7 @@ impl Gate {
             keep,
             max_shared: None,
         };
-        self.convert_if(order, None, &|| false)
+        self.convert_if(&order, None, &|| false)
     }
 
     /// Validates a range of pages of this guest.
@@ -237,18 +243,40 @@ impl Gate {
         self.views.range(gpa, size).ok_or(error)
     }
 
-    /// The transaction, or one after the other for a large range; `cancel` is asked in between.
+    /// The transaction, or one after the other for a large range; `cancel` is asked in between. `seen` is an earlier look at
+    /// the pages.
+    #[inline]
     pub(crate) fn convert_if(
         &self,
-        order: Order,
+        order: &Order,
+        seen: Option<&Look>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        if order.max_shared.is_none() && self.enforcement.is_one_part(order.range) {
+            let (held, before) = self.ledger.hold_and_look(order.range, seen);
+            let changed = self.one_part(order, before, Some(held))?;
+            return Ok(Converted::Done { changed });
+        }
+        self.convert_in_parts(order, None, cancel)
+    }
+
+    /// The same for a page that faulted, if it still is as it was then.
+    pub(crate) fn convert_if_still_wanted(
+        &self,
+        order: &Order,
+        wanted: Wanted,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        self.convert_in_parts(order, Some(wanted), cancel)
+    }
+
+    fn convert_in_parts(
+        &self,
+        order: &Order,
         wanted: Option<Wanted>,
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
         let range = order.range;
-        if wanted.is_none() && order.max_shared.is_none() && self.enforcement.is_one_part(range) {
-            let _held = self.hold(range);
-            return self.one_part(order).map(|changed| Converted::Done { changed });
-        }
         let quota = order.max_shared.filter(|_| order.to == State::Shared);
         // The page that faulted is held too, so that it cannot change between the look at it and the conversion. What is
         // not held whole is held part by part.
@@ -267,7 +295,7 @@ impl Gate {
     }
 
     /// With the range held: what it adds is known, whatever others add elsewhere.
-    fn within_quota(&self, order: Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+    fn within_quota(&self, order: &Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
         let range = order.range;
         let private = self.private_in(range);
         if !self.ledger.reserve(private, max) {
@@ -288,7 +316,7 @@ impl Gate {
     }
 
     /// Each part is a transaction: one that fails is undone, those before it stand.
-    fn in_parts(&self, order: Order, hold: bool, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+    fn in_parts(&self, order: &Order, hold: bool, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
         let mut changed = 0;
         let mut start = order.range.gpa();
         while let Some(left) = Range::new(start, order.range.end() - start) {
@@ -297,64 +325,101 @@ impl Gate {
                 return Ok(Converted::Interrupted { changed, size });
             }
             let part = self.enforcement.part(left);
-            let _held = hold.then(|| self.hold(part));
-            changed += self.one_part(Order { range: part, ..order })?;
+            let (held, before) = match hold {
+                true => {
+                    let (held, before) = self.ledger.hold_and_look(part, None);
+                    (Some(held), before)
+                }
+                false => (None, self.ledger.uniform(part)),
+            };
+            changed += self.one_part(&Order { range: part, ..*order }, before, held)?;
             start = part.end();
         }
         Ok(Converted::Done { changed })
     }
 
-    /// With the range held.
-    fn one_part(&self, order: Order) -> Result<u64, ConvertError> {
+    /// With the range held, by `held` or by the caller; its state is known if it is uniform.
+    #[inline(always)]
+    fn one_part(&self, order: &Order, uniform: Option<State>, held: Option<Held<'_>>) -> Result<u64, ConvertError> {
+        let &Order { range, to, keep, .. } = order;
         if self.broken.load(Ordering::SeqCst) {
-            let (range, errno) = (order.range, Errno(libc::EIO));
-            let undo = errno;
-            return Err(ConvertError::Inconsistent { range, errno, undo });
+            return Err(already_broken(range));
         }
-        let uniform = self.with_map(|map| map.uniform(order.range));
-        match uniform == Some(order.to) {
-            true => Ok(0),
-            false => self.carry_out(order, uniform),
+        if uniform == Some(to) {
+            return Ok(0);
+        }
+        let runs = |part: Range| -> Vec<Run> { self.ledger.runs_in(part) };
+        let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
+        if let Err(errno) = self.clean(order, before) {
+            return Err(ConvertError::Undone { range, errno });
+        }
+        // Nobody listens as a rule, and then nobody needs to know what exactly changes.
+        let told = match self.listeners.is_empty() {
+            true => None,
+            false => Some(self.prepare(range, to)?),
+        };
+        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, before) {
+            return Err(self.not_enforced(range, to, failure, told));
+        }
+        let discarded = match keep {
+            true => Ok(()),
+            false => self.vm.discard(self.side(to.other()), range),
+        };
+        let changed = match (held, told) {
+            (Some(held), None) if order.max_shared.is_none() => self.ledger.set_and_let_go(held, range, to),
+            (_held, told) => {
+                let changed = self.ledger.set(range, to, order.max_shared.is_some());
+                self.committed(range, to, told, discarded)?;
+                return Ok(changed);
+            }
+        };
+        match discarded {
+            Ok(()) => Ok(changed),
+            Err(errno) => Err(ConvertError::Discard { range, errno }),
         }
     }
 
-    /// With the range held, whose state is known if it is uniform.
-    fn carry_out(&self, order: Order, uniform: Option<State>) -> Result<u64, ConvertError> {
-        let Order { range, to, keep, .. } = order;
-        let runs = |part: Range| -> Vec<Run> { self.with_map(|map| map.runs_in(part)) };
-        let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
-        self.clean(order, before)
-            .map_err(|errno| ConvertError::Undone { range, errno })?;
-        // Nobody listens as a rule, and then nobody needs to know what exactly changes.
-        let snapshot = (!self.listeners.is_empty()).then(|| self.snapshot());
-        let conversion = snapshot.as_ref().map(|before| Conversion { before, range, to });
-        if let Some(conversion) = &conversion {
-            self.listeners.prepare(conversion)?;
-        }
-        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, before) {
-            let told = conversion.map_or(Ok(()), |conversion| self.listeners.abort(&conversion));
-            let failure = self.failed(range, failure);
-            // What KVM enforces matters more than what a listener says of it.
-            return Err(told
-                .err()
-                .filter(|_| failure.guest_errno().is_some())
-                .map_or(failure, ConvertError::Listener));
-        }
-        let stale = self.side(to.other());
-        let discarded = match keep {
-            true => Ok(()),
-            false => self.vm.discard(stale, range),
+    /// What changes, for listeners; those who have to agree did.
+    #[cold]
+    fn prepare(&self, range: Range, to: State) -> Result<Snapshot, ConvertError> {
+        let before = self.snapshot();
+        let conversion = Conversion { before: &before, range, to };
+        self.listeners.prepare(&conversion)?;
+        Ok(before)
+    }
+
+    #[cold]
+    fn not_enforced(&self, range: Range, to: State, failure: enforce::Failure, told: Option<Snapshot>) -> ConvertError {
+        let failure = self.failed(range, failure);
+        let abort = |before: Snapshot| {
+            let conversion = Conversion { before: &before, range, to };
+            self.listeners.abort(&conversion).err()
         };
-        let changed = self.commit(order);
-        let told = conversion.map_or(Ok(()), |conversion| self.listeners.commit(&conversion));
+        // What KVM enforces matters more than what a listener says of it.
+        told.and_then(abort)
+            .filter(|_| failure.guest_errno().is_some())
+            .map_or(failure, ConvertError::Listener)
+    }
+
+    fn committed(
+        &self,
+        range: Range,
+        to: State,
+        told: Option<Snapshot>,
+        discarded: Result<(), Errno>,
+    ) -> Result<(), ConvertError> {
+        let told = told.map_or(Ok(()), |before| {
+            let conversion = Conversion { before: &before, range, to };
+            self.listeners.commit(&conversion)
+        });
         discarded.map_err(|errno| ConvertError::Discard { range, errno })?;
-        told.map_err(ConvertError::Listener)?;
-        Ok(changed)
+        told.map_err(ConvertError::Listener)
     }
 
     /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
     /// when the page comes back, and it is before that they go: later they might be the guest's.
-    fn clean(&self, order: Order, before: Before<'_>) -> Result<(), Errno> {
+    #[inline(always)]
+    fn clean(&self, order: &Order, before: Before<'_>) -> Result<(), Errno> {
         if order.keep {
             self.kept.store(true, Ordering::Relaxed);
         }
@@ -362,8 +427,13 @@ impl Gate {
         if !emulated || self.kept.load(Ordering::Relaxed) || !self.vm.has_data(&self.memory.shared, order.range)? {
             return Ok(());
         }
+        self.discard_left_over(order.range, before)
+    }
+
+    #[cold]
+    fn discard_left_over(&self, range: Range, before: Before<'_>) -> Result<(), Errno> {
         // Of pages that are shared already, the bytes stay.
-        let runs = before.runs(order.range);
+        let runs = before.runs(range);
         let private = runs.iter().filter(|run| run.state == State::Private);
         private
             .map(|run| run.range)
@@ -384,7 +454,7 @@ impl Gate {
     /// Those of fallocate(2).
     pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
         let _held = self.hold(range);
-        let runs: Vec<Run> = self.with_map(|map| map.runs_in(range));
+        let runs: Vec<Run> = self.ledger.runs_in(range);
         runs.iter()
             .try_for_each(|run| self.vm.discard(self.side(run.state), run.range))
     }
@@ -401,10 +471,6 @@ impl Gate {
 
     pub(crate) fn listeners(&self) -> &Listeners {
         &self.listeners
-    }
-
-    fn commit(&self, order: Order) -> u64 {
-        self.ledger.set(order.range, order.to, order.max_shared.is_some())
     }
 
     fn failed(&self, range: Range, failure: enforce::Failure) -> ConvertError {
@@ -461,6 +527,13 @@ impl Gate {
             exact: private.is_some(),
         })
     }
+}
+
+#[cold]
+fn already_broken(range: Range) -> ConvertError {
+    let errno = Errno(libc::EIO);
+    let undo = errno;
+    ConvertError::Inconsistent { range, errno, undo }
 }
 
 fn hull(a: Range, b: Range) -> Range {

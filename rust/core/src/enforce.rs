@@ -190,6 +190,7 @@ impl Enforcement {
     }
 
     /// Makes KVM enforce `to` on all of `range`. What was done before a failure is undone.
+    #[inline(always)]
     pub(crate) fn apply(
         &self,
         range: Range,
@@ -197,62 +198,79 @@ impl Enforcement {
         vcpus: &[Arc<Kick>],
         before: Before<'_>,
     ) -> Result<(), Failure> {
-        let private = to == State::Private;
         match (self.mode, self.views.split()) {
             (Mode::Attributes, false) => self.set_attributes(range, to, before),
-            (Mode::Attributes, true) => {
-                let shared_view = |range: Range| self.views.view(range, State::Shared);
-                let runs = |view: Range| -> Vec<Run> {
-                    let page = |gpa: u64| gpa & !self.views.shared_mask();
-                    let runs = Range::new(page(view.gpa()), view.size())
-                        .map(|range| before.runs(range))
-                        .unwrap_or_default();
-                    let seen = |run: Run| Run {
-                        range: shared_view(run.range),
-                        ..run
-                    };
-                    runs.into_iter().map(seen).collect()
-                };
-                let before = match before {
-                    Before::Uniform(_) => before,
-                    Before::Mixed(_) => Before::Mixed(&runs),
-                };
-                self.set_attributes(shared_view(range), to, before)?;
-                self.change_slots(range, &[(PRIVATE_LAYER, private)], vcpus)
-                    .map_err(|failure| {
-                        let undone = self.restore(shared_view(range), before);
-                        failure.and_undo(undone)
-                    })
-            }
-            (Mode::Memslots, _) => {
-                let changes = [(SHARED_LAYER, !private), (PRIVATE_LAYER, private)];
-                self.change_slots(range, &changes, vcpus)
-            }
+            _ => self.apply_by_slots(range, to, vcpus, before),
         }
     }
 
-    fn set_attributes(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
-        if let Before::Uniform(state) = before
-            && state != to
-            && range.gpa() / CHUNK == (range.end() - 1) / CHUNK
-        {
-            let done = self.vm.set_attributes(range, to);
-            return done.map_err(|errno| {
-                let undo = self.restore(range, before);
-                Failure::Kernel { errno, undo }
-            });
+    fn apply_by_slots(
+        &self,
+        range: Range,
+        to: State,
+        vcpus: &[Arc<Kick>],
+        before: Before<'_>,
+    ) -> Result<(), Failure> {
+        let private = to == State::Private;
+        if self.mode == Mode::Memslots {
+            let changes = [(SHARED_LAYER, !private), (PRIVATE_LAYER, private)];
+            return self.change_slots(range, &changes, vcpus);
         }
+        let shared_view = |range: Range| self.views.view(range, State::Shared);
+        let runs = |view: Range| -> Vec<Run> {
+            let page = |gpa: u64| gpa & !self.views.shared_mask();
+            let runs = Range::new(page(view.gpa()), view.size())
+                .map(|range| before.runs(range))
+                .unwrap_or_default();
+            let seen = |run: Run| Run {
+                range: shared_view(run.range),
+                ..run
+            };
+            runs.into_iter().map(seen).collect()
+        };
+        let before = match before {
+            Before::Uniform(_) => before,
+            Before::Mixed(_) => Before::Mixed(&runs),
+        };
+        self.set_attributes(shared_view(range), to, before)?;
+        self.change_slots(range, &[(PRIVATE_LAYER, private)], vcpus)
+            .map_err(|failure| {
+                let undone = self.restore(shared_view(range), before);
+                failure.and_undo(undone)
+            })
+    }
+
+    #[inline(always)]
+    fn set_attributes(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+        match before {
+            Before::Uniform(state) if state != to && range.gpa() / CHUNK == (range.end() - 1) / CHUNK => {
+                match self.vm.set_attributes(range, to) {
+                    Ok(()) => Ok(()),
+                    Err(errno) => Err(self.not_set(range, errno, before)),
+                }
+            }
+            _ => self.set_attributes_in_chunks(range, to, before),
+        }
+    }
+
+    fn set_attributes_in_chunks(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
         for chunk in chunks(range) {
             if before.all(chunk, to) {
                 continue;
             }
             if let Err(errno) = self.vm.set_attributes(chunk, to) {
-                let done = Range::new(range.gpa(), chunk.end() - range.gpa());
-                let undo = done.map_or(Ok(()), |done| self.restore(done, before));
-                return Err(Failure::Kernel { errno, undo });
+                let done = Range::new(range.gpa(), chunk.end() - range.gpa()).unwrap_or(range);
+                return Err(self.not_set(done, errno, before));
             }
         }
         Ok(())
+    }
+
+    /// The last call for `done` failed, whose part of it may have been done.
+    #[cold]
+    fn not_set(&self, done: Range, errno: Errno, before: Before<'_>) -> Failure {
+        let undo = self.restore(done, before);
+        Failure::Kernel { errno, undo }
     }
 
     fn restore(&self, range: Range, before: Before<'_>) -> Result<(), Errno> {

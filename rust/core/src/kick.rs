@@ -1,6 +1,6 @@
 //! Bringing a vCPU out of KVM_RUN, from any thread.
 
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -32,7 +32,7 @@ impl Kick {
 
     /// Makes the vCPU leave KVM_RUN, now or as soon as it enters.
     pub fn kick(&self) {
-        self.flag.set(true);
+        self.flag.byte().store(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         if !self.inside.load(Ordering::SeqCst) {
             return;
@@ -42,18 +42,18 @@ impl Kick {
         }
     }
 
-    /// The vCPU's thread forgets the kicks so far. It must look for what they were about after this, not before.
-    pub(crate) fn clear(&self) {
-        self.flag.set(false);
-        fence(Ordering::SeqCst);
+    /// `immediate_exit`, for [`forget`].
+    pub(crate) fn flag(&self) -> &AtomicU8 {
+        self.flag.byte()
     }
 
     /// Makes the coming KVM_RUN complete what is pending and return at once.
     pub(crate) fn complete_only(&self) {
-        self.flag.set(true);
+        self.flag.byte().store(1, Ordering::SeqCst);
     }
 
     /// Runs `run`, which enters KVM_RUN, so that a kick reaches it.
+    #[inline]
     pub(crate) fn inside<T>(&self, run: impl FnOnce() -> T) -> T {
         self.inside.store(true, Ordering::SeqCst);
         let result = run();
@@ -69,6 +69,13 @@ impl Kick {
         *self.thread.lock() = Some(sys::thread_id());
         Ok(Attached(self))
     }
+}
+
+/// The vCPU's thread forgets the kicks so far. It must look for what they were about after this, not before.
+#[inline]
+pub(crate) fn forget(flag: &AtomicU8) {
+    flag.store(0, Ordering::Relaxed);
+    fence(Ordering::SeqCst);
 }
 
 pub(crate) struct Attached<'a>(&'a Kick);

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{MappedMutexGuard, Mutex};
 
 use crate::attributes::{self, AttributeMap, Range, Run, State};
 use crate::books::Books;
@@ -28,8 +28,7 @@ pub struct Ledger {
 /// Memory from a multiple of a part's size on, in addresses that begin there. Alone in its cache lines.
 #[repr(align(128))]
 struct Part {
-    ranges: RangeLocks,
-    books: Mutex<Books>,
+    books: RangeLocks<Books>,
     /// The map's generation, for those who do not want to lock it.
     generation: AtomicU64,
     /// The map's private bytes, likewise.
@@ -38,10 +37,25 @@ struct Part {
     changes: AtomicU64,
 }
 
-/// Locks on all the parts of a range.
-pub(crate) struct Held<'a> {
-    _first: RangeGuard<'a>,
-    _others: Vec<RangeGuard<'a>>,
+/// A range that nobody else changes.
+pub(crate) struct Held<'a>(Locks<'a>);
+
+/// The locks of its parts.
+enum Locks<'a> {
+    /// All of it is in one part, as a rule: its pages there.
+    One(&'a Part, Range, RangeGuard<'a, Books>),
+    Several {
+        _guards: Vec<RangeGuard<'a, Books>>,
+    },
+}
+
+/// The state of a range's pages, if they agree, and when that was.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look {
+    pub uniform: Option<State>,
+    range: Range,
+    /// Its part's generation; `None` if it is in several.
+    generation: Option<u64>,
 }
 
 /// What a vCPU has seen of the parts' generations when it entered the guest. Of parts that it had nothing to do with
@@ -68,9 +82,8 @@ impl Ledger {
         let parts = starts.map(|start| {
             let map = AttributeMap::new(part.min(memory - start), initial);
             Part {
-                ranges: RangeLocks::default(),
                 private_bytes: AtomicU64::new(map.private_bytes()),
-                books: Mutex::new(Books::new(map, vcpus)),
+                books: RangeLocks::new(Books::new(map, vcpus)),
                 generation: AtomicU64::new(0),
                 changes: AtomicU64::new(0),
             }
@@ -84,6 +97,7 @@ impl Ledger {
     }
 
     /// The part that `gpa` is in, and its address there.
+    #[inline]
     fn locate(&self, gpa: u64) -> (usize, u64) {
         ((gpa >> self.shift) as usize, gpa & ((1 << self.shift) - 1))
     }
@@ -91,10 +105,9 @@ impl Ledger {
     /// The part that all of a range is in, as a rule, and its pages there.
     #[inline]
     fn whole(&self, range: Range) -> Option<(&Part, Range)> {
-        let (part, gpa) = self.locate(range.gpa());
-        let inside = (range.end() - 1) >> self.shift == part as u64;
-        let piece = Range::new(gpa, range.size()).filter(|_| inside)?;
-        Some((&self.parts[part], piece))
+        let part = range.gpa() >> self.shift;
+        let inside = (range.end() - 1) >> self.shift == part;
+        inside.then(|| (&self.parts[part as usize], range.below(part << self.shift)))
     }
 
     /// Bytes of memory.
@@ -105,30 +118,50 @@ impl Ledger {
     /// The state of the page that holds `gpa`, which lies in memory.
     pub fn state(&self, gpa: u64) -> State {
         let (part, gpa) = self.locate(gpa);
-        self.parts[part].books.lock().map().state(gpa)
+        self.parts[part].books.data().map().state(gpa)
     }
 
     /// The state of all pages of a range, if they agree. Where others change it meanwhile, of each part as it was then.
     pub fn uniform(&self, range: Range) -> Option<State> {
         if let Some((part, piece)) = self.whole(range) {
-            return part.books.lock().map().uniform(piece);
+            return part.books.data().map().uniform(piece);
         }
         let mut states =
-            pieces(self.shift, range).map(|(part, piece)| self.parts[part].books.lock().map().uniform(piece));
+            pieces(self.shift, range).map(|(part, piece)| self.parts[part].books.data().map().uniform(piece));
         let first = states.next()??;
         states.all(|state| state == Some(first)).then_some(first)
+    }
+
+    /// The same, to be had again with the range held: see [`hold_and_look`](Self::hold_and_look).
+    #[inline]
+    pub(crate) fn look_at(&self, range: Range) -> Look {
+        match self.whole(range) {
+            Some((part, piece)) => {
+                let books = part.books.data();
+                Look {
+                    uniform: books.map().uniform(piece),
+                    range,
+                    generation: Some(books.map().generation()),
+                }
+            }
+            None => Look {
+                uniform: self.uniform(range),
+                range,
+                generation: None,
+            },
+        }
     }
 
     /// The fewest possible runs of a range, ascending.
     pub fn runs_in(&self, range: Range) -> Vec<Run> {
         if let Some((part, piece)) = self.whole(range) {
             let moved = range.gpa() - piece.gpa();
-            let books = part.books.lock();
+            let books = part.books.data();
             return books.map().runs_in(piece).map(|run| moved_by(moved, run)).collect();
         }
         let mut runs: Vec<Run> = Vec::new();
         for (part, piece) in pieces(self.shift, range) {
-            let books = self.parts[part].books.lock();
+            let books = self.parts[part].books.data();
             let more = books.map().runs_in(piece);
             append(&mut runs, more.map(|run| placed(self.shift, part, run)));
         }
@@ -137,19 +170,19 @@ impl Ledger {
 
     /// Bytes that are private.
     pub fn private_bytes(&self) -> u64 {
-        let bytes = |part: &Part| part.private_bytes.load(Ordering::SeqCst);
+        let bytes = |part: &Part| part.private_bytes.load(Ordering::Acquire);
         self.parts.iter().map(bytes).sum()
     }
 
     /// How many changes changed something.
     pub fn generation(&self) -> u64 {
-        let changes = |part: &Part| part.changes.load(Ordering::SeqCst);
+        let changes = |part: &Part| part.changes.load(Ordering::Acquire);
         self.parts.iter().map(changes).sum()
     }
 
     /// All of it at one moment.
     pub(crate) fn snapshot(&self) -> Snapshot {
-        let books: Vec<_> = self.parts.iter().map(|part| part.books.lock()).collect();
+        let books: Vec<_> = self.parts.iter().map(|part| part.books.data()).collect();
         Snapshot {
             shift: self.shift,
             parts: books.iter().map(|books| books.map().snapshot()).collect(),
@@ -159,20 +192,44 @@ impl Ledger {
 
     /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
     pub(crate) fn hold(&self, range: Range) -> Held<'_> {
-        if let Some((part, piece)) = self.whole(range) {
-            return Held {
-                _first: part.ranges.lock(piece),
-                _others: Vec::new(),
-            };
+        match self.whole(range) {
+            Some((part, piece)) => Held(Locks::One(part, piece, part.books.lock(piece))),
+            None => self.hold_several(range),
         }
+    }
+
+    /// The same, and the state of all of its pages, if they agree; `before` is an earlier look at them, if there was one.
+    #[inline(always)]
+    pub(crate) fn hold_and_look(&self, range: Range, before: Option<&Look>) -> (Held<'_>, Option<State>) {
+        match self.whole(range) {
+            Some((part, piece)) => {
+                let (guard, uniform) = part.books.lock_and(piece, |books| match before {
+                    Some(look) if look.generation == Some(books.map().generation()) && look.range == range => look.uniform,
+                    _ => books.map().uniform(piece),
+                });
+                (Held(Locks::One(part, piece, guard)), uniform)
+            }
+            None => (self.hold_several(range), self.uniform(range)),
+        }
+    }
+
+    #[cold]
+    fn hold_several(&self, range: Range) -> Held<'_> {
         // In ascending order, so that two who want each other's do not wait for ever.
-        let mut pieces = pieces(self.shift, range).map(|(part, piece)| self.parts[part].ranges.lock(piece));
-        match pieces.next() {
-            Some(first) => Held {
-                _first: first,
-                _others: pieces.collect(),
-            },
-            None => unreachable!("a range is not empty"),
+        let pieces = pieces(self.shift, range);
+        let guards = pieces.map(|(part, piece)| self.parts[part].books.lock(piece));
+        let _guards = guards.collect();
+        Held(Locks::Several { _guards })
+    }
+
+    /// Takes a change of a range over that is held, and lets go of it: bytes whose state it changed.
+    #[inline(always)]
+    pub(crate) fn set_and_let_go(&self, held: Held<'_>, range: Range, to: State) -> u64 {
+        match held.0 {
+            Locks::One(part, pages, guard) if pages.size() == range.size() => {
+                guard.finish(|books| part.set(books, pages, to, true))
+            }
+            _held => self.change(range, to),
         }
     }
 
@@ -189,12 +246,12 @@ impl Ledger {
 
     fn change(&self, range: Range, to: State) -> u64 {
         if let Some((part, piece)) = self.whole(range) {
-            return part.set(&mut part.books.lock(), piece, to, true);
+            return part.set(&mut part.books.data(), piece, to, true);
         }
         // All of them at one moment.
         let pieces = pieces(self.shift, range);
-        let mut locked: Vec<(&Part, MutexGuard<'_, Books>, Range)> = pieces
-            .map(|(part, piece)| (&self.parts[part], self.parts[part].books.lock(), piece))
+        let mut locked: Vec<(&Part, MappedMutexGuard<'_, Books>, Range)> = pieces
+            .map(|(part, piece)| (&self.parts[part], self.parts[part].books.data(), piece))
             .collect();
         let mut changed = 0;
         for (part, books, piece) in &mut locked {
@@ -206,14 +263,14 @@ impl Ledger {
     /// Whether the page at `gpa` changed after `generation`, of its part. Exact as far as is remembered, else cautious.
     pub(crate) fn state_and_changed(&self, gpa: u64, generation: u64) -> (State, bool) {
         let (part, gpa) = self.locate(gpa);
-        let books = self.parts[part].books.lock();
+        let books = self.parts[part].books.data();
         (books.map().state(gpa), books.changed_since(gpa, generation))
     }
 
     /// How often the page at `gpa` changed since this vCPU began to watch it, which may be now.
     pub(crate) fn watch(&self, vcpu: u32, gpa: u64) -> u64 {
         let (part, gpa) = self.locate(gpa);
-        self.parts[part].books.lock().watch(vcpu, gpa)
+        self.parts[part].books.data().watch(vcpu, gpa)
     }
 
     /// Makes room for so many more shared bytes, if then no more than `max` are shared.
@@ -248,7 +305,7 @@ impl Ledger {
             let part = seen.stale.trailing_zeros() as usize;
             seen.stale &= seen.stale - 1;
             if let Some(part_now) = self.parts.get(part) {
-                seen.generations[part] = part_now.generation.load(Ordering::SeqCst);
+                seen.generations[part] = part_now.generation.load(Ordering::Acquire);
             }
         }
     }
@@ -269,15 +326,17 @@ impl Ledger {
 
 impl Part {
     /// `first`: nothing was changed elsewhere by the same change.
+    #[inline]
     fn set(&self, books: &mut Books, piece: Range, to: State, first: bool) -> u64 {
         let changed = books.set(piece, to);
         if changed > 0 {
-            // Nobody else writes these while the books are locked.
-            self.generation.store(books.map().generation(), Ordering::SeqCst);
-            self.private_bytes.store(books.map().private_bytes(), Ordering::SeqCst);
+            // Nobody else writes these while the books are locked. Release: who finds a change counted enters a guest for
+            // which KVM enforces it.
+            self.generation.store(books.map().generation(), Ordering::Release);
+            self.private_bytes.store(books.map().private_bytes(), Ordering::Release);
             if first {
                 let changes = self.changes.load(Ordering::Relaxed);
-                self.changes.store(changes + 1, Ordering::SeqCst);
+                self.changes.store(changes + 1, Ordering::Release);
             }
         }
         changed

@@ -173,6 +173,7 @@ impl Machine {
 
     /// Who judges a request that comes now, for a vCPU that knows who judged the last one. It stays even if it is
     /// replaced meanwhile.
+    #[inline]
     pub(crate) fn policy<'a>(&self, known: &'a mut KnownPolicy) -> &'a dyn Policy {
         // Acquire, and before the policy is read: a replacement that is counted is the one that is found.
         let version = self.policy_version.load(Ordering::Acquire);

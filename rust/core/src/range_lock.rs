@@ -1,13 +1,22 @@
 //! Locks on ranges of guest memory: disjoint ranges at once, overlapping ones in the order they came.
+//!
+//! What is known about the memory lies under the same mutex, so that who comes for a range learns of it, and who lets go
+//! of it changes that, without taking another.
 
-use parking_lot::{Condvar, Mutex};
+use std::mem::ManuallyDrop;
+
+use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
 
 use crate::attributes::Range;
 
-#[derive(Default)]
-pub(crate) struct RangeLocks {
-    queue: Mutex<Queue>,
+pub(crate) struct RangeLocks<T> {
+    inner: Mutex<Inner<T>>,
     freed: Condvar,
+}
+
+struct Inner<T> {
+    queue: Queue,
+    data: T,
 }
 
 #[derive(Default)]
@@ -26,40 +35,90 @@ impl Queue {
             .iter()
             .any(|(earlier, held)| *earlier < ticket && held.overlaps(&range))
     }
-}
 
-impl RangeLocks {
-    /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
-    pub(crate) fn lock(&self, range: Range) -> RangeGuard<'_> {
-        let mut queue = self.queue.lock();
-        let ticket = queue.next;
-        queue.next += 1;
-        queue.entries.push((ticket, range));
-        while queue.blocked(ticket, range) {
-            queue.waiting += 1;
-            self.freed.wait(&mut queue);
-            queue.waiting -= 1;
+    #[inline]
+    fn leave(&mut self, ticket: u64) {
+        match self.entries[..] {
+            // As a rule nobody else is about.
+            [_] => self.entries.clear(),
+            _ => self.entries.retain(|(other, _)| *other != ticket),
         }
-        RangeGuard { locks: self, ticket }
     }
 }
 
-pub(crate) struct RangeGuard<'a> {
-    locks: &'a RangeLocks,
+impl<T> RangeLocks<T> {
+    pub(crate) fn new(data: T) -> Self {
+        let queue = Queue::default();
+        Self {
+            inner: Mutex::new(Inner { queue, data }),
+            freed: Condvar::new(),
+        }
+    }
+
+    /// The data, for a moment, whoever holds what.
+    #[inline]
+    pub(crate) fn data(&self) -> MappedMutexGuard<'_, T> {
+        MutexGuard::map(self.inner.lock(), |inner| &mut inner.data)
+    }
+
+    /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
+    pub(crate) fn lock(&self, range: Range) -> RangeGuard<'_, T> {
+        self.lock_and(range, |_| ()).0
+    }
+
+    /// The same, and a look at the data as it is from then on.
+    #[inline(always)]
+    pub(crate) fn lock_and<R>(&self, range: Range, look: impl FnOnce(&mut T) -> R) -> (RangeGuard<'_, T>, R) {
+        let mut inner = self.inner.lock();
+        let ticket = inner.queue.next;
+        inner.queue.next += 1;
+        let alone = inner.queue.entries.is_empty();
+        inner.queue.entries.push((ticket, range));
+        if !alone {
+            self.wait(&mut inner, ticket, range);
+        }
+        let seen = look(&mut inner.data);
+        (RangeGuard { locks: self, ticket }, seen)
+    }
+
+    #[cold]
+    fn wait(&self, inner: &mut MutexGuard<'_, Inner<T>>, ticket: u64, range: Range) {
+        while inner.queue.blocked(ticket, range) {
+            inner.queue.waiting += 1;
+            self.freed.wait(inner);
+            inner.queue.waiting -= 1;
+        }
+    }
+}
+
+pub(crate) struct RangeGuard<'a, T> {
+    locks: &'a RangeLocks<T>,
     ticket: u64,
 }
 
-impl Drop for RangeGuard<'_> {
-    fn drop(&mut self) {
-        let mut queue = self.locks.queue.lock();
-        match queue.entries[..] {
-            // As a rule nobody else is about.
-            [_] => queue.entries.clear(),
-            _ => queue.entries.retain(|(ticket, _)| *ticket != self.ticket),
-        }
-        if queue.waiting > 0 {
+impl<T> RangeGuard<'_, T> {
+    /// Changes the data and lets go of the range, both at one moment.
+    #[inline(always)]
+    pub(crate) fn finish<R>(self, change: impl FnOnce(&mut T) -> R) -> R {
+        let this = ManuallyDrop::new(self);
+        this.leave(change)
+    }
+
+    #[inline(always)]
+    fn leave<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+        let mut inner = self.locks.inner.lock();
+        inner.queue.leave(self.ticket);
+        let result = change(&mut inner.data);
+        if inner.queue.waiting > 0 {
             self.locks.freed.notify_all();
         }
+        result
+    }
+}
+
+impl<T> Drop for RangeGuard<'_, T> {
+    fn drop(&mut self) {
+        self.leave(|_| ());
     }
 }
 

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
+use crate::latency;
+
 /// Counts of one run; each vCPU keeps its own and they are added up at the end.
 #[derive(Clone, Debug)]
 pub struct Tally {
@@ -33,13 +35,8 @@ pub struct Tally {
     pub latency: Histogram<u64>,
 }
 
-/// Latencies above this are counted as this: a minute.
-const LONGEST: u64 = 60_000_000_000;
-
 impl Default for Tally {
     fn default() -> Self {
-        #[expect(clippy::expect_used, reason = "the bounds are constants that the crate accepts")]
-        let latency = Histogram::new_with_bounds(1, LONGEST, 3).expect("valid bounds");
         Self {
             faults: 0,
             hypercalls: 0,
@@ -52,7 +49,7 @@ impl Default for Tally {
             bytes_prefaulted: 0,
             bytes_to_private: 0,
             bytes_to_shared: 0,
-            latency,
+            latency: latency::empty(),
         }
     }
 }
@@ -61,10 +58,6 @@ impl Tally {
     /// Requests that reached the policy.
     pub fn requests(&self) -> u64 {
         self.faults + self.hypercalls
-    }
-
-    pub(crate) fn record_latency(&mut self, nanoseconds: u64) {
-        self.latency.saturating_record(nanoseconds.clamp(1, LONGEST));
     }
 
     pub(crate) fn add(&mut self, other: &Tally) {

@@ -1,5 +1,6 @@
 //! The way of a request: exit, decode, policy, convert, record, resume.
 
+use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
 use crate::attributes::{PAGE_SIZE, Range, State};
@@ -11,12 +12,13 @@ use crate::devices::KnownPort;
 use crate::enforce::Mode;
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
-use crate::events::{Answer, Event, Kind, Outcome};
+use crate::events::{Answer, Asked, Done, Event, Kind, Outcome};
 use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
-use crate::kick::Kick;
+use crate::kick::{self, Kick};
+use crate::latency::Latencies;
+use crate::ledger::Look;
 use crate::machine::{KnownPolicy, Machine};
 use crate::model;
-use crate::policies::Request;
 use crate::policy::{Call, Conversion, Decision, Fault};
 use crate::report::Tally;
 use crate::vcpu::VcpuState;
@@ -60,12 +62,6 @@ enum Judged {
     Leave(String),
 }
 
-/// A request between exit and resume.
-struct Open {
-    event: Event,
-    since: Moment,
-}
-
 /// How often a fault came in a row.
 #[derive(Default)]
 struct Repeats {
@@ -81,6 +77,7 @@ pub(crate) struct VcpuLoop<'a> {
     control: &'a Control,
     vcpu: &'a mut VcpuState,
     kick: &'a Kick,
+    immediate_exit: &'a AtomicU8,
     /// Where the vCPU waits while slots change, if it has to.
     world: Option<&'a World>,
     entry: Entry,
@@ -88,9 +85,11 @@ pub(crate) struct VcpuLoop<'a> {
     refused: u32,
     /// When the exit that is being handled was seen, for those that can be requests.
     exited: Moment,
-    open: Option<Open>,
+    /// The same of the request that is being answered.
+    since: Moment,
     known_port: KnownPort,
     policy: KnownPolicy,
+    latencies: Latencies,
     tally: Tally,
 }
 
@@ -100,15 +99,17 @@ impl<'a> VcpuLoop<'a> {
             machine,
             control,
             kick: machine.kick(vcpu.index),
+            immediate_exit: machine.kick(vcpu.index).flag(),
             world: machine.gate().enforcement().world(),
             vcpu,
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
             refused: 0,
             exited: Moment::now(),
-            open: None,
+            since: Moment::now(),
             known_port: KnownPort::default(),
             policy: machine.known_policy(),
+            latencies: Latencies::default(),
             tally: Tally::default(),
         }
     }
@@ -117,50 +118,61 @@ impl<'a> VcpuLoop<'a> {
     pub(crate) fn run(mut self) -> Tally {
         while let Some(exit) = self.next_exit() {
             let handled = self.handle(exit);
-            if handled.is_err() && exit.awaits_reply() {
-                // Nobody answered it, so it is the first thing to do should the run go on.
-                self.vcpu.pending = Some(exit);
-                self.vcpu.reply_due = false;
-            }
-            match handled {
-                Ok(Flow::Resume) => {}
-                Ok(Flow::Again(exit)) => self.vcpu.pending = Some(exit),
-                Ok(Flow::Leave(reason, pending)) => {
-                    self.vcpu.pending = pending;
-                    self.control.finish(Ok(reason));
-                }
-                Ok(Flow::Halt) => {
-                    self.control.halted();
-                    break;
-                }
-                Ok(Flow::Shutdown) => {
-                    self.vcpu.started = false;
-                    self.control.stop("shutdown");
-                }
-                Err(error) => self.control.finish(Err(error)),
+            if !self.goes_on(exit, handled) {
+                break;
             }
         }
-        self.close_request();
+        if self.vcpu.log.is_open() {
+            self.close_request();
+        }
         self.vcpu.settle(self.kick, self.world);
+        self.tally.latency = self.latencies.histogram();
         self.tally
+    }
+
+    /// Whether this vCPU does, after an exit was handled.
+    fn goes_on(&mut self, exit: Exit, handled: Result<Flow, Error>) -> bool {
+        if handled.is_err() && exit.awaits_reply() {
+            // Nobody answered it, so it is the first thing to do should the run go on.
+            self.vcpu.pending = Some(exit);
+            self.vcpu.reply_due = false;
+        }
+        match handled {
+            Ok(Flow::Resume) => {}
+            Ok(Flow::Again(exit)) => self.vcpu.pending = Some(exit),
+            Ok(Flow::Leave(reason, pending)) => {
+                self.vcpu.pending = pending;
+                self.control.finish(Ok(reason));
+            }
+            Ok(Flow::Halt) => {
+                self.control.halted();
+                return false;
+            }
+            Ok(Flow::Shutdown) => {
+                self.vcpu.started = false;
+                self.control.stop("shutdown");
+            }
+            Err(error) => self.control.finish(Err(error)),
+        }
+        true
     }
 
     /// Resume, and the next exit that is not answered by the way; `None` when the run ends.
     ///
-    /// Port IO to the handler that this vCPU used last is answered here and takes the shortest way there is: it is by far
-    /// the most frequent exit of a guest with devices.
+    /// Explicit requests, and port IO to the handler that this vCPU used last, are answered here and take the shortest way
+    /// there is: they are by far the most frequent exits.
     #[inline(never)]
     fn next_exit(&mut self) -> Option<Exit> {
         let (machine, kick, world, vcpu) = (self.machine, self.kick, self.world, self.vcpu.index);
         loop {
-            kick.clear();
+            kick::forget(self.immediate_exit);
             if self.control.leaving() {
                 return None;
             }
-            if let Some(exit) = self.vcpu.pending.take() {
-                return Some(exit);
+            if self.vcpu.pending.is_some() {
+                return self.vcpu.pending.take();
             }
-            if self.open.is_some() {
+            if self.vcpu.log.is_open() {
                 self.close_request();
             }
             machine.gate().enter_again(&mut self.entry);
@@ -181,7 +193,13 @@ impl<'a> VcpuLoop<'a> {
                 }
                 continue;
             }
-            return Some(decode::decode(result, page));
+            let exit = decode::decode(result, page);
+            let Exit::Hypercall(call) = exit else {
+                return Some(exit);
+            };
+            if let Err(error) = self.hypercall(call) {
+                self.goes_on(exit, Err(error));
+            }
         }
     }
 
@@ -205,10 +223,10 @@ impl<'a> VcpuLoop<'a> {
             Exit::Poison(fault) => self.poison(fault),
             Exit::BadBacking => Err(self.bad_backing()),
             Exit::Failed(errno) => Err(self.failed(format!("KVM_RUN failed with {errno}"))),
-            Exit::Io(io) if io.port == DOORBELL_PORT && io.write && io.len() == 1 => self.doorbell(),
+            Exit::Io(io) if io.port == DOORBELL_PORT && io.write && io.len() == 1 => self.doorbell().map(|()| Flow::Resume),
             Exit::Io(io) => self.io(io),
             Exit::Mmio(mmio) => self.mmio(mmio),
-            Exit::Hypercall(call) => self.hypercall(call),
+            Exit::Hypercall(call) => self.hypercall(call).map(|()| Flow::Resume),
             Exit::Halt => Ok(Flow::Halt),
             Exit::Shutdown => Ok(Flow::Shutdown),
             Exit::InternalError { suberror } => self.internal_error(suberror),
@@ -381,10 +399,16 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.faults += 1;
-        self.open_request(Request::Implicit(&fault), Kind::Implicit);
-        let decision = self.machine.policy(&mut self.policy).memory_fault(&fault);
-        match self.decided(decision, page, access)? {
-            Decision::Convert(change) => self.convert_implicit(change, wanted, &fault),
+        self.open_request(&about(&fault, Kind::Implicit));
+        match self.machine.policy(&mut self.policy).memory_fault(&fault) {
+            Ok(Decision::Convert(change)) => self.convert_implicit(&change, wanted, &fault),
+            decision => self.leave_implicit(decision, &fault),
+        }
+    }
+
+    /// Any answer but Convert.
+    fn leave_implicit(&mut self, decision: Result<Decision, Failure>, fault: &Fault) -> Result<Judged, Error> {
+        match self.decided(decision, fault.range, fault.access)? {
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
@@ -406,7 +430,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close(Outcome::Stopped, 0);
                 Ok(Judged::Leave(reason))
             }
-            Decision::Discard => Err(self.only_for_poison(&Self::faulting(&fault))),
+            Decision::Discard | Decision::Convert(_) => Err(self.only_for_poison(&Self::faulting(fault))),
         }
     }
 
@@ -414,18 +438,15 @@ impl<'a> VcpuLoop<'a> {
         self.hook(site, "Discard() is an answer to memory_poison only".into())
     }
 
-    fn convert_implicit(&mut self, change: Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
+    fn convert_implicit(&mut self, change: &Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
         let order = match self.order(change, wanted.page, wanted.access) {
             Ok(order) => order,
             Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
         };
-        match self
-            .machine
-            .gate()
-            .convert_if(order, Some(wanted), &|| self.control.leaving())
-        {
+        let gate = self.machine.gate();
+        match gate.convert_if_still_wanted(&order, wanted, &|| self.control.leaving()) {
             Ok(converted) => {
-                self.converted(order, converted);
+                self.converted(&order, converted);
                 if change.prefault && converted != Converted::Superseded {
                     self.prefault(order.range, order.to);
                 }
@@ -464,7 +485,7 @@ impl<'a> VcpuLoop<'a> {
             memory: self.machine.gate().views().size(),
         };
         self.tally.poisons += 1;
-        self.open_request(Request::Implicit(&poison), Kind::Poison);
+        self.open_request(&about(&poison, Kind::Poison));
         let decision = self.machine.policy(&mut self.policy).memory_poison(&poison);
         let decision = self.decided(decision, page, access)?;
         let site = self.site(Some(page));
@@ -527,82 +548,102 @@ impl<'a> VcpuLoop<'a> {
 
     // ---- explicit requests
 
-    fn hypercall(&mut self, call: Hypercall) -> Result<Flow, Error> {
-        let (answer, flow) = self.explicit(call)?;
-        let ret = answer.to_le_bytes();
+    fn hypercall(&mut self, call: Hypercall) -> Result<(), Error> {
+        let ret = self.explicit(call)?.to_le_bytes();
         decode::put(self.vcpu.hv.page(), decode::offset::HYPERCALL_RET, &ret);
         self.vcpu.reply_due = true;
-        Ok(flow)
+        Ok(())
     }
 
     /// The hypercall by port: the same registers, the answer in RAX.
-    fn doorbell(&mut self) -> Result<Flow, Error> {
+    fn doorbell(&mut self) -> Result<(), Error> {
         let regs = self.vcpu.regs().map_err(|errno| self.registers(errno))?;
         let call = Hypercall {
             nr: regs.rax,
             args: [regs.rbx, regs.rcx, regs.rdx],
         };
-        let (answer, flow) = self.explicit(call)?;
+        let answer = self.explicit(call)?;
         self.vcpu.answer(answer as u64).map_err(|errno| self.registers(errno))?;
         self.vcpu.reply_due = true;
-        Ok(flow)
+        Ok(())
     }
 
-    /// What RAX becomes, and how the run goes on.
-    fn explicit(&mut self, call: Hypercall) -> Result<(i64, Flow), Error> {
+    /// What RAX becomes.
+    fn explicit(&mut self, call: Hypercall) -> Result<i64, Error> {
         self.exited = Moment::now();
         if call.nr != KVM_HC_MAP_GPA_RANGE {
             self.tally.malformed += 1;
-            return Ok((-KVM_ENOSYS, Flow::Resume));
+            return Ok(-KVM_ENOSYS);
         }
         let request = match explicit::parse(&call, &self.machine.gate().views()) {
             Ok(request) => request,
             Err(errno) => {
                 self.tally.malformed += 1;
-                return Ok((errno.0.into(), Flow::Resume));
+                return Ok(errno.0.into());
             }
         };
         let range = request.range;
+        let seen = self.machine.gate().look_at(range);
         let judged = Call {
             vcpu: self.vcpu.index,
             range,
             to: request.to,
             page_size: request.page_size,
             raw: request.raw,
-            state: self.machine.gate().with_map(|map| map.uniform(range)),
+            state: seen.uniform,
             time: self.exited.nanoseconds(),
             memory: self.machine.gate().views().size(),
         };
         self.tally.hypercalls += 1;
-        self.open_request(Request::Explicit(&judged), Kind::Explicit);
-        let decision = self.machine.policy(&mut self.policy).map_gpa_range(&judged);
-        let (errno, flow) = match self.decided(decision, range, request.to)? {
-            Decision::Convert(change) => (self.convert_explicit(change, &judged)?, Flow::Resume),
+        self.open_request(&Asked {
+            time: judged.time,
+            kind: Kind::Explicit,
+            gpa: range.gpa(),
+            size: range.size(),
+            to: request.to,
+            state: judged.state,
+            // Both have passed the parser: a hint of at most 1 GiB, and five bits.
+            page_size: request.page_size as u32,
+            raw: request.raw as u32,
+            flags: 0,
+            rip: 0,
+            repeats: 0,
+        });
+        match self.machine.policy(&mut self.policy).map_gpa_range(&judged) {
+            Ok(Decision::Convert(change)) => Ok(self.convert_explicit(&change, &judged, &seen)?.into()),
+            decision => Ok(self.leave_explicit(decision, &judged)?.into()),
+        }
+    }
+
+    /// Any answer but Convert: the errno for the guest.
+    fn leave_explicit(&mut self, decision: Result<Decision, Failure>, call: &Call) -> Result<i32, Error> {
+        match self.decided(decision, call.range, call.to)? {
             Decision::Deny(errno) => {
                 self.tally.denied += 1;
                 self.close(Outcome::Denied, errno.0);
-                (errno.0, Flow::Resume)
+                Ok(errno.0)
             }
             Decision::Retry | Decision::Wait(_) => {
                 self.tally.retries += 1;
                 self.close(Outcome::Retried, libc::EAGAIN);
-                (libc::EAGAIN, Flow::Resume)
+                Ok(libc::EAGAIN)
             }
             // Nothing was done, so a guest that goes on later has to ask again.
             Decision::Stop(reason) => {
                 self.close(Outcome::Stopped, libc::EAGAIN);
-                (libc::EAGAIN, Flow::Leave(reason, None))
+                self.control.finish(Ok(reason));
+                Ok(libc::EAGAIN)
             }
-            Decision::Discard => {
-                let site = self.called(&judged);
-                return Err(self.only_for_poison(&site));
+            Decision::Discard | Decision::Convert(_) => {
+                let site = self.called(call);
+                Err(self.only_for_poison(&site))
             }
-        };
-        Ok((errno.into(), flow))
+        }
     }
 
     /// The errno for the guest, 0 for success.
-    fn convert_explicit(&mut self, change: Conversion, call: &Call) -> Result<i32, Error> {
+    #[inline]
+    fn convert_explicit(&mut self, change: &Conversion, call: &Call, seen: &Look) -> Result<i32, Error> {
         let order = match self.order(change, call.range, call.to) {
             Ok(order) => order,
             Err(failure) => {
@@ -610,45 +651,51 @@ impl<'a> VcpuLoop<'a> {
                 return Err(self.hook(&site, failure));
             }
         };
-        match self.machine.gate().convert_if(order, None, &|| self.control.leaving()) {
+        let gate = self.machine.gate();
+        match gate.convert_if(&order, Some(seen), &|| self.control.leaving()) {
             Ok(converted) => {
-                let errno = self.converted(order, converted);
+                let errno = self.converted(&order, converted);
                 if change.prefault {
                     self.prefault(order.range, order.to);
                 }
                 Ok(errno)
             }
-            Err(ConvertError::OverQuota { .. }) => {
-                self.over_quota();
-                Ok(libc::EINVAL)
-            }
-            Err(source) => {
-                let errno = source.guest_errno();
-                self.close(Outcome::Failed, errno.map_or(0, |errno| errno.0));
-                match errno {
-                    Some(errno) => Ok(errno.0),
-                    None => Err(conversion(self.called(call), source)),
-                }
-            }
+            Err(source) => self.not_converted(source, call),
+        }
+    }
+
+    #[cold]
+    fn not_converted(&mut self, source: ConvertError, call: &Call) -> Result<i32, Error> {
+        if matches!(source, ConvertError::OverQuota { .. }) {
+            self.over_quota();
+            return Ok(libc::EINVAL);
+        }
+        let errno = source.guest_errno();
+        self.close(Outcome::Failed, errno.map_or(0, |errno| errno.0));
+        match errno {
+            Some(errno) => Ok(errno.0),
+            None => Err(conversion(self.called(call), source)),
         }
     }
 
     // ---- both
 
     /// What the policy wants converted, which may be another range or state than was asked for.
-    fn order(&mut self, change: Conversion, asked: Range, to: State) -> Result<Order, Failure> {
-        let range = match (change.gpa, change.size) {
-            (None, None) => asked,
-            (gpa, size) => {
-                let (gpa, size) = (gpa.unwrap_or(asked.gpa()), size.unwrap_or(asked.size()));
-                let range = self.machine.gate().range(gpa, size);
+    #[inline(always)]
+    fn order(&mut self, change: &Conversion, asked: Range, to: State) -> Result<Order, Failure> {
+        let answer = Answer::convert(change, asked, to);
+        self.vcpu.log.decided(&answer);
+        let range = match (answer.gpa, answer.size) == (asked.gpa(), asked.size()) {
+            true => asked,
+            false => {
+                let range = self.machine.gate().range(answer.gpa, answer.size);
                 range.map_err(|error| format!("Convert: {error}"))?
             }
         };
         self.machine.gate().asked(&mut self.entry, range);
         Ok(Order {
             range,
-            to: change.to.unwrap_or(to),
+            to: answer.to,
             keep: change.keep,
             max_shared: change.max_shared,
         })
@@ -657,38 +704,38 @@ impl<'a> VcpuLoop<'a> {
     /// A quota is a part of the policy, and it was the gate that could tell.
     fn over_quota(&mut self) {
         self.tally.denied += 1;
-        if let Some(open) = &mut self.open {
-            open.event.answer = Answer::deny(open.event.to, Errno(libc::EINVAL));
-        }
-        self.close(Outcome::Denied, libc::EINVAL);
+        self.vcpu.log.refused(Errno(libc::EINVAL));
     }
 
     /// Books what was done: the errno for a guest that asked, 0 for all of it.
-    fn converted(&mut self, order: Order, converted: Converted) -> i32 {
-        let Order { range, to, .. } = order;
+    fn converted(&mut self, order: &Order, converted: Converted) -> i32 {
+        let &Order { range, to, .. } = order;
         let (changed, size, outcome, errno) = match converted {
-            Converted::Done { changed } => (changed, range.size(), Outcome::Converted, 0),
-            Converted::Interrupted { changed, size } => (changed, size, Outcome::Retried, libc::EAGAIN),
-            Converted::Superseded => (0, 0, Outcome::Superseded, 0),
+            Converted::Done { changed } => {
+                self.tally.conversions += 1;
+                (changed, range.size(), Outcome::Converted, 0)
+            }
+            Converted::Interrupted { changed, size } => {
+                self.tally.retries += 1;
+                (changed, size, Outcome::Retried, libc::EAGAIN)
+            }
+            Converted::Superseded => {
+                self.tally.stale += 1;
+                self.close(Outcome::Superseded, 0);
+                return 0;
+            }
         };
-        match outcome {
-            Outcome::Converted => self.tally.conversions += 1,
-            Outcome::Retried => self.tally.retries += 1,
-            _ => self.tally.stale += 1,
-        }
         match to {
             State::Private => self.tally.bytes_to_private += changed,
             State::Shared => self.tally.bytes_to_shared += changed,
         }
-        if let Some(open) = &mut self.open
-            && size > 0
-        {
-            open.event.done_gpa = range.gpa();
-            open.event.done_size = size;
-            open.event.done_to = to;
-            open.event.changed = changed;
-        }
-        self.close(outcome, errno);
+        let done = Done {
+            gpa: range.gpa(),
+            size,
+            to,
+            changed,
+        };
+        self.vcpu.log.ended(outcome, errno, &done);
         errno
     }
 
@@ -724,54 +771,20 @@ impl<'a> VcpuLoop<'a> {
 
     // ---- record
 
-    fn open_request(&mut self, request: Request<'_>, kind: Kind) {
-        self.close_request();
-        let (asked, to) = (request.range(), request.to());
-        let (state, page_size, raw) = match request {
-            Request::Implicit(fault) => (Some(fault.state), 0, 0),
-            // Both have passed the parser: a hint of at most 1 GiB, and five bits.
-            Request::Explicit(call) => (call.state, call.page_size as u32, call.raw as u32),
-        };
-        let (flags, rip, repeats) = match request {
-            // Only one flag is known, and others reach no policy.
-            Request::Implicit(fault) => (fault.flags as u32, fault.rip, fault.repeats),
-            Request::Explicit(_) => (0, 0, 0),
-        };
-        self.open = Some(Open {
-            since: self.exited,
-            event: Event {
-                sequence: 0,
-                time: request.time(),
-                vcpu: self.vcpu.index,
-                kind,
-                gpa: asked.gpa(),
-                size: asked.size(),
-                to,
-                state,
-                page_size,
-                raw,
-                flags,
-                rip,
-                repeats,
-                answer: Answer::none(to),
-                outcome: Outcome::Failed,
-                done_gpa: asked.gpa(),
-                done_size: 0,
-                done_to: to,
-                changed: 0,
-                errno: 0,
-                latency: 0,
-            },
-        });
+    #[inline(always)]
+    fn open_request(&mut self, asked: &Asked) {
+        if self.vcpu.log.is_open() {
+            self.close_request();
+        }
+        self.since = self.exited;
+        self.machine.events().begin(&mut self.vcpu.log, asked);
     }
 
     /// What the policy made of the request that is open.
     fn decided(&mut self, decision: Result<Decision, Failure>, asked: Range, to: State) -> Result<Decision, Error> {
         match decision {
             Ok(decision) => {
-                if let Some(open) = &mut self.open {
-                    open.event.answer = Answer::of(&decision, asked, to);
-                }
+                self.vcpu.log.decided(&Answer::of(&decision, asked, to));
                 Ok(decision)
             }
             Err(failure) => {
@@ -781,21 +794,16 @@ impl<'a> VcpuLoop<'a> {
         }
     }
 
+    /// What came of it, where nothing was converted.
     fn close(&mut self, outcome: Outcome, errno: i32) {
-        if let Some(open) = &mut self.open {
-            open.event.outcome = outcome;
-            open.event.errno = errno;
-        }
+        self.vcpu.log.ended_with_nothing(outcome, errno);
     }
 
     /// The request that was open is over: the guest resumes, or the run ends.
     fn close_request(&mut self) {
-        if let Some(open) = &mut self.open {
-            open.event.latency = open.since.elapsed().as_nanos() as u64;
-            self.tally.record_latency(open.event.latency);
-            self.machine.events().push(&mut self.vcpu.log, &mut open.event);
-        }
-        self.open = None;
+        let latency = self.since.elapsed();
+        self.latencies.record(latency);
+        self.machine.events().publish(&mut self.vcpu.log, latency);
     }
 
     // ---- devices
@@ -928,6 +936,24 @@ impl<'a> VcpuLoop<'a> {
                 false => format!("; the last requests about this page:{lines}"),
             },
         }
+    }
+}
+
+/// An implicit request, or a poisoned page, for the log.
+fn about(fault: &Fault, kind: Kind) -> Asked {
+    Asked {
+        time: fault.time,
+        kind,
+        gpa: fault.range.gpa(),
+        size: fault.range.size(),
+        to: fault.access,
+        state: Some(fault.state),
+        page_size: 0,
+        raw: 0,
+        // Only one flag is known, and others reach no policy.
+        flags: fault.flags as u32,
+        rip: fault.rip,
+        repeats: fault.repeats,
     }
 }
 

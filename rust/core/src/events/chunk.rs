@@ -13,8 +13,9 @@ use arrow_array::RecordBatch;
 use arrow_buffer::Buffer;
 
 use super::Event;
-use super::columns::{BYTES, HALVES, Row, Source, WORDS};
+use super::columns::{BYTES, Cells, HALVES, Row, Source, WORDS, byte, word};
 use super::table;
+use crate::attributes::State;
 
 /// Rows of a chunk: events that are dropped at once, and that memory is taken for at once.
 pub(super) const ROWS: usize = 1024;
@@ -49,6 +50,38 @@ impl Columns {
     }
 }
 
+/// A row that is being written.
+pub(super) struct Draft<'a> {
+    columns: &'a Columns,
+    at: usize,
+}
+
+impl Draft<'_> {
+    /// What was asked for: the first page, and the state that it was to become.
+    pub(super) fn wanted(&self) -> (u64, State) {
+        let to = self.columns.bytes[byte::TO][self.at].load(Ordering::Relaxed);
+        let to = if to == State::Private as u8 { State::Private } else { State::Shared };
+        (self.columns.words[word::GPA][self.at].load(Ordering::Relaxed), to)
+    }
+}
+
+impl Cells for Draft<'_> {
+    #[inline]
+    fn put_word(&mut self, column: usize, value: u64) {
+        self.columns.words[column][self.at].store(value, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn put_half(&mut self, column: usize, value: u32) {
+        self.columns.halves[column][self.at].store(value, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn put_byte(&mut self, column: usize, value: u8) {
+        self.columns.bytes[column][self.at].store(value, Ordering::Relaxed);
+    }
+}
+
 impl Chunk {
     pub(super) fn new() -> Self {
         Self {
@@ -61,24 +94,21 @@ impl Chunk {
         self.len.load(Ordering::Acquire)
     }
 
-    /// Adds a row; not from two threads at once. Whether there was room.
+    /// A row that is not published yet, to be written by one thread.
     #[inline]
-    pub(super) fn push(&self, row: &Row) -> bool {
-        let at = self.len.load(Ordering::Relaxed);
-        if at >= ROWS {
-            return false;
+    pub(super) fn row(&self, at: usize) -> Draft<'_> {
+        debug_assert!(at >= self.len(), "a row that is published does not change");
+        Draft {
+            columns: &self.columns,
+            // Which it is already; this way it need not be looked at once for each column.
+            at: at % ROWS,
         }
-        for (column, value) in self.columns.words.iter().zip(row.words) {
-            column[at].store(value, Ordering::Relaxed);
-        }
-        for (column, value) in self.columns.halves.iter().zip(row.halves) {
-            column[at].store(value, Ordering::Relaxed);
-        }
-        for (column, value) in self.columns.bytes.iter().zip(row.bytes) {
-            column[at].store(value, Ordering::Relaxed);
-        }
-        self.len.store(at + 1, Ordering::Release);
-        true
+    }
+
+    /// Whoever finds the first `len` rows published finds what was written to them.
+    #[inline]
+    pub(super) fn publish(&self, len: usize) {
+        self.len.store(len, Ordering::Release);
     }
 
     /// Makes it as new, for who has the only reference.
@@ -88,7 +118,7 @@ impl Chunk {
 
     /// The sequence number of a published row.
     pub(super) fn sequence(&self, at: usize) -> u64 {
-        self.columns.words[0][at].load(Ordering::Relaxed)
+        self.columns.words[word::SEQUENCE][at].load(Ordering::Relaxed)
     }
 
     /// A published row.

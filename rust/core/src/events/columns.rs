@@ -4,12 +4,49 @@ use std::sync::{Arc, LazyLock};
 
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 
-use super::{Answer, Event, Kind, Outcome, Verdict};
+use super::{Answer, Asked, Done, Event, Kind, Outcome, Verdict};
 use crate::attributes::State;
 
-pub(super) const WORDS: usize = 11;
-pub(super) const HALVES: usize = 7;
-pub(super) const BYTES: usize = 9;
+/// Which of the columns of words, of halves and of bytes has what.
+pub(super) mod word {
+    pub const SEQUENCE: usize = 0;
+    pub const TIME: usize = 1;
+    pub const GPA: usize = 2;
+    pub const SIZE: usize = 3;
+    pub const RIP: usize = 4;
+    pub const DECISION_GPA: usize = 5;
+    pub const DECISION_SIZE: usize = 6;
+    pub const DONE_GPA: usize = 7;
+    pub const DONE_SIZE: usize = 8;
+    pub const CHANGED: usize = 9;
+    pub const LATENCY: usize = 10;
+}
+
+pub(super) mod half {
+    pub const VCPU: usize = 0;
+    pub const PAGE_SIZE: usize = 1;
+    pub const RAW: usize = 2;
+    pub const FLAGS: usize = 3;
+    pub const REPEATS: usize = 4;
+    pub const DECISION_ERRNO: usize = 5;
+    pub const ERRNO: usize = 6;
+}
+
+pub(super) mod byte {
+    pub const KIND: usize = 0;
+    pub const TO: usize = 1;
+    pub const STATE: usize = 2;
+    pub const DECISION: usize = 3;
+    pub const DECISION_TO: usize = 4;
+    pub const PREFAULT: usize = 5;
+    pub const DISCARD: usize = 6;
+    pub const OUTCOME: usize = 7;
+    pub const DONE_TO: usize = 8;
+}
+
+pub(super) const WORDS: usize = word::LATENCY + 1;
+pub(super) const HALVES: usize = half::ERRNO + 1;
+pub(super) const BYTES: usize = byte::DONE_TO + 1;
 
 /// An event as its columns hold it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,33 +100,33 @@ impl Vocabulary {
 
 /// The columns, in order.
 pub(super) static COLUMNS: [(&str, Source); WORDS + HALVES + BYTES] = [
-    ("sequence", Source::Word(0)),
-    ("time", Source::Word(1)),
-    ("vcpu", Source::Half(0)),
-    ("kind", Source::Code(0, Vocabulary::Kinds)),
-    ("gpa", Source::Word(2)),
-    ("size", Source::Word(3)),
-    ("to", Source::Code(1, Vocabulary::States)),
-    ("state", Source::Code(2, Vocabulary::States)),
-    ("page_size", Source::Half(1)),
-    ("raw", Source::Half(2)),
-    ("flags", Source::Half(3)),
-    ("rip", Source::Word(4)),
-    ("repeats", Source::Half(4)),
-    ("decision", Source::Code(3, Vocabulary::Verdicts)),
-    ("decision_gpa", Source::Word(5)),
-    ("decision_size", Source::Word(6)),
-    ("decision_to", Source::Code(4, Vocabulary::States)),
-    ("decision_prefault", Source::Flag(5)),
-    ("decision_discard", Source::Flag(6)),
-    ("decision_errno", Source::Signed(5)),
-    ("outcome", Source::Code(7, Vocabulary::Outcomes)),
-    ("done_gpa", Source::Word(7)),
-    ("done_size", Source::Word(8)),
-    ("done_to", Source::Code(8, Vocabulary::States)),
-    ("changed", Source::Word(9)),
-    ("errno", Source::Signed(6)),
-    ("latency", Source::Word(10)),
+    ("sequence", Source::Word(word::SEQUENCE)),
+    ("time", Source::Word(word::TIME)),
+    ("vcpu", Source::Half(half::VCPU)),
+    ("kind", Source::Code(byte::KIND, Vocabulary::Kinds)),
+    ("gpa", Source::Word(word::GPA)),
+    ("size", Source::Word(word::SIZE)),
+    ("to", Source::Code(byte::TO, Vocabulary::States)),
+    ("state", Source::Code(byte::STATE, Vocabulary::States)),
+    ("page_size", Source::Half(half::PAGE_SIZE)),
+    ("raw", Source::Half(half::RAW)),
+    ("flags", Source::Half(half::FLAGS)),
+    ("rip", Source::Word(word::RIP)),
+    ("repeats", Source::Half(half::REPEATS)),
+    ("decision", Source::Code(byte::DECISION, Vocabulary::Verdicts)),
+    ("decision_gpa", Source::Word(word::DECISION_GPA)),
+    ("decision_size", Source::Word(word::DECISION_SIZE)),
+    ("decision_to", Source::Code(byte::DECISION_TO, Vocabulary::States)),
+    ("decision_prefault", Source::Flag(byte::PREFAULT)),
+    ("decision_discard", Source::Flag(byte::DISCARD)),
+    ("decision_errno", Source::Signed(half::DECISION_ERRNO)),
+    ("outcome", Source::Code(byte::OUTCOME, Vocabulary::Outcomes)),
+    ("done_gpa", Source::Word(word::DONE_GPA)),
+    ("done_size", Source::Word(word::DONE_SIZE)),
+    ("done_to", Source::Code(byte::DONE_TO, Vocabulary::States)),
+    ("changed", Source::Word(word::CHANGED)),
+    ("errno", Source::Signed(half::ERRNO)),
+    ("latency", Source::Word(word::LATENCY)),
 ];
 
 impl Source {
@@ -113,45 +150,99 @@ pub fn schema() -> SchemaRef {
     SCHEMA.clone()
 }
 
-impl From<&Event> for Row {
+/// Where the values of an event are put as they become known.
+pub(super) trait Cells {
+    fn put_word(&mut self, column: usize, value: u64);
+    fn put_half(&mut self, column: usize, value: u32);
+    fn put_byte(&mut self, column: usize, value: u8);
+
     #[inline]
+    fn asked(&mut self, vcpu: u32, asked: &Asked) {
+        self.put_word(word::TIME, asked.time);
+        self.put_half(half::VCPU, vcpu);
+        self.put_byte(byte::KIND, asked.kind as u8);
+        self.put_word(word::GPA, asked.gpa);
+        self.put_word(word::SIZE, asked.size);
+        self.put_byte(byte::TO, asked.to as u8);
+        self.put_byte(byte::STATE, asked.state.map_or(MIXED, |state| state as u8));
+        self.put_half(half::PAGE_SIZE, asked.page_size);
+        self.put_half(half::RAW, asked.raw);
+        self.put_half(half::FLAGS, asked.flags);
+        self.put_word(word::RIP, asked.rip);
+        self.put_half(half::REPEATS, asked.repeats);
+    }
+
+    #[inline]
+    fn decided(&mut self, answer: &Answer) {
+        self.put_byte(byte::DECISION, answer.verdict as u8);
+        self.put_word(word::DECISION_GPA, answer.gpa);
+        self.put_word(word::DECISION_SIZE, answer.size);
+        self.put_byte(byte::DECISION_TO, answer.to as u8);
+        self.put_byte(byte::PREFAULT, answer.prefault.into());
+        self.put_byte(byte::DISCARD, answer.discard.into());
+        self.put_half(half::DECISION_ERRNO, answer.errno as u32);
+    }
+
+    #[inline]
+    fn ended(&mut self, outcome: Outcome, errno: i32, done: &Done) {
+        self.put_byte(byte::OUTCOME, outcome as u8);
+        self.put_half(half::ERRNO, errno as u32);
+        self.put_word(word::DONE_GPA, done.gpa);
+        self.put_word(word::DONE_SIZE, done.size);
+        self.put_byte(byte::DONE_TO, done.to as u8);
+        self.put_word(word::CHANGED, done.changed);
+    }
+
+    #[inline]
+    fn numbered(&mut self, sequence: u64, latency: u64) {
+        self.put_word(word::SEQUENCE, sequence);
+        self.put_word(word::LATENCY, latency);
+    }
+}
+
+impl Cells for Row {
+    fn put_word(&mut self, column: usize, value: u64) {
+        self.words[column] = value;
+    }
+
+    fn put_half(&mut self, column: usize, value: u32) {
+        self.halves[column] = value;
+    }
+
+    fn put_byte(&mut self, column: usize, value: u8) {
+        self.bytes[column] = value;
+    }
+}
+
+impl From<&Event> for Row {
     fn from(event: &Event) -> Self {
-        let answer = &event.answer;
-        Self {
-            words: [
-                event.sequence,
-                event.time,
-                event.gpa,
-                event.size,
-                event.rip,
-                answer.gpa,
-                answer.size,
-                event.done_gpa,
-                event.done_size,
-                event.changed,
-                event.latency,
-            ],
-            halves: [
-                event.vcpu,
-                event.page_size,
-                event.raw,
-                event.flags,
-                event.repeats,
-                answer.errno as u32,
-                event.errno as u32,
-            ],
-            bytes: [
-                event.kind as u8,
-                event.to as u8,
-                event.state.map_or(MIXED, |state| state as u8),
-                answer.verdict as u8,
-                answer.to as u8,
-                answer.prefault.into(),
-                answer.discard.into(),
-                event.outcome as u8,
-                event.done_to as u8,
-            ],
-        }
+        let mut row = Self::default();
+        row.asked(
+            event.vcpu,
+            &Asked {
+                time: event.time,
+                kind: event.kind,
+                gpa: event.gpa,
+                size: event.size,
+                to: event.to,
+                state: event.state,
+                page_size: event.page_size,
+                raw: event.raw,
+                flags: event.flags,
+                rip: event.rip,
+                repeats: event.repeats,
+            },
+        );
+        row.decided(&event.answer);
+        let done = Done {
+            gpa: event.done_gpa,
+            size: event.done_size,
+            to: event.done_to,
+            changed: event.changed,
+        };
+        row.ended(event.outcome, event.errno, &done);
+        row.numbered(event.sequence, event.latency);
+        row
     }
 }
 

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arrow_array::RecordBatch;
 use parking_lot::Mutex;
 
-use super::Event;
-use super::chunk::Chunk;
-use super::columns::Row;
+use super::chunk::{Chunk, ROWS};
+use super::columns::Cells;
+use super::{Answer, Asked, Done, Event, Outcome};
+use crate::errno::Errno;
 
 /// The events of one vCPU. Alone in its cache lines, for it is written at every request.
 #[repr(align(128))]
@@ -34,13 +35,25 @@ pub struct EventLog {
 #[repr(align(128))]
 struct Sequence(AtomicU64);
 
-/// Adds the events of one vCPU.
+/// Writes the events of one vCPU, one after the other: each while its request is being answered, and then published.
 pub(crate) struct Writer {
-    ring: usize,
+    vcpu: u32,
     /// Its next event has no lower number.
     next: u64,
-    /// `None` where no events are kept.
-    open: Option<Arc<Chunk>>,
+    /// Where the present or the next event is written. Without a ring to be in, the same row again and again.
+    chunk: Arc<Chunk>,
+    row: usize,
+    stage: Stage,
+}
+
+/// What was written of the present event.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// There is none.
+    Nothing,
+    Asked,
+    Decided,
+    Ended,
 }
 
 /// Some of a chunk's rows.
@@ -63,33 +76,49 @@ impl EventLog {
             capacity,
             sequence: Sequence(AtomicU64::new(0)),
         };
-        (
-            log,
-            (0..vcpus)
-                .map(|ring| Writer {
-                    ring,
-                    next: 0,
-                    open: None,
-                })
-                .collect(),
-        )
+        let writer = |vcpu| Writer {
+            vcpu,
+            next: 0,
+            chunk: match capacity {
+                0 => Arc::new(Chunk::new()),
+                _ => log.rings[vcpu as usize].open_chunk(capacity),
+            },
+            row: 0,
+            stage: Stage::Nothing,
+        };
+        let writers = (0..vcpus as u32).map(writer).collect();
+        (log, writers)
     }
 
-    /// Adds an event. Nobody who reads is waited for.
+    /// A request came.
     #[inline]
-    pub(crate) fn push(&self, writer: &mut Writer, event: &mut Event) {
-        let ring = &self.rings[writer.ring];
+    pub(crate) fn begin(&self, writer: &mut Writer, asked: &Asked) {
+        if writer.row == ROWS {
+            writer.chunk = self.rings[writer.vcpu as usize].open_chunk(self.capacity);
+            writer.row = 0;
+        }
+        writer.chunk.row(writer.row).asked(writer.vcpu, asked);
+        writer.stage = Stage::Asked;
+    }
+
+    /// The request is over: its event is there to be read. Nobody who reads is waited for.
+    #[inline]
+    pub(crate) fn publish(&self, writer: &mut Writer, latency: u64) {
+        if writer.stage != Stage::Ended {
+            writer.end_early();
+        }
+        let ring = &self.rings[writer.vcpu as usize];
         // Whoever finds the number that is taken next counted finds this, too.
         ring.arriving.store(writer.next, Ordering::Relaxed);
-        event.sequence = self.number();
-        writer.next = event.sequence + 1;
+        let sequence = self.number();
+        writer.next = sequence + 1;
+        writer.chunk.row(writer.row).numbered(sequence, latency);
         if self.capacity > 0 {
-            let row = Row::from(&*event);
-            if !writer.open.as_ref().is_some_and(|chunk| chunk.push(&row)) {
-                self.push_into_another(writer, &row);
-            }
+            writer.row += 1;
+            writer.chunk.publish(writer.row);
         }
         ring.arriving.store(NONE_ARRIVING, Ordering::Release);
+        writer.stage = Stage::Nothing;
     }
 
     #[inline]
@@ -104,14 +133,6 @@ impl EventLog {
             }
             _ => sequence.fetch_add(1, Ordering::AcqRel),
         }
-    }
-
-    #[cold]
-    fn push_into_another(&self, writer: &mut Writer, row: &Row) {
-        writer.open = None;
-        let chunk = self.rings[writer.ring].open_chunk(self.capacity);
-        chunk.push(row);
-        writer.open = Some(chunk);
     }
 
     /// Events there were, kept or dropped.
@@ -164,6 +185,51 @@ impl EventLog {
     }
 }
 
+impl Writer {
+    /// Whether there is a request that is not over.
+    #[inline]
+    pub(crate) fn is_open(&self) -> bool {
+        self.stage != Stage::Nothing
+    }
+
+    /// What the policy answered.
+    #[inline]
+    pub(crate) fn decided(&mut self, answer: &Answer) {
+        self.chunk.row(self.row).decided(answer);
+        self.stage = Stage::Decided;
+    }
+
+    /// What came of it.
+    #[inline]
+    pub(crate) fn ended(&mut self, outcome: Outcome, errno: i32, done: &Done) {
+        self.chunk.row(self.row).ended(outcome, errno, done);
+        self.stage = Stage::Ended;
+    }
+
+    /// What came of it, where nothing was converted.
+    pub(crate) fn ended_with_nothing(&mut self, outcome: Outcome, errno: i32) {
+        let (gpa, to) = self.chunk.row(self.row).wanted();
+        self.ended(outcome, errno, &Done::nothing(gpa, to));
+    }
+
+    /// What the gate refused because of the policy's own condition.
+    pub(crate) fn refused(&mut self, errno: Errno) {
+        let (_, to) = self.chunk.row(self.row).wanted();
+        self.decided(&Answer::deny(to, errno));
+        self.ended_with_nothing(Outcome::Denied, errno.0);
+    }
+
+    /// Something failed before that.
+    #[cold]
+    fn end_early(&mut self) {
+        if self.stage == Stage::Asked {
+            let (_, to) = self.chunk.row(self.row).wanted();
+            self.decided(&Answer::none(to));
+        }
+        self.ended_with_nothing(Outcome::Failed, 0);
+    }
+}
+
 impl Part {
     /// The first row with this sequence number or a higher one.
     fn find(&self, sequence: u64) -> usize {
@@ -185,8 +251,7 @@ impl Ring {
         let mut chunks = self.chunks.lock();
         let held: usize = chunks.iter().map(|chunk| chunk.len()).sum();
         let oldest = chunks.front().map_or(0, |chunk| chunk.len());
-        // One event more is about to come.
-        let surplus = held - oldest >= capacity.saturating_sub(1);
+        let surplus = held - oldest >= capacity;
         let mut spare = surplus.then(|| chunks.pop_front()).flatten();
         let chunk = match spare.as_mut().and_then(Arc::get_mut) {
             Some(only) => {

@@ -183,7 +183,9 @@ impl Answer {
         }
     }
 
-    fn convert(conversion: &Conversion, asked: Range, to: State) -> Self {
+    /// What a decision to convert says.
+    #[inline]
+    pub(crate) fn convert(conversion: &Conversion, asked: Range, to: State) -> Self {
         Self {
             verdict: Verdict::Convert,
             gpa: conversion.gpa.unwrap_or(asked.gpa()),
@@ -241,4 +243,41 @@ pub struct Event {
     pub errno: i32,
     /// Exit to resume, in nanoseconds.
     pub latency: u64,
+}
+
+/// What a request is about, which is known when it comes. The fields are [`Event`]'s.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    pub time: u64,
+    pub kind: Kind,
+    pub gpa: u64,
+    pub size: u64,
+    pub to: State,
+    pub state: Option<State>,
+    pub page_size: u32,
+    pub raw: u32,
+    pub flags: u32,
+    pub rip: u64,
+    pub repeats: u32,
+}
+
+/// What was converted for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Done {
+    pub gpa: u64,
+    pub size: u64,
+    pub to: State,
+    pub changed: u64,
+}
+
+impl Done {
+    /// Nothing of these pages.
+    pub(crate) const fn nothing(gpa: u64, to: State) -> Self {
+        Self {
+            gpa,
+            size: 0,
+            to,
+            changed: 0,
+        }
+    }
 }

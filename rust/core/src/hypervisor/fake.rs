@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -402,11 +402,11 @@ impl Hypervisor for FakeVm {
 /// Apart from other vCPUs' flags.
 #[derive(Default)]
 #[repr(align(128))]
-struct FakeFlag(AtomicBool);
+struct FakeFlag(AtomicU8);
 
 impl ExitFlag for FakeFlag {
-    fn set(&self, on: bool) {
-        self.0.store(on, Ordering::SeqCst);
+    fn byte(&self) -> &AtomicU8 {
+        &self.0
     }
 }
 
@@ -525,7 +525,7 @@ impl FakeVcpu {
                 self.await_reply(answer, KVM_EXIT_IO, io_words(port, write, size, count as u32))
             }
             Step::Block => {
-                while !self.flag.0.load(Ordering::SeqCst) {
+                while self.flag.0.load(Ordering::SeqCst) == 0 {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 self.advance();
@@ -580,7 +580,7 @@ impl Vcpu for FakeVcpu {
     fn run(&mut self) -> Result<(), Errno> {
         self.complete();
         loop {
-            if self.flag.0.load(Ordering::SeqCst) {
+            if self.flag.0.load(Ordering::SeqCst) != 0 {
                 return Err(Errno(libc::EINTR));
             }
             if let Some(result) = self.step() {

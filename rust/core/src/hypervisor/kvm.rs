@@ -4,7 +4,7 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
     KVM_CAP_EXIT_HYPERCALL, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES,
@@ -273,12 +273,11 @@ impl RunPage {
 }
 
 impl ExitFlag for RunPage {
-    fn set(&self, on: bool) {
+    fn byte(&self) -> &AtomicU8 {
         // SAFETY: inside the mapping; this byte is only ever reached as an atomic.
         let at = unsafe { self.base.add(IMMEDIATE_EXIT) };
         // SAFETY: valid for the mapping's life, aligned (one byte), and atomic for all who use it.
-        let flag = unsafe { AtomicU8::from_ptr(at) };
-        flag.store(on.into(), Ordering::SeqCst);
+        unsafe { AtomicU8::from_ptr(at) }
     }
 }
 

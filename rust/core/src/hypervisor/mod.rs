@@ -7,6 +7,7 @@ pub mod kvm;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
@@ -159,8 +160,8 @@ pub trait Vcpu: Send {
     fn translate(&self, linear: u64) -> Option<u64>;
 }
 
-/// `immediate_exit` of one vCPU's run page, to be written from any thread.
+/// `immediate_exit` of one vCPU's run page.
 pub trait ExitFlag: Send + Sync {
-    /// Sets or clears it.
-    fn set(&self, on: bool);
+    /// Where it is, to be written from any thread: not 0 to have a running or a coming KVM_RUN return EINTR.
+    fn byte(&self) -> &AtomicU8;
 }

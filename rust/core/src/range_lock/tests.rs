@@ -52,18 +52,18 @@ impl Random {
 }
 
 /// Waits until this many hold a range or wait for one.
-fn until_queued(locks: &RangeLocks, count: usize) {
+fn until_queued(locks: &RangeLocks<()>, count: usize) {
     let begun = Instant::now();
-    while locks.queue.lock().entries.len() < count {
+    while locks.inner.lock().queue.entries.len() < count {
         assert!(begun.elapsed() < PATIENCE, "nobody queues");
         std::thread::yield_now();
     }
 }
 
 /// Waits until this many have gone to sleep.
-fn until_waiting(locks: &RangeLocks, count: usize) {
+fn until_waiting(locks: &RangeLocks<()>, count: usize) {
     let begun = Instant::now();
-    while locks.queue.lock().waiting < count {
+    while locks.inner.lock().queue.waiting < count {
         assert!(begun.elapsed() < PATIENCE, "nobody waits");
         std::thread::yield_now();
     }
@@ -72,7 +72,7 @@ fn until_waiting(locks: &RangeLocks, count: usize) {
 #[test]
 fn overlapping_ranges_are_never_held_together() {
     within_patience(|| {
-        let locks = RangeLocks::default();
+        let locks = RangeLocks::new(());
         let owners: Vec<AtomicU32> = (0..PAGES).map(|_| AtomicU32::new(0)).collect();
         let locked = AtomicU64::new(0);
         std::thread::scope(|scope| {
@@ -109,7 +109,7 @@ fn overlapping_ranges_are_never_held_together() {
         });
         // Nobody was lost, and nothing stays behind.
         assert_eq!(locked.into_inner(), 6 * 2000);
-        let queue = locks.queue.lock();
+        let queue = &locks.inner.lock().queue;
         assert_eq!((queue.entries.len(), queue.waiting), (0, 0));
     });
 }
@@ -117,7 +117,7 @@ fn overlapping_ranges_are_never_held_together() {
 #[test]
 fn disjoint_ranges_do_not_wait() {
     within_patience(|| {
-        let locks = RangeLocks::default();
+        let locks = RangeLocks::new(());
         let low = locks.lock(pages(0, 4));
         std::thread::scope(|scope| {
             // Joined while the neighbours are held.
@@ -131,7 +131,7 @@ fn disjoint_ranges_do_not_wait() {
 #[test]
 fn a_large_range_is_not_overtaken_by_what_it_waits_with() {
     within_patience(|| {
-        let locks = RangeLocks::default();
+        let locks = RangeLocks::new(());
         let order = Mutex::new(Vec::new());
         let first = locks.lock(pages(0, 1));
         std::thread::scope(|scope| {
@@ -158,7 +158,7 @@ fn a_large_range_is_not_overtaken_by_what_it_waits_with() {
 #[test]
 fn a_large_range_gets_its_turn_while_small_ones_keep_coming() {
     within_patience(|| {
-        let locks = Arc::new(RangeLocks::default());
+        let locks = Arc::new(RangeLocks::new(()));
         let over = AtomicBool::new(false);
         let small = AtomicU64::new(0);
         std::thread::scope(|scope| {
@@ -188,7 +188,7 @@ fn a_large_range_gets_its_turn_while_small_ones_keep_coming() {
 #[test]
 fn first_come_first_served_on_one_page() {
     within_patience(|| {
-        let locks = RangeLocks::default();
+        let locks = RangeLocks::new(());
         let order = Mutex::new(Vec::new());
         let held = locks.lock(pages(7, 1));
         std::thread::scope(|scope| {
@@ -208,7 +208,7 @@ fn first_come_first_served_on_one_page() {
 
 #[test]
 fn a_range_is_free_again_after_a_panic() {
-    let locks = RangeLocks::default();
+    let locks = RangeLocks::new(());
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let _held = locks.lock(pages(0, PAGES));
         std::panic::resume_unwind(Box::new(()));
