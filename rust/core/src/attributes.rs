@@ -407,7 +407,7 @@ impl Tree {
     }
 
     /// The state of all pages `[first, end)`, if they agree.
-    #[inline]
+    #[inline(always)]
     fn uniform(&self, first: u64, end: u64) -> Option<State> {
         match end - first {
             1 => Some(self.state(first)),
@@ -512,7 +512,7 @@ impl Tree {
 
     /// Puts a page into state `to`, if its block is mixed, stays so, and has bits that nobody else holds: whether that
     /// changed it.
-    #[inline]
+    #[inline(always)]
     fn flip(&mut self, page: u64, to: State) -> Option<bool> {
         if page >= self.whole {
             return None;
@@ -589,6 +589,7 @@ impl Tree {
     }
 
     /// Whether no snapshot holds the bits of a leaf.
+    #[inline(always)]
     fn exclusive(&self, at: Place) -> bool {
         let branch = &self.branches[at.branch];
         // Others can hold the bits themselves, or a branch that holds them.
@@ -921,7 +922,7 @@ macro_rules! queries {
         ///
         /// If `range` ends behind [`size`](Self::size).
         #[track_caller]
-        #[inline]
+        #[inline(always)]
         pub fn uniform(&self, range: Range) -> Option<State> {
             let (first, end) = self.tree.span(range);
             self.tree.uniform(first, end)
@@ -998,7 +999,7 @@ impl AttributeMap {
     ///
     /// If `range` ends behind [`size`](Self::size). Nothing has changed then.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn set(&mut self, range: Range, to: State) -> u64 {
         // By far the most frequent change: one page among others of both states.
         if range.size == PAGE_SIZE

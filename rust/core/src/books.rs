@@ -39,7 +39,7 @@ impl Books {
     }
 
     /// Takes a change over: bytes whose state it changed.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set(&mut self, range: Range, to: State) -> u64 {
         if self.watched {
             self.tell_watches(range, to);
@@ -51,6 +51,7 @@ impl Books {
         changed
     }
 
+    #[cold]
     fn tell_watches(&mut self, range: Range, to: State) {
         for watch in &mut self.watches {
             let changes = range.contains(watch.gpa) && self.map.state(watch.gpa) != to;

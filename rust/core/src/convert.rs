@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::attributes::{PAGE_SIZE, Range, Run, State};
-use crate::enforce::{self, Before, Enforcement, Mode};
+use crate::enforce::{self, Enforcement, Mode};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
@@ -74,12 +74,20 @@ pub(crate) enum Standing {
 /// What is to be converted, and how.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Order {
-    pub range: Range,
+    /// The pages, and how they were.
+    pub seen: Look,
     pub to: State,
     /// The stale side stays as it is.
     pub keep: bool,
     /// Refuse if more bytes than this would be shared then.
     pub max_shared: Option<u64>,
+}
+
+/// What was done of a transaction: KVM enforces it.
+struct Enforced {
+    /// What was true before, where listeners were told.
+    told: Option<Box<Snapshot>>,
+    discarded: Result<(), Errno>,
 }
 
 /// The condition under which an implicit conversion is still wanted.
@@ -168,8 +176,9 @@ impl Gate {
     }
 
     /// It asks for these pages.
-    pub(crate) fn asked(&self, entry: &mut Entry, range: Range) {
-        self.ledger.touch(&mut entry.seen, range);
+    #[inline]
+    pub(crate) fn asked(&self, entry: &mut Entry, seen: &Look) {
+        self.ledger.touch(&mut entry.seen, seen);
     }
 
     /// Holds the states of `range` still.
@@ -177,8 +186,8 @@ impl Gate {
         self.ledger.hold(range)
     }
 
-    /// The states of `range` as they are now; a conversion of the same range need not look for them again.
-    #[inline]
+    /// The states of `range` as they are now.
+    #[inline(always)]
     pub(crate) fn look_at(&self, range: Range) -> Look {
         self.ledger.look_at(range)
     }
@@ -228,12 +237,12 @@ impl Gate {
     /// See [`ConvertError`]: unless it says otherwise, nothing was changed.
     pub fn convert(&self, gpa: u64, size: u64, to: State, keep: bool) -> Result<Converted, ConvertError> {
         let order = Order {
-            range: self.range(gpa, size)?,
+            seen: self.look_at(self.range(gpa, size)?),
             to,
             keep,
             max_shared: None,
         };
-        self.convert_if(&order, None, &|| false)
+        self.convert_if(order, &|| false)
     }
 
     /// Validates a range of pages of this guest.
@@ -243,27 +252,30 @@ impl Gate {
         self.views.range(gpa, size).ok_or(error)
     }
 
-    /// The transaction, or one after the other for a large range; `cancel` is asked in between. `seen` is an earlier look at
-    /// the pages.
-    #[inline]
-    pub(crate) fn convert_if(
-        &self,
-        order: &Order,
-        seen: Option<&Look>,
-        cancel: &dyn Fn() -> bool,
-    ) -> Result<Converted, ConvertError> {
-        if order.max_shared.is_none() && self.enforcement.is_one_part(order.range) {
-            let (held, before) = self.ledger.hold_and_look(order.range, seen);
-            let changed = self.one_part(order, before, Some(held))?;
-            return Ok(Converted::Done { changed });
-        }
-        self.convert_in_parts(order, None, cancel)
+    /// The transaction, or one after the other for a large range; `cancel` is asked in between.
+    #[inline(always)]
+    pub(crate) fn convert_if(&self, order: Order, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+        let range = order.seen.range;
+        let spot = order.seen.spot;
+        let Some(spot) = spot.filter(|_| order.max_shared.is_none() && self.enforcement.is_one_part(range)) else {
+            return self.convert_in_parts(order, None, cancel);
+        };
+        let (held, before) = self.ledger.hold_spot(&spot, order.seen.uniform);
+        let changed = match self.enforce(order, range, before)? {
+            None => 0,
+            Some(Enforced {
+                told: None,
+                discarded: Ok(()),
+            }) => held.set(order.to),
+            Some(enforced) => self.commit(order, range, enforced)?,
+        };
+        Ok(Converted::Done { changed })
     }
 
     /// The same for a page that faulted, if it still is as it was then.
     pub(crate) fn convert_if_still_wanted(
         &self,
-        order: &Order,
+        order: Order,
         wanted: Wanted,
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
@@ -272,11 +284,11 @@ impl Gate {
 
     fn convert_in_parts(
         &self,
-        order: &Order,
+        order: Order,
         wanted: Option<Wanted>,
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
-        let range = order.range;
+        let range = order.seen.range;
         let quota = order.max_shared.filter(|_| order.to == State::Shared);
         // The page that faulted is held too, so that it cannot change between the look at it and the conversion. What is
         // not held whole is held part by part.
@@ -295,8 +307,8 @@ impl Gate {
     }
 
     /// With the range held: what it adds is known, whatever others add elsewhere.
-    fn within_quota(&self, order: &Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
-        let range = order.range;
+    fn within_quota(&self, order: Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+        let range = order.seen.range;
         let private = self.private_in(range);
         if !self.ledger.reserve(private, max) {
             return Err(ConvertError::OverQuota { range, max });
@@ -316,41 +328,43 @@ impl Gate {
     }
 
     /// Each part is a transaction: one that fails is undone, those before it stand.
-    fn in_parts(&self, order: &Order, hold: bool, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+    fn in_parts(&self, order: Order, hold: bool, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
         let mut changed = 0;
-        let mut start = order.range.gpa();
-        while let Some(left) = Range::new(start, order.range.end() - start) {
-            if start > order.range.gpa() && cancel() {
-                let size = start - order.range.gpa();
+        let range = order.seen.range;
+        let mut start = range.gpa();
+        while let Some(left) = Range::new(start, range.end() - start) {
+            if start > range.gpa() && cancel() {
+                let size = start - range.gpa();
                 return Ok(Converted::Interrupted { changed, size });
             }
             let part = self.enforcement.part(left);
-            let (held, before) = match hold {
-                true => {
-                    let (held, before) = self.ledger.hold_and_look(part, None);
-                    (Some(held), before)
-                }
-                false => (None, self.ledger.uniform(part)),
-            };
-            changed += self.one_part(&Order { range: part, ..*order }, before, held)?;
+            let _held = hold.then(|| self.hold(part));
+            if let Some(enforced) = self.enforce(order, part, self.ledger.uniform(part))? {
+                changed += self.commit(order, part, enforced)?;
+            }
             start = part.end();
         }
         Ok(Converted::Done { changed })
     }
 
-    /// With the range held, by `held` or by the caller; its state is known if it is uniform.
+    /// The transaction up to its commit, with the range held, whose state is known if it is uniform; `None` if there is
+    /// nothing to do.
     #[inline(always)]
-    fn one_part(&self, order: &Order, uniform: Option<State>, held: Option<Held<'_>>) -> Result<u64, ConvertError> {
-        let &Order { range, to, keep, .. } = order;
+    fn enforce(
+        &self,
+        order: Order,
+        range: Range,
+        uniform: Option<State>,
+    ) -> Result<Option<Enforced>, ConvertError> {
+        let Order { to, keep, .. } = order;
         if self.broken.load(Ordering::SeqCst) {
             return Err(already_broken(range));
         }
         if uniform == Some(to) {
-            return Ok(0);
+            return Ok(None);
         }
-        let runs = |part: Range| -> Vec<Run> { self.ledger.runs_in(part) };
-        let before = uniform.map_or(Before::Mixed(&runs), Before::Uniform);
-        if let Err(errno) = self.clean(order, before) {
+        let mixed = |part| self.ledger.runs_in(part);
+        if let Err(errno) = self.clean(order, range, uniform) {
             return Err(ConvertError::Undone { range, errno });
         }
         // Nobody listens as a rule, and then nobody needs to know what exactly changes.
@@ -358,40 +372,44 @@ impl Gate {
             true => None,
             false => Some(self.prepare(range, to)?),
         };
-        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, before) {
+        if let Err(failure) = self.enforcement.apply(range, to, &self.vcpus, uniform, &mixed) {
             return Err(self.not_enforced(range, to, failure, told));
         }
         let discarded = match keep {
             true => Ok(()),
             false => self.vm.discard(self.side(to.other()), range),
         };
-        let changed = match (held, told) {
-            (Some(held), None) if order.max_shared.is_none() => self.ledger.set_and_let_go(held, range, to),
-            (_held, told) => {
-                let changed = self.ledger.set(range, to, order.max_shared.is_some());
-                self.committed(range, to, told, discarded)?;
-                return Ok(changed);
-            }
-        };
-        match discarded {
-            Ok(()) => Ok(changed),
-            Err(errno) => Err(ConvertError::Discard { range, errno }),
-        }
+        Ok(Some(Enforced { told, discarded }))
+    }
+
+    /// The rest of it: bytes whose state changed.
+    fn commit(&self, order: Order, range: Range, enforced: Enforced) -> Result<u64, ConvertError> {
+        let to = order.to;
+        let changed = self.ledger.set(range, to, order.max_shared.is_some());
+        let told = enforced.told.map_or(Ok(()), |before| {
+            let conversion = Conversion { before: &before, range, to };
+            self.listeners.commit(&conversion)
+        });
+        enforced
+            .discarded
+            .map_err(|errno| ConvertError::Discard { range, errno })?;
+        told.map_err(ConvertError::Listener)?;
+        Ok(changed)
     }
 
     /// What changes, for listeners; those who have to agree did.
     #[cold]
-    fn prepare(&self, range: Range, to: State) -> Result<Snapshot, ConvertError> {
-        let before = self.snapshot();
+    fn prepare(&self, range: Range, to: State) -> Result<Box<Snapshot>, ConvertError> {
+        let before = Box::new(self.snapshot());
         let conversion = Conversion { before: &before, range, to };
         self.listeners.prepare(&conversion)?;
         Ok(before)
     }
 
     #[cold]
-    fn not_enforced(&self, range: Range, to: State, failure: enforce::Failure, told: Option<Snapshot>) -> ConvertError {
+    fn not_enforced(&self, range: Range, to: State, failure: enforce::Failure, told: Option<Box<Snapshot>>) -> ConvertError {
         let failure = self.failed(range, failure);
-        let abort = |before: Snapshot| {
+        let abort = |before: Box<Snapshot>| {
             let conversion = Conversion { before: &before, range, to };
             self.listeners.abort(&conversion).err()
         };
@@ -401,39 +419,27 @@ impl Gate {
             .map_or(failure, ConvertError::Listener)
     }
 
-    fn committed(
-        &self,
-        range: Range,
-        to: State,
-        told: Option<Snapshot>,
-        discarded: Result<(), Errno>,
-    ) -> Result<(), ConvertError> {
-        let told = told.map_or(Ok(()), |before| {
-            let conversion = Conversion { before: &before, range, to };
-            self.listeners.commit(&conversion)
-        });
-        discarded.map_err(|errno| ConvertError::Discard { range, errno })?;
-        told.map_err(ConvertError::Listener)
-    }
-
     /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
     /// when the page comes back, and it is before that they go: later they might be the guest's.
     #[inline(always)]
-    fn clean(&self, order: &Order, before: Before<'_>) -> Result<(), Errno> {
+    fn clean(&self, order: Order, range: Range, uniform: Option<State>) -> Result<(), Errno> {
         if order.keep {
             self.kept.store(true, Ordering::Relaxed);
         }
         let emulated = order.to == State::Shared && self.enforcement.mode() == Mode::Attributes;
-        if !emulated || self.kept.load(Ordering::Relaxed) || !self.vm.has_data(&self.memory.shared, order.range)? {
+        if !emulated || self.kept.load(Ordering::Relaxed) || !self.vm.has_data(&self.memory.shared, range)? {
             return Ok(());
         }
-        self.discard_left_over(order.range, before)
+        self.discard_left_over(range, uniform)
     }
 
     #[cold]
-    fn discard_left_over(&self, range: Range, before: Before<'_>) -> Result<(), Errno> {
+    fn discard_left_over(&self, range: Range, uniform: Option<State>) -> Result<(), Errno> {
         // Of pages that are shared already, the bytes stay.
-        let runs = before.runs(range);
+        let runs = match uniform {
+            Some(state) => vec![Run { range, state }],
+            None => self.ledger.runs_in(range),
+        };
         let private = runs.iter().filter(|run| run.state == State::Private);
         private
             .map(|run| run.range)

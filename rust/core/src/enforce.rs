@@ -49,25 +49,33 @@ pub(crate) enum Failure {
 
 /// The state of a range's pages before they are converted.
 #[derive(Clone, Copy)]
-pub(crate) enum Before<'a> {
-    /// All of them.
-    Uniform(State),
-    /// Of any part of the range.
-    Mixed(&'a dyn Fn(Range) -> Vec<Run>),
+pub(crate) struct Before<'a> {
+    /// Of all of them, if they agree.
+    pub uniform: Option<State>,
+    /// Else of any part of the range.
+    pub mixed: &'a dyn Fn(Range) -> Vec<Run>,
 }
 
 impl Before<'_> {
+    /// All pages of whatever range.
+    fn all_of(state: State) -> Self {
+        Self {
+            uniform: Some(state),
+            mixed: &|_| Vec::new(),
+        }
+    }
+
     pub(crate) fn runs(&self, range: Range) -> Vec<Run> {
-        match self {
-            Before::Uniform(state) => vec![Run { range, state: *state }],
-            Before::Mixed(runs) => runs(range),
+        match self.uniform {
+            Some(state) => vec![Run { range, state }],
+            None => (self.mixed)(range),
         }
     }
 
     fn all(&self, range: Range, state: State) -> bool {
-        match self {
-            Before::Uniform(uniform) => *uniform == state,
-            Before::Mixed(runs) => runs(range).iter().all(|run| run.state == state),
+        match self.uniform {
+            Some(uniform) => uniform == state,
+            None => (self.mixed)(range).iter().all(|run| run.state == state),
         }
     }
 }
@@ -148,7 +156,7 @@ impl Enforcement {
 
     /// Sets up all of memory in `initial`.
     pub(crate) fn start(&self, all: Range, initial: State) -> Result<(), Failure> {
-        let before = Before::Uniform(State::Shared);
+        let before = Before::all_of(State::Shared);
         match self.mode {
             Mode::Attributes => {
                 self.change_slots(all, &[(SHARED_LAYER, true)], &[])?;
@@ -158,7 +166,7 @@ impl Enforcement {
                 }
                 match initial {
                     State::Shared => Ok(()),
-                    State::Private => self.apply(all, State::Private, &[], before),
+                    State::Private => self.apply_in_calls(all, State::Private, &[], before),
                 }
             }
             Mode::Memslots => {
@@ -196,6 +204,25 @@ impl Enforcement {
         range: Range,
         to: State,
         vcpus: &[Arc<Kick>],
+        uniform: Option<State>,
+        mixed: &dyn Fn(Range) -> Vec<Run>,
+    ) -> Result<(), Failure> {
+        let one_call = range.gpa() / CHUNK == (range.end() - 1) / CHUNK && uniform == Some(to.other());
+        if !one_call || self.mode != Mode::Attributes || self.views.split() {
+            return self.apply_in_calls(range, to, vcpus, Before { uniform, mixed });
+        }
+        match self.vm.set_attributes(range, to) {
+            Ok(()) => Ok(()),
+            Err(errno) => Err(self.not_set(range, errno, Before { uniform, mixed })),
+        }
+    }
+
+    #[inline(never)]
+    fn apply_in_calls(
+        &self,
+        range: Range,
+        to: State,
+        vcpus: &[Arc<Kick>],
         before: Before<'_>,
     ) -> Result<(), Failure> {
         match (self.mode, self.views.split()) {
@@ -228,10 +255,7 @@ impl Enforcement {
             };
             runs.into_iter().map(seen).collect()
         };
-        let before = match before {
-            Before::Uniform(_) => before,
-            Before::Mixed(_) => Before::Mixed(&runs),
-        };
+        let before = Before { mixed: &runs, ..before };
         self.set_attributes(shared_view(range), to, before)?;
         self.change_slots(range, &[(PRIVATE_LAYER, private)], vcpus)
             .map_err(|failure| {
@@ -240,20 +264,7 @@ impl Enforcement {
             })
     }
 
-    #[inline(always)]
     fn set_attributes(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
-        match before {
-            Before::Uniform(state) if state != to && range.gpa() / CHUNK == (range.end() - 1) / CHUNK => {
-                match self.vm.set_attributes(range, to) {
-                    Ok(()) => Ok(()),
-                    Err(errno) => Err(self.not_set(range, errno, before)),
-                }
-            }
-            _ => self.set_attributes_in_chunks(range, to, before),
-        }
-    }
-
-    fn set_attributes_in_chunks(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
         for chunk in chunks(range) {
             if before.all(chunk, to) {
                 continue;

@@ -38,24 +38,38 @@ struct Part {
 }
 
 /// A range that nobody else changes.
-pub(crate) struct Held<'a>(Locks<'a>);
-
-/// The locks of its parts.
-enum Locks<'a> {
-    /// All of it is in one part, as a rule: its pages there.
-    One(&'a Part, Range, RangeGuard<'a, Books>),
+pub(crate) enum Held<'a> {
+    /// It is in one part.
+    One {
+        _guard: RangeGuard<'a, Books>,
+    },
+    /// It is in several.
     Several {
         _guards: Vec<RangeGuard<'a, Books>>,
     },
 }
 
-/// The state of a range's pages, if they agree, and when that was.
+/// The same of a range that lies in one part: its pages there.
+pub(crate) struct HeldSpot<'a> {
+    part: &'a Part,
+    pages: Range,
+    guard: RangeGuard<'a, Books>,
+}
+
+/// The state of a range's pages, if they agree, and what makes it cheap to have that again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Look {
+    pub range: Range,
     pub uniform: Option<State>,
-    range: Range,
-    /// Its part's generation; `None` if it is in several.
-    generation: Option<u64>,
+    pub spot: Option<Spot>,
+}
+
+/// Where a range lies that is in one part, as most are, and the part's generation when it was looked at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spot {
+    part: usize,
+    pages: Range,
+    generation: u64,
 }
 
 /// What a vCPU has seen of the parts' generations when it entered the guest. Of parts that it had nothing to do with
@@ -104,10 +118,10 @@ impl Ledger {
 
     /// The part that all of a range is in, as a rule, and its pages there.
     #[inline]
-    fn whole(&self, range: Range) -> Option<(&Part, Range)> {
+    fn whole(&self, range: Range) -> Option<(usize, Range)> {
         let part = range.gpa() >> self.shift;
         let inside = (range.end() - 1) >> self.shift == part;
-        inside.then(|| (&self.parts[part as usize], range.below(part << self.shift)))
+        inside.then(|| (part as usize, range.below(part << self.shift)))
     }
 
     /// Bytes of memory.
@@ -124,7 +138,7 @@ impl Ledger {
     /// The state of all pages of a range, if they agree. Where others change it meanwhile, of each part as it was then.
     pub fn uniform(&self, range: Range) -> Option<State> {
         if let Some((part, piece)) = self.whole(range) {
-            return part.books.data().map().uniform(piece);
+            return self.parts[part].books.data().map().uniform(piece);
         }
         let mut states =
             pieces(self.shift, range).map(|(part, piece)| self.parts[part].books.data().map().uniform(piece));
@@ -132,23 +146,31 @@ impl Ledger {
         states.all(|state| state == Some(first)).then_some(first)
     }
 
-    /// The same, to be had again with the range held: see [`hold_and_look`](Self::hold_and_look).
-    #[inline]
+    /// A look at a range, to be had again with the range held: see [`hold_spot`](Self::hold_spot).
+    #[inline(always)]
     pub(crate) fn look_at(&self, range: Range) -> Look {
-        match self.whole(range) {
-            Some((part, piece)) => {
-                let books = part.books.data();
-                Look {
-                    uniform: books.map().uniform(piece),
-                    range,
-                    generation: Some(books.map().generation()),
-                }
-            }
-            None => Look {
-                uniform: self.uniform(range),
-                range,
-                generation: None,
-            },
+        let Some((part, pages)) = self.whole(range) else {
+            return self.look_at_several(range);
+        };
+        let books = self.parts[part].books.data();
+        let generation = books.map().generation();
+        Look {
+            range,
+            uniform: books.map().uniform(pages),
+            spot: Some(Spot {
+                part,
+                pages,
+                generation,
+            }),
+        }
+    }
+
+    #[cold]
+    fn look_at_several(&self, range: Range) -> Look {
+        Look {
+            range,
+            uniform: self.uniform(range),
+            spot: None,
         }
     }
 
@@ -156,7 +178,7 @@ impl Ledger {
     pub fn runs_in(&self, range: Range) -> Vec<Run> {
         if let Some((part, piece)) = self.whole(range) {
             let moved = range.gpa() - piece.gpa();
-            let books = part.books.data();
+            let books = self.parts[part].books.data();
             return books.map().runs_in(piece).map(|run| moved_by(moved, run)).collect();
         }
         let mut runs: Vec<Run> = Vec::new();
@@ -192,45 +214,28 @@ impl Ledger {
 
     /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
     pub(crate) fn hold(&self, range: Range) -> Held<'_> {
-        match self.whole(range) {
-            Some((part, piece)) => Held(Locks::One(part, piece, part.books.lock(piece))),
-            None => self.hold_several(range),
+        if let Some((part, pages)) = self.whole(range) {
+            let _guard = self.parts[part].books.lock(pages);
+            return Held::One { _guard };
         }
-    }
-
-    /// The same, and the state of all of its pages, if they agree; `before` is an earlier look at them, if there was one.
-    #[inline(always)]
-    pub(crate) fn hold_and_look(&self, range: Range, before: Option<&Look>) -> (Held<'_>, Option<State>) {
-        match self.whole(range) {
-            Some((part, piece)) => {
-                let (guard, uniform) = part.books.lock_and(piece, |books| match before {
-                    Some(look) if look.generation == Some(books.map().generation()) && look.range == range => look.uniform,
-                    _ => books.map().uniform(piece),
-                });
-                (Held(Locks::One(part, piece, guard)), uniform)
-            }
-            None => (self.hold_several(range), self.uniform(range)),
-        }
-    }
-
-    #[cold]
-    fn hold_several(&self, range: Range) -> Held<'_> {
         // In ascending order, so that two who want each other's do not wait for ever.
         let pieces = pieces(self.shift, range);
         let guards = pieces.map(|(part, piece)| self.parts[part].books.lock(piece));
         let _guards = guards.collect();
-        Held(Locks::Several { _guards })
+        Held::Several { _guards }
     }
 
-    /// Takes a change of a range over that is held, and lets go of it: bytes whose state it changed.
+    /// The same for a range that was looked at, and the state of all of its pages, which was `uniform` then.
     #[inline(always)]
-    pub(crate) fn set_and_let_go(&self, held: Held<'_>, range: Range, to: State) -> u64 {
-        match held.0 {
-            Locks::One(part, pages, guard) if pages.size() == range.size() => {
-                guard.finish(|books| part.set(books, pages, to, true))
-            }
-            _held => self.change(range, to),
-        }
+    pub(crate) fn hold_spot(&self, spot: &Spot, uniform: Option<State>) -> (HeldSpot<'_>, Option<State>) {
+        let &Spot { pages, generation, .. } = spot;
+        let part = &self.parts[spot.part];
+        let (guard, books) = part.books.lock_and_look(pages);
+        let uniform = match books.map().generation() == generation {
+            true => uniform,
+            false => books.map().uniform(pages),
+        };
+        (HeldSpot { part, pages, guard }, uniform)
     }
 
     /// Takes a change over: bytes whose state it changed. With `quota`, they were reserved if they are shared now.
@@ -246,6 +251,7 @@ impl Ledger {
 
     fn change(&self, range: Range, to: State) -> u64 {
         if let Some((part, piece)) = self.whole(range) {
+            let part = &self.parts[part];
             return part.set(&mut part.books.data(), piece, to, true);
         }
         // All of them at one moment.
@@ -318,15 +324,32 @@ impl Ledger {
     }
 
     /// It has to do with all of a range now.
-    pub(crate) fn touch(&self, seen: &mut Seen, range: Range) {
+    #[inline]
+    pub(crate) fn touch(&self, seen: &mut Seen, look: &Look) {
+        match &look.spot {
+            Some(spot) => seen.stale |= 1 << spot.part,
+            None => self.touch_several(seen, look.range),
+        }
+    }
+
+    fn touch_several(&self, seen: &mut Seen, range: Range) {
         let (first, last) = (range.gpa() >> self.shift, (range.end() - 1) >> self.shift);
         seen.stale |= ((2_u32 << last) - (1_u32 << first)) as u16;
     }
 }
 
+impl HeldSpot<'_> {
+    /// Takes a change of it over, and lets go of it: bytes whose state it changed.
+    #[inline(always)]
+    pub(crate) fn set(self, to: State) -> u64 {
+        let Self { part, pages, guard } = self;
+        part.set(&mut guard.finish(), pages, to, true)
+    }
+}
+
 impl Part {
     /// `first`: nothing was changed elsewhere by the same change.
-    #[inline]
+    #[inline(always)]
     fn set(&self, books: &mut Books, piece: Range, to: State, first: bool) -> u64 {
         let changed = books.set(piece, to);
         if changed > 0 {

@@ -63,12 +63,12 @@ impl<T> RangeLocks<T> {
 
     /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
     pub(crate) fn lock(&self, range: Range) -> RangeGuard<'_, T> {
-        self.lock_and(range, |_| ()).0
+        self.lock_and_look(range).0
     }
 
-    /// The same, and a look at the data as it is from then on.
+    /// The same, and the data as it is from then on, for a moment.
     #[inline(always)]
-    pub(crate) fn lock_and<R>(&self, range: Range, look: impl FnOnce(&mut T) -> R) -> (RangeGuard<'_, T>, R) {
+    pub(crate) fn lock_and_look(&self, range: Range) -> (RangeGuard<'_, T>, MappedMutexGuard<'_, T>) {
         let mut inner = self.inner.lock();
         let ticket = inner.queue.next;
         inner.queue.next += 1;
@@ -77,8 +77,8 @@ impl<T> RangeLocks<T> {
         if !alone {
             self.wait(&mut inner, ticket, range);
         }
-        let seen = look(&mut inner.data);
-        (RangeGuard { locks: self, ticket }, seen)
+        let guard = RangeGuard { locks: self, ticket };
+        (guard, MutexGuard::map(inner, |inner| &mut inner.data))
     }
 
     #[cold]
@@ -96,29 +96,27 @@ pub(crate) struct RangeGuard<'a, T> {
     ticket: u64,
 }
 
-impl<T> RangeGuard<'_, T> {
-    /// Changes the data and lets go of the range, both at one moment.
+impl<'a, T> RangeGuard<'a, T> {
+    /// Lets go of the range, and of what was known of it: that can be changed as long as nobody else sees either.
     #[inline(always)]
-    pub(crate) fn finish<R>(self, change: impl FnOnce(&mut T) -> R) -> R {
-        let this = ManuallyDrop::new(self);
-        this.leave(change)
+    pub(crate) fn finish(self) -> MappedMutexGuard<'a, T> {
+        ManuallyDrop::new(self).leave()
     }
 
     #[inline(always)]
-    fn leave<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
+    fn leave(&self) -> MappedMutexGuard<'a, T> {
         let mut inner = self.locks.inner.lock();
         inner.queue.leave(self.ticket);
-        let result = change(&mut inner.data);
         if inner.queue.waiting > 0 {
             self.locks.freed.notify_all();
         }
-        result
+        MutexGuard::map(inner, |inner| &mut inner.data)
     }
 }
 
 impl<T> Drop for RangeGuard<'_, T> {
     fn drop(&mut self) {
-        self.leave(|_| ());
+        drop(self.leave());
     }
 }
 

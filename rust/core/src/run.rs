@@ -439,16 +439,17 @@ impl<'a> VcpuLoop<'a> {
     }
 
     fn convert_implicit(&mut self, change: &Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
-        let order = match self.order(change, wanted.page, wanted.access) {
+        let seen = self.machine.gate().look_at(wanted.page);
+        let order = match self.order(change, seen, wanted.access) {
             Ok(order) => order,
             Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
         };
         let gate = self.machine.gate();
-        match gate.convert_if_still_wanted(&order, wanted, &|| self.control.leaving()) {
+        match gate.convert_if_still_wanted(order, wanted, &|| self.control.leaving()) {
             Ok(converted) => {
                 self.converted(&order, converted);
                 if change.prefault && converted != Converted::Superseded {
-                    self.prefault(order.range, order.to);
+                    self.prefault(order.seen.range, order.to);
                 }
                 Ok(Judged::Look)
             }
@@ -610,7 +611,7 @@ impl<'a> VcpuLoop<'a> {
             repeats: 0,
         });
         match self.machine.policy(&mut self.policy).map_gpa_range(&judged) {
-            Ok(Decision::Convert(change)) => Ok(self.convert_explicit(&change, &judged, &seen)?.into()),
+            Ok(Decision::Convert(change)) => Ok(self.convert_explicit(&change, &judged, seen)?.into()),
             decision => Ok(self.leave_explicit(decision, &judged)?.into()),
         }
     }
@@ -643,8 +644,8 @@ impl<'a> VcpuLoop<'a> {
 
     /// The errno for the guest, 0 for success.
     #[inline]
-    fn convert_explicit(&mut self, change: &Conversion, call: &Call, seen: &Look) -> Result<i32, Error> {
-        let order = match self.order(change, call.range, call.to) {
+    fn convert_explicit(&mut self, change: &Conversion, call: &Call, seen: Look) -> Result<i32, Error> {
+        let order = match self.order(change, seen, call.to) {
             Ok(order) => order,
             Err(failure) => {
                 let site = self.called(call);
@@ -652,11 +653,11 @@ impl<'a> VcpuLoop<'a> {
             }
         };
         let gate = self.machine.gate();
-        match gate.convert_if(&order, Some(seen), &|| self.control.leaving()) {
+        match gate.convert_if(order, &|| self.control.leaving()) {
             Ok(converted) => {
                 let errno = self.converted(&order, converted);
                 if change.prefault {
-                    self.prefault(order.range, order.to);
+                    self.prefault(order.seen.range, order.to);
                 }
                 Ok(errno)
             }
@@ -682,23 +683,28 @@ impl<'a> VcpuLoop<'a> {
 
     /// What the policy wants converted, which may be another range or state than was asked for.
     #[inline(always)]
-    fn order(&mut self, change: &Conversion, asked: Range, to: State) -> Result<Order, Failure> {
+    fn order(&mut self, change: &Conversion, seen: Look, to: State) -> Result<Order, Failure> {
+        let asked = seen.range;
         let answer = Answer::convert(change, asked, to);
         self.vcpu.log.decided(&answer);
-        let range = match (answer.gpa, answer.size) == (asked.gpa(), asked.size()) {
-            true => asked,
-            false => {
-                let range = self.machine.gate().range(answer.gpa, answer.size);
-                range.map_err(|error| format!("Convert: {error}"))?
-            }
+        let seen = match (answer.gpa, answer.size) == (asked.gpa(), asked.size()) {
+            true => seen,
+            false => self.look_elsewhere(answer.gpa, answer.size)?,
         };
-        self.machine.gate().asked(&mut self.entry, range);
+        self.machine.gate().asked(&mut self.entry, &seen);
         Ok(Order {
-            range,
+            seen,
             to: answer.to,
             keep: change.keep,
             max_shared: change.max_shared,
         })
+    }
+
+    #[cold]
+    fn look_elsewhere(&self, gpa: u64, size: u64) -> Result<Look, Failure> {
+        let range = self.machine.gate().range(gpa, size);
+        let range = range.map_err(|error| format!("Convert: {error}"))?;
+        Ok(self.machine.gate().look_at(range))
     }
 
     /// A quota is a part of the policy, and it was the gate that could tell.
@@ -708,8 +714,9 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// Books what was done: the errno for a guest that asked, 0 for all of it.
+    #[inline]
     fn converted(&mut self, order: &Order, converted: Converted) -> i32 {
-        let &Order { range, to, .. } = order;
+        let (range, to) = (order.seen.range, order.to);
         let (changed, size, outcome, errno) = match converted {
             Converted::Done { changed } => {
                 self.tally.conversions += 1;

@@ -9,7 +9,8 @@ use crate::attributes::{PAGE_SIZE, Range, State};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Views {
     size: u64,
-    shared_bit: Option<u32>,
+    /// 0 where there is one view.
+    shared_mask: u64,
 }
 
 /// A place in guest memory, as an address names it.
@@ -31,7 +32,8 @@ impl Place {
 impl Views {
     /// Memory of this size, which ends at or before the bit.
     pub fn new(size: u64, shared_bit: Option<u32>) -> Self {
-        Self { size, shared_bit }
+        let shared_mask = shared_bit.map_or(0, |bit| 1 << bit);
+        Self { size, shared_mask }
     }
 
     /// Bytes of guest memory.
@@ -40,13 +42,14 @@ impl Views {
     }
 
     /// The bit's mask, 0 where there is none.
+    #[inline]
     pub fn shared_mask(&self) -> u64 {
-        self.shared_bit.map_or(0, |bit| 1 << bit)
+        self.shared_mask
     }
 
     /// Whether accesses choose their view.
     pub fn split(&self) -> bool {
-        self.shared_bit.is_some()
+        self.shared_mask != 0
     }
 
     /// The end of everything: memory and its views.

@@ -107,31 +107,38 @@ impl EventLog {
         if writer.stage != Stage::Ended {
             writer.end_early();
         }
+        match self.rings.len() {
+            1 => self.publish_alone(writer, latency),
+            _ => self.publish_among_others(writer, latency),
+        }
+        writer.stage = Stage::Nothing;
+    }
+
+    /// Nobody else counts.
+    #[inline]
+    fn publish_alone(&self, writer: &mut Writer, latency: u64) {
+        let Sequence(next) = &self.sequence;
+        let sequence = next.load(Ordering::Relaxed);
+        next.store(sequence + 1, Ordering::Release);
+        self.put(writer, sequence, latency);
+    }
+
+    fn publish_among_others(&self, writer: &mut Writer, latency: u64) {
         let ring = &self.rings[writer.vcpu as usize];
         // Whoever finds the number that is taken next counted finds this, too.
         ring.arriving.store(writer.next, Ordering::Relaxed);
-        let sequence = self.number();
+        let sequence = self.sequence.0.fetch_add(1, Ordering::AcqRel);
         writer.next = sequence + 1;
+        self.put(writer, sequence, latency);
+        ring.arriving.store(NONE_ARRIVING, Ordering::Release);
+    }
+
+    #[inline]
+    fn put(&self, writer: &mut Writer, sequence: u64, latency: u64) {
         writer.chunk.row(writer.row).numbered(sequence, latency);
         if self.capacity > 0 {
             writer.row += 1;
             writer.chunk.publish(writer.row);
-        }
-        ring.arriving.store(NONE_ARRIVING, Ordering::Release);
-        writer.stage = Stage::Nothing;
-    }
-
-    #[inline]
-    fn number(&self) -> u64 {
-        let Sequence(sequence) = &self.sequence;
-        match self.rings.len() {
-            // Nobody else counts.
-            1 => {
-                let number = sequence.load(Ordering::Relaxed);
-                sequence.store(number + 1, Ordering::Release);
-                number
-            }
-            _ => sequence.fetch_add(1, Ordering::AcqRel),
         }
     }
 

@@ -117,7 +117,7 @@ fn the_parts_that_a_vcpu_asked_about_are_seen_when_it_enters() {
     let ledger = ledger(State::Shared);
     let mut seen = ledger.look();
     let range = pages(PART - 1, PART + 2);
-    ledger.touch(&mut seen, range);
+    ledger.touch(&mut seen, &ledger.look_at(range));
     ledger.set(range, State::Private, false);
     ledger.look_again(&mut seen);
     for page in [PART - 1, PART, 2 * PART] {
