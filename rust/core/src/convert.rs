@@ -164,6 +164,12 @@ impl Gate {
     /// It is about to enter again.
     pub(crate) fn enter_again(&self, entry: &mut Entry) {
         self.ledger.look_again(&mut entry.seen);
+        self.enter_with_slots(entry);
+    }
+
+    /// It is about to enter again, and had nothing to do with memory since.
+    #[inline]
+    pub(crate) fn enter_with_slots(&self, entry: &mut Entry) {
         entry.slot_epoch = self.enforcement.epoch();
     }
 

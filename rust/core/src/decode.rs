@@ -163,7 +163,7 @@ pub fn decode(result: Result<(), Errno>, page: &[u8]) -> Exit {
 }
 
 /// Bytes that hold all that is read here, but for the data of port IO.
-const HEAD: usize = UNION + 256;
+pub(crate) const HEAD: usize = UNION + 256;
 
 #[inline(always)]
 fn decode_head(result: Result<(), Errno>, page: &[u8], len: usize) -> Exit {
@@ -191,7 +191,7 @@ fn decode_head(result: Result<(), Errno>, page: &[u8], len: usize) -> Exit {
 #[inline(always)]
 fn dispatch(reason: u32, page: &[u8], len: usize) -> Option<Exit> {
     Some(match reason {
-        kvm_bindings::KVM_EXIT_IO => Exit::Io(io(page, len)?),
+        kvm_bindings::KVM_EXIT_IO => Exit::Io(sane_io(page, len)?),
         kvm_bindings::KVM_EXIT_MMIO => Exit::Mmio(mmio(page)?),
         kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(Hypercall {
             nr: u64_at(page, UNION)?,
@@ -218,15 +218,21 @@ fn dispatch(reason: u32, page: &[u8], len: usize) -> Option<Exit> {
     })
 }
 
-/// Port IO, if KVM_RUN returned 0 and left that: what is asked first, for it is by far the most frequent exit of a guest
-/// with devices.
-#[inline]
-pub(crate) fn port_io(page: &[u8]) -> Option<Io> {
+/// The head of a page that KVM_RUN, which returned 0, left for port IO: what is asked first, for it is by far the most
+/// frequent exit of a guest with devices.
+#[inline(always)]
+pub(crate) fn port_io(page: &[u8]) -> Option<&[u8; HEAD]> {
     let head = page.first_chunk::<HEAD>()?;
-    match u32_at(head, offset::EXIT_REASON) {
-        Some(kvm_bindings::KVM_EXIT_IO) => io(head, page.len()),
-        _ => None,
+    (u32_at(head, offset::EXIT_REASON) == Some(kvm_bindings::KVM_EXIT_IO)).then_some(head)
+}
+
+/// The data of port IO, if it makes sense.
+#[inline(always)]
+pub(crate) fn io_data<'a>(page: &'a mut [u8], io: &Io) -> Option<&'a mut [u8]> {
+    if !matches!(io.size, 1 | 2 | 4) || io.count == 0 {
+        return None;
     }
+    page.get_mut(io.data..io.data.checked_add(io.len())?)
 }
 
 fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
@@ -237,22 +243,24 @@ fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
     })
 }
 
-/// `len` is that of the whole page.
+/// What it says; of what does not make sense there are no [data](io_data).
 #[inline(always)]
-fn io(page: &[u8], len: usize) -> Option<Io> {
-    let io = Io {
-        write: u32::from(*page.get(UNION)?) == kvm_bindings::KVM_EXIT_IO_OUT,
-        size: *page.get(UNION + 1)?,
-        port: u16::from_le_bytes(bytes(page, UNION + 2)?),
-        count: u32_at(page, UNION + 4)?,
-        data: usize::try_from(u64_at(page, UNION + 8)?)
-            .ok()?
-            .checked_sub(PAGE_START)?,
-    };
+pub(crate) fn io(head: &[u8; HEAD]) -> Io {
+    let what = u64_at(head, UNION).unwrap_or_default();
+    let data = u64_at(head, UNION + 8).unwrap_or_default();
+    Io {
+        write: what as u8 == kvm_bindings::KVM_EXIT_IO_OUT as u8,
+        size: (what >> 8) as u8,
+        port: (what >> 16) as u16,
+        count: (what >> 32) as u32,
+        data: (data as usize).wrapping_sub(PAGE_START),
+    }
+}
+
+fn sane_io(page: &[u8], len: usize) -> Option<Io> {
+    let io = io(page.first_chunk()?);
     let sane = matches!(io.size, 1 | 2 | 4) && io.count > 0;
-    let end = io
-        .data
-        .checked_add(usize::from(io.size).checked_mul(io.count as usize)?)?;
+    let end = io.data.checked_add(io.len())?;
     (sane && end <= len).then_some(io)
 }
 

@@ -42,7 +42,7 @@ impl Kick {
         }
     }
 
-    /// `immediate_exit`, for [`forget`].
+    /// `immediate_exit`, for [`kicked`].
     pub(crate) fn flag(&self) -> &AtomicU8 {
         self.flag.byte()
     }
@@ -71,11 +71,16 @@ impl Kick {
     }
 }
 
-/// The vCPU's thread forgets the kicks so far. It must look for what they were about after this, not before.
+/// Whether the vCPU was kicked since it last asked this, which is for its own thread. It must look for what the kicks were
+/// about after this, not before; one that is still to come reaches it in KVM_RUN.
 #[inline]
-pub(crate) fn forget(flag: &AtomicU8) {
-    flag.store(0, Ordering::Relaxed);
-    fence(Ordering::SeqCst);
+pub(crate) fn kicked(flag: &AtomicU8) -> bool {
+    let kicked = flag.load(Ordering::Relaxed) != 0;
+    if kicked {
+        flag.store(0, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+    kicked
 }
 
 pub(crate) struct Attached<'a>(&'a Kick);

@@ -163,10 +163,10 @@ impl<'a> VcpuLoop<'a> {
     /// there is: they are by far the most frequent exits.
     #[inline(never)]
     fn next_exit(&mut self) -> Option<Exit> {
-        let (machine, kick, world, vcpu) = (self.machine, self.kick, self.world, self.vcpu.index);
-        loop {
-            kick::forget(self.immediate_exit);
-            if self.control.leaving() {
+        let (machine, kick, vcpu) = (self.machine, self.kick, self.vcpu.index);
+        'entries: loop {
+            // Whoever has a reason to leave kicks.
+            if kick::kicked(self.immediate_exit) && self.control.leaving() {
                 return None;
             }
             if self.vcpu.pending.is_some() {
@@ -176,24 +176,38 @@ impl<'a> VcpuLoop<'a> {
                 self.close_request();
             }
             machine.gate().enter_again(&mut self.entry);
-            let (result, page) = {
-                let _inside = world.map(World::enter);
-                self.vcpu.run(kick)
-            };
-            if result.is_ok()
-                && let Some(io) = decode::port_io(page)
-                && let Some(handler) = machine.devices().known(io.port, &self.known_port)
-                && let Some(data) = page.get_mut(io.data..io.data + io.len())
-            {
-                let answered = handler.io(vcpu, &io, data);
-                self.refused = 0;
-                match answered {
-                    Ok(()) => self.vcpu.reply_due = true,
-                    Err(failure) => self.unanswered(io, failure),
+            let exit = loop {
+                let (result, page) = match self.world {
+                    None => self.vcpu.run(kick),
+                    Some(world) => {
+                        let _inside = world.enter();
+                        self.vcpu.run(kick)
+                    }
+                };
+                if result.is_ok()
+                    && let Some(head) = decode::port_io(page)
+                {
+                    let io = decode::io(head);
+                    if let Some(handler) = machine.devices().known(io.port, &self.known_port)
+                        && let Some(data) = decode::io_data(page, &io)
+                    {
+                        let answered = handler.io(vcpu, &io, data);
+                        self.refused = 0;
+                        if let Err(failure) = answered {
+                            self.unanswered(io, failure);
+                            continue 'entries;
+                        }
+                        self.vcpu.reply_due = true;
+                        if kick::kicked(self.immediate_exit) && self.control.leaving() {
+                            return None;
+                        }
+                        // Nothing else that matters at an entry is a matter of port IO.
+                        machine.gate().enter_with_slots(&mut self.entry);
+                        continue;
+                    }
                 }
-                continue;
-            }
-            let exit = decode::decode(result, page);
+                break decode::decode(result, page);
+            };
             let Exit::Hypercall(call) = exit else {
                 return Some(exit);
             };

@@ -31,7 +31,7 @@ pub(crate) struct VcpuState {
     /// Whether it carries those of the last exit. KVM copies them at every exit, so it is asked to only where exits need
     /// them; else they are an ioctl away.
     synced: bool,
-    /// Entries left for which it is asked to.
+    /// Entries left for which it is asked to, and one more for which it is told not to.
     sync_for: u8,
     /// As the CPU comes out of reset.
     pub reset_sregs: kvm_sregs,
@@ -63,16 +63,22 @@ impl VcpuState {
     #[inline]
     pub(crate) fn run(&mut self, kick: &Kick) -> (Result<(), Errno>, &mut [u8]) {
         self.reply_due = false;
-        if self.synced || self.sync_for > 0 {
+        if self.sync_for > 0 {
             self.sync();
         }
-        kick.inside(|| self.hv.enter())
+        let mut errno = Errno(0);
+        let page = kick.inside(|| self.hv.enter(&mut errno));
+        let result = match errno {
+            Errno(0) => Ok(()),
+            errno => Err(errno),
+        };
+        (result, page)
     }
 
     /// Has the coming exit's registers put into the run page, or not.
     fn sync(&mut self) {
-        let wanted = self.sync_for > 0;
-        self.sync_for = self.sync_for.saturating_sub(1);
+        let wanted = self.sync_for > 1;
+        self.sync_for -= 1;
         if wanted != self.synced {
             let valid = if wanted {
                 u64::from(kvm_bindings::KVM_SYNC_X86_REGS)
@@ -115,7 +121,7 @@ impl VcpuState {
     /// The general registers at the last exit.
     pub(crate) fn regs(&mut self) -> Result<kvm_regs, Errno> {
         if self.can_sync {
-            self.sync_for = SYNC_FOR;
+            self.sync_for = SYNC_FOR + 1;
         }
         if !self.synced {
             return self.hv.regs();

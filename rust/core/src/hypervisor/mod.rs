@@ -104,15 +104,18 @@ pub trait Vcpu: Send {
     /// The errno of the ioctl; only with the run page does it mean something, see [`crate::decode`].
     fn run(&mut self) -> Result<(), Errno>;
 
-    /// KVM_RUN after the sentinel: its result, and the run page as it left it.
-    fn enter(&mut self) -> (Result<(), Errno>, &mut [u8]) {
+    /// KVM_RUN after the sentinel: the run page as it left it. Its errno is put into `errno`, where there is one; what is
+    /// returned by itself fits into registers.
+    fn enter(&mut self, errno: &mut Errno) -> &mut [u8] {
         decode::put(
             self.page(),
             decode::offset::EXIT_REASON,
             &decode::SENTINEL.to_le_bytes(),
         );
-        let result = self.run();
-        (result, self.page())
+        if let Err(error) = self.run() {
+            *errno = error;
+        }
+        self.page()
     }
 
     /// The run page from `exit_reason` on, without the first [`crate::decode::PAGE_START`] bytes, which other
