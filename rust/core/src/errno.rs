@@ -49,6 +49,13 @@ impl Errno {
     }
 }
 
+impl From<rustix::io::Errno> for Errno {
+    #[inline]
+    fn from(errno: rustix::io::Errno) -> Self {
+        Errno(errno.raw_os_error())
+    }
+}
+
 impl fmt::Display for Errno {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name())

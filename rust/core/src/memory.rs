@@ -137,7 +137,7 @@ impl Backing {
 
     /// Whether anything was ever written to this part of a memfd since it was last discarded.
     pub(crate) fn has_data(&self, range: Range) -> Result<bool, Errno> {
-        let data = sys::next_data(self.file.as_raw_fd(), range.gpa())?;
+        let data = sys::next_data(&*self.file, range.gpa())?;
         Ok(data.is_some_and(|data| data < range.end()))
     }
 

@@ -1,20 +1,25 @@
-//! System calls that no crate in use wraps. Each is one function.
+//! System calls, each one function. Those of every request go to the kernel by rustix, without the C library's part.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use kvm_bindings::kvm_memory_attributes;
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
+use rustix::ioctl::{self, NoArg, Opcode, Setter, Updater, opcode};
+use rustix::time::ClockId;
 
 use crate::errno::Errno;
 
+const KVMIO: u8 = 0xae;
+const KVM_RUN: Opcode = opcode::none(KVMIO, 0x80);
+const KVM_SET_MEMORY_ATTRIBUTES: Opcode = opcode::write::<kvm_memory_attributes>(KVMIO, 0xd2);
+/// With a struct kvm_pre_fault_memory: gpa, size, flags, padding[5]; the kernel advances the first two.
+const KVM_PRE_FAULT_MEMORY: Opcode = opcode::read_write::<[u64; 8]>(KVMIO, 0xd5);
+
 /// memfd_create(2), close-on-exec.
 pub(crate) fn memfd_create(name: &CStr) -> Result<OwnedFd, Errno> {
-    // SAFETY: `name` is a C string that outlives the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(Errno::last());
-    }
-    // SAFETY: the kernel just made this descriptor and nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?)
 }
 
 /// Pages of a file that are in the page cache: cachestat(2).
@@ -31,55 +36,38 @@ pub(crate) fn cached_pages(fd: RawFd) -> Result<u64, Errno> {
 }
 
 /// clock_gettime(2): nanoseconds of CLOCK_MONOTONIC.
+#[inline]
 pub(crate) fn monotonic() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is writable and outlives the call, which cannot fail for this clock.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    let time = rustix::time::clock_gettime(ClockId::Monotonic);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// fallocate(2): frees a part of a file and keeps its size.
-pub(crate) fn punch_hole(fd: RawFd, offset: u64, len: u64) -> Result<(), Errno> {
-    let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+#[inline]
+pub(crate) fn punch_hole(file: impl AsFd, offset: u64, len: u64) -> Result<(), Errno> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     loop {
-        // Not by the C library's function, which is a point of cancellation and takes its time to become one.
-        // SAFETY: no memory is passed.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_fallocate,
-                fd,
-                flags,
-                offset as libc::off_t,
-                len as libc::off_t,
-            )
-        };
-        match result {
-            0 => return Ok(()),
-            _ => match Errno::last() {
-                Errno(libc::EINTR) => {}
-                errno => return Err(errno),
-            },
+        match rustix::fs::fallocate(file.as_fd(), flags, offset, len) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
 
 /// lseek(2) with SEEK_DATA: where the next data at or after `from` is. Moves the file's position, which nobody uses.
-pub(crate) fn next_data(fd: RawFd, from: u64) -> Result<Option<u64>, Errno> {
-    // SAFETY: no memory is passed.
-    let found = unsafe { libc::lseek(fd, from as libc::off_t, libc::SEEK_DATA) };
-    match (found, found < 0) {
-        (found, false) => Ok(Some(found as u64)),
-        (_, true) => match Errno::last() {
-            Errno(libc::ENXIO) => Ok(None),
-            errno => Err(errno),
-        },
+#[inline]
+pub(crate) fn next_data(file: impl AsFd, from: u64) -> Result<Option<u64>, Errno> {
+    match rustix::fs::seek(file, SeekFrom::Data(from)) {
+        Ok(found) => Ok(Some(found)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 
 /// The calling thread, for [`signal_thread`].
 pub(crate) fn thread_id() -> libc::pid_t {
-    // SAFETY: takes nothing and cannot fail.
-    unsafe { libc::gettid() }
+    rustix::thread::gettid().as_raw_nonzero().get()
 }
 
 /// tgkill(2) on a thread of this process. The caller makes sure that the thread still exists.
@@ -91,31 +79,40 @@ pub(crate) fn signal_thread(thread: libc::pid_t, signal: libc::c_int) {
 
 /// fcntl(2): sets FD_CLOEXEC.
 pub(crate) fn set_cloexec(fd: &OwnedFd) -> Result<(), Errno> {
-    // SAFETY: no memory is passed.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } {
-        0 => Ok(()),
-        _ => Err(Errno::last()),
-    }
+    Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?)
+}
+
+/// Lends a descriptor of KVM's, whose owner says so for as long as it lives.
+#[inline]
+pub(crate) fn lend(fd: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: whoever owns it is borrowed as long as what is returned, and keeps it open.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }
 
 /// KVM_RUN, with its errno as it is.
-pub(crate) fn kvm_run(vcpu: RawFd) -> Result<(), Errno> {
-    const KVM_RUN: libc::c_ulong = 0xae80;
-    // SAFETY: the ioctl takes no pointer; it writes the run page, which the caller holds exclusively.
-    match unsafe { libc::ioctl(vcpu, KVM_RUN, 0) } {
-        r if r < 0 => Err(Errno::last()),
-        _ => Ok(()),
-    }
+#[inline]
+pub(crate) fn kvm_run(vcpu: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: this is the opcode of an ioctl without an argument; it writes the run page, which the caller holds exclusively.
+    let request = unsafe { NoArg::<KVM_RUN>::new() };
+    // SAFETY: as above.
+    Ok(unsafe { ioctl::ioctl(vcpu, request) }?)
+}
+
+/// KVM_SET_MEMORY_ATTRIBUTES.
+#[inline]
+pub(crate) fn kvm_set_memory_attributes(vm: BorrowedFd<'_>, attributes: kvm_memory_attributes) -> Result<(), Errno> {
+    // SAFETY: the opcode is the one of this argument, which the kernel only reads.
+    let request = unsafe { Setter::<KVM_SET_MEMORY_ATTRIBUTES, _>::new(attributes) };
+    // SAFETY: as above.
+    Ok(unsafe { ioctl::ioctl(vm, request) }?)
 }
 
 /// KVM_PRE_FAULT_MEMORY once, which kvm-ioctls does not have: the bytes that were mapped.
-pub(crate) fn kvm_pre_fault(vcpu: RawFd, gpa: u64, size: u64) -> Result<u64, Errno> {
-    const KVM_PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
-    // struct kvm_pre_fault_memory: gpa, size, flags, padding[5]; the kernel advances the first two.
+pub(crate) fn kvm_pre_fault(vcpu: BorrowedFd<'_>, gpa: u64, size: u64) -> Result<u64, Errno> {
     let mut range = [gpa, size, 0, 0, 0, 0, 0, 0];
-    // SAFETY: `range` has the layout and the size that the number of the ioctl says, and outlives the call.
-    match unsafe { libc::ioctl(vcpu, KVM_PRE_FAULT_MEMORY, range.as_mut_ptr()) } {
-        r if r < 0 => Err(Errno::last()),
-        _ => Ok(size - range[1]),
-    }
+    // SAFETY: `range` has the layout and the size that the opcode says.
+    let request = unsafe { Updater::<KVM_PRE_FAULT_MEMORY, _>::new(&mut range) };
+    // SAFETY: as above; it outlives the call.
+    unsafe { ioctl::ioctl(vcpu, request) }?;
+    Ok(size - range[1])
 }

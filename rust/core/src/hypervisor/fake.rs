@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
@@ -373,7 +373,7 @@ impl Hypervisor for FakeVm {
     fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
         self.kernel.enter(CallName::Discard, range.gpa()).whole()?;
         match side.touched(range) {
-            true => sys::punch_hole(side.file().as_raw_fd(), range.gpa(), range.size()),
+            true => sys::punch_hole(side.file(), range.gpa(), range.size()),
             false => Ok(()),
         }
     }

@@ -15,7 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::{ExitFlag, Hypervisor, Limits, Memslot, Vcpu};
-use crate::attributes::{Range, State};
+use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::decode::PAGE_START;
 use crate::enforce;
 use crate::errno::Errno;
@@ -153,7 +153,7 @@ impl Hypervisor for KvmVm {
     }
 
     fn set_attributes(&self, range: Range, to: State) -> Result<(), Errno> {
-        Ok(self.vm.set_memory_attributes(kvm_memory_attributes {
+        let attributes = kvm_memory_attributes {
             address: range.gpa(),
             size: range.size(),
             attributes: match to {
@@ -161,12 +161,15 @@ impl Hypervisor for KvmVm {
                 State::Shared => 0,
             },
             flags: 0,
-        })?)
+        };
+        sys::kvm_set_memory_attributes(sys::lend(&self.vm), attributes)
     }
 
     fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
-        let file = side.file().as_raw_fd();
-        enforce::chunks(range).try_for_each(|chunk| sys::punch_hole(file, chunk.gpa(), chunk.size()))
+        if range.size() == PAGE_SIZE {
+            return sys::punch_hole(side.file(), range.gpa(), PAGE_SIZE);
+        }
+        enforce::chunks(range).try_for_each(|chunk| sys::punch_hole(side.file(), chunk.gpa(), chunk.size()))
     }
 
     fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno> {
@@ -200,11 +203,13 @@ struct KvmVcpu {
 }
 
 impl Vcpu for KvmVcpu {
+    #[inline]
     fn run(&mut self) -> Result<(), Errno> {
         // kvm-ioctls decodes as it runs and drops the errno that tells a conversion from a poisoned page.
-        sys::kvm_run(self.fd.as_raw_fd())
+        sys::kvm_run(sys::lend(&self.fd))
     }
 
+    #[inline]
     fn page(&mut self) -> &mut [u8] {
         // SAFETY: inside the mapping, which is longer.
         let start = unsafe { self.page.base.add(PAGE_START) };
@@ -238,7 +243,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn pre_fault(&mut self, range: Range) -> Result<u64, Errno> {
-        sys::kvm_pre_fault(self.fd.as_raw_fd(), range.gpa(), range.size())
+        sys::kvm_pre_fault(sys::lend(&self.fd), range.gpa(), range.size())
     }
 
     fn translate(&self, linear: u64) -> Option<u64> {
