@@ -49,20 +49,24 @@ impl PyMarks {
     }
 }
 
+impl Marks {
+    #[cold]
+    fn note(&self, vcpu: u32, value: u8) {
+        let time = self.born.elapsed().as_nanos() as u64;
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.written.lock().push((vcpu, value, time));
+    }
+}
+
 impl IoHandler for Marks {
     fn io(&self, vcpu: u32, io: &Io, data: &mut [u8]) -> Result<(), Failure> {
         match (io.write, data.first()) {
-            (true, Some(value)) => {
-                let time = self.born.elapsed().as_nanos() as u64;
-                self.count.fetch_add(1, Ordering::Relaxed);
-                self.written.lock().push((vcpu, *value, time));
-            }
+            (true, Some(value)) => self.note(vcpu, *value),
             _ => {
-                let count = self.count.load(Ordering::Relaxed).to_le_bytes();
-                if data.len() > count.len() {
-                    data.fill(0);
+                let count = self.count.load(Ordering::Relaxed);
+                for (place, byte) in data.iter_mut().enumerate() {
+                    *byte = count.checked_shr(8 * place as u32).unwrap_or(0) as u8;
                 }
-                data.iter_mut().zip(count).for_each(|(to, from)| *to = from);
             }
         }
         Ok(())

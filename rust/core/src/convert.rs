@@ -11,7 +11,7 @@ use crate::errno::Errno;
 use crate::error::{ConvertError, Failure};
 use crate::hypervisor::Hypervisor;
 use crate::kick::Kick;
-use crate::ledger::{Held, Ledger, Look, Seen, Snapshot};
+use crate::ledger::{Examined, Held, HeldSpot, Ledger, Look, Seen, Snapshot, Spot};
 use crate::listener::{Conversion, Listener, Listeners};
 use crate::memory::{Backing, GuestMemory};
 use crate::views::Views;
@@ -204,9 +204,9 @@ impl Gate {
     }
 
     /// What to make of a fault on `wanted.page`. Waits for a conversion in flight there.
-    pub(crate) fn examine(&self, wanted: Wanted) -> Standing {
-        let _held = self.hold(wanted.page);
-        match self.standing(wanted) {
+    pub(crate) fn examine(&self, wanted: Wanted, vcpu: u32) -> (Standing, Examined) {
+        let examined = self.ledger.examine(wanted.page, wanted.sight.generation, vcpu);
+        let standing = match self.standing(wanted, examined.state, examined.changed) {
             Standing::Agrees => {
                 // A slot under way is as good a reason for the fault as one that changed since.
                 self.enforcement.settled();
@@ -216,13 +216,11 @@ impl Gate {
                 }
             }
             standing => standing,
-        }
+        };
+        (standing, examined)
     }
 
-    /// With the page held.
-    fn standing(&self, wanted: Wanted) -> Standing {
-        let gpa = wanted.page.gpa();
-        let (state, changed) = self.ledger.state_and_changed(gpa, wanted.sight.generation);
+    fn standing(&self, wanted: Wanted, state: State, changed: bool) -> Standing {
         match (state == wanted.access, changed) {
             (true, false) => Standing::Agrees,
             (true, true) => Standing::Stale,
@@ -230,6 +228,14 @@ impl Gate {
             (false, true) if !self.views.split() => Standing::Stale,
             (false, _) => Standing::Differs,
         }
+    }
+
+    /// Whether it still differs, with the page held.
+    fn still_wanted(&self, wanted: Wanted) -> bool {
+        let (state, changed) = self
+            .ledger
+            .state_and_changed(wanted.page.gpa(), wanted.sight.generation);
+        self.standing(wanted, state, changed) == Standing::Differs
     }
 
     /// How often the page at `gpa` changed since this vCPU began to watch it.
@@ -261,12 +267,52 @@ impl Gate {
     /// The transaction, or one after the other for a large range; `cancel` is asked in between.
     #[inline(always)]
     pub(crate) fn convert_if(&self, order: Order, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+        match self.is_simple(&order) {
+            Some(spot) => {
+                let (held, before) = self.ledger.hold_spot(&spot, order.seen.uniform);
+                self.convert_held(order, held, before)
+            }
+            None => self.convert_in_parts(order, None, cancel),
+        }
+    }
+
+    /// The same for a page that faulted, if it still is as it was when it was examined.
+    pub(crate) fn convert_if_still_wanted(
+        &self,
+        order: Order,
+        wanted: Wanted,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        match self.is_simple(&order).filter(|_| order.seen.range == wanted.page) {
+            Some(spot) => {
+                let (held, before) = self.ledger.hold_spot(&spot, order.seen.uniform);
+                if !held.same && !self.still_wanted(wanted) {
+                    return Ok(Converted::Superseded);
+                }
+                self.convert_held(order, held, before)
+            }
+            None => self.convert_in_parts(order, Some(wanted), cancel),
+        }
+    }
+
+    /// Where it is, if one transaction is enough and nothing is asked of it.
+    #[inline(always)]
+    fn is_simple(&self, order: &Order) -> Option<Spot> {
+        if order.max_shared.is_some() || !self.enforcement.is_one_part(order.seen.range) {
+            return None;
+        }
+        order.seen.spot
+    }
+
+    /// The transaction, for a range that is held and was in this state, if it was uniform.
+    #[inline(always)]
+    fn convert_held(
+        &self,
+        order: Order,
+        held: HeldSpot<'_>,
+        before: Option<State>,
+    ) -> Result<Converted, ConvertError> {
         let range = order.seen.range;
-        let spot = order.seen.spot;
-        let Some(spot) = spot.filter(|_| order.max_shared.is_none() && self.enforcement.is_one_part(range)) else {
-            return self.convert_in_parts(order, None, cancel);
-        };
-        let (held, before) = self.ledger.hold_spot(&spot, order.seen.uniform);
         let changed = match self.enforce(order, range, before)? {
             None => 0,
             Some(Enforced {
@@ -276,16 +322,6 @@ impl Gate {
             Some(enforced) => self.commit(order, range, enforced)?,
         };
         Ok(Converted::Done { changed })
-    }
-
-    /// The same for a page that faulted, if it still is as it was then.
-    pub(crate) fn convert_if_still_wanted(
-        &self,
-        order: Order,
-        wanted: Wanted,
-        cancel: &dyn Fn() -> bool,
-    ) -> Result<Converted, ConvertError> {
-        self.convert_in_parts(order, Some(wanted), cancel)
     }
 
     fn convert_in_parts(
@@ -303,7 +339,7 @@ impl Gate {
             (None, Some(_)) => Some(self.hold(range)),
             (None, None) => None,
         };
-        if wanted.is_some_and(|wanted| self.standing(wanted) != Standing::Differs) {
+        if wanted.is_some_and(|wanted| !self.still_wanted(wanted)) {
             return Ok(Converted::Superseded);
         }
         match quota {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use crate::attributes::{PAGE_SIZE, Range, Run, State};
 use crate::errno::Errno;
@@ -89,6 +89,8 @@ pub(crate) struct Enforcement {
     /// Counts slot changes, begun and ended: a fault that met one in between says nothing.
     epoch: AtomicU64,
     world: Option<World>,
+    /// Bytes of a range for which one transaction is enough wherever it lies.
+    surely_one_part: u64,
 }
 
 const SHARED_LAYER: usize = 0;
@@ -119,6 +121,10 @@ impl Enforcement {
             slots: Mutex::new(slots),
             epoch: AtomicU64::new(0),
             world: (mode == Mode::Memslots).then(World::default),
+            surely_one_part: match mode {
+                Mode::Attributes if !views.split() => PART,
+                _ => PAGE_SIZE,
+            },
         }
     }
 
@@ -180,9 +186,9 @@ impl Enforcement {
     }
 
     /// Whether one transaction is enough for `range`, as far as can be told at once.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_one_part(&self, range: Range) -> bool {
-        self.mode == Mode::Attributes && !self.views.split() && range.size() <= PART
+        range.size() <= self.surely_one_part
     }
 
     /// The part of `range`, from its start, that one transaction is for: so much that a run which ends need not wait
@@ -298,12 +304,15 @@ impl Enforcement {
         let plan = table.plan(range, changes).map_err(Failure::NoSlots)?;
         let _outside = self.world.as_ref().map(|world| world.pause(vcpus));
         self.epoch.fetch_add(1, Ordering::SeqCst);
-        let done = self.execute(&mut table, &plan);
+        let done = self.execute(&table, &plan);
+        if done.is_ok() {
+            table.commit(plan);
+        }
         self.epoch.fetch_add(1, Ordering::SeqCst);
         done
     }
 
-    fn execute(&self, table: &mut MutexGuard<'_, SlotTable>, plan: &Plan) -> Result<(), Failure> {
+    fn execute(&self, table: &SlotTable, plan: &Plan) -> Result<(), Failure> {
         let delete = |slot: &Slot| self.vm.delete_memslot(slot.id);
         let create = |slot: &Slot| self.create(table.layer(slot.layer), slot);
         for (i, slot) in plan.delete.iter().enumerate() {
@@ -319,7 +328,6 @@ impl Enforcement {
                 return Err(Failure::Kernel { errno, undo });
             }
         }
-        table.commit(plan);
         Ok(())
     }
 

@@ -54,6 +54,8 @@ pub(crate) struct HeldSpot<'a> {
     part: &'a Part,
     pages: Range,
     guard: RangeGuard<'a, Books>,
+    /// Whether nothing changed since it was looked at.
+    pub same: bool,
 }
 
 /// The state of a range's pages, if they agree, and what makes it cheap to have that again.
@@ -62,6 +64,16 @@ pub(crate) struct Look {
     pub range: Range,
     pub uniform: Option<State>,
     pub spot: Option<Spot>,
+}
+
+/// A page that a vCPU faulted on.
+pub(crate) struct Examined {
+    pub state: State,
+    /// Whether it changed after what the vCPU had seen. Exact as far as is remembered, else cautious.
+    pub changed: bool,
+    /// How often it changed since this vCPU began to watch it, which may be now.
+    pub changes: u64,
+    pub look: Look,
 }
 
 /// Where a range lies that is in one part, as most are, and the part's generation when it was looked at.
@@ -212,6 +224,37 @@ impl Ledger {
         }
     }
 
+    /// What to know of the pages that this vCPU faulted on when `generation` was their part's, as soon as nobody holds them.
+    pub(crate) fn examine(&self, range: Range, generation: u64, vcpu: u32) -> Examined {
+        let Some((part, pages)) = self.whole(range) else {
+            let _held = self.hold(range);
+            let (state, changed) = self.state_and_changed(range.gpa(), generation);
+            return Examined {
+                state,
+                changed,
+                changes: self.watch(vcpu, range.gpa()),
+                look: self.look_at_several(range),
+            };
+        };
+        let mut books = self.parts[part].books.look_when_free(pages);
+        let uniform = books.map().uniform(pages);
+        let spot = Spot {
+            part,
+            pages,
+            generation: books.map().generation(),
+        };
+        Examined {
+            state: uniform.unwrap_or_else(|| books.map().state(pages.gpa())),
+            changed: books.changed_since(pages.gpa(), generation),
+            changes: books.watch(vcpu, pages.gpa()),
+            look: Look {
+                range,
+                uniform,
+                spot: Some(spot),
+            },
+        }
+    }
+
     /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
     pub(crate) fn hold(&self, range: Range) -> Held<'_> {
         if let Some((part, pages)) = self.whole(range) {
@@ -231,11 +274,18 @@ impl Ledger {
         let &Spot { pages, generation, .. } = spot;
         let part = &self.parts[spot.part];
         let (guard, books) = part.books.lock_and_look(pages);
-        let uniform = match books.map().generation() == generation {
+        let same = books.map().generation() == generation;
+        let uniform = match same {
             true => uniform,
             false => books.map().uniform(pages),
         };
-        (HeldSpot { part, pages, guard }, uniform)
+        let held = HeldSpot {
+            part,
+            pages,
+            guard,
+            same,
+        };
+        (held, uniform)
     }
 
     /// Takes a change over: bytes whose state it changed. With `quota`, they were reserved if they are shared now.
@@ -342,7 +392,7 @@ impl HeldSpot<'_> {
     /// Takes a change of it over, and lets go of it: bytes whose state it changed.
     #[inline(always)]
     pub(crate) fn set(self, to: State) -> u64 {
-        let Self { part, pages, guard } = self;
+        let Self { part, pages, guard, .. } = self;
         part.set(&mut guard.finish(), pages, to, true)
     }
 }

@@ -81,6 +81,19 @@ impl<T> RangeLocks<T> {
         (guard, MutexGuard::map(inner, |inner| &mut inner.data))
     }
 
+    /// Waits in turn until nobody holds a part of `range`, and does not hold it: the data as it is then, for a moment.
+    #[inline]
+    pub(crate) fn look_when_free(&self, range: Range) -> MappedMutexGuard<'_, T> {
+        let inner = self.inner.lock();
+        match inner.queue.entries.is_empty() {
+            true => MutexGuard::map(inner, |inner| &mut inner.data),
+            false => {
+                drop(inner);
+                self.lock(range).finish()
+            }
+        }
+    }
+
     #[cold]
     fn wait(&self, inner: &mut MutexGuard<'_, Inner<T>>, ticket: u64, range: Range) {
         while inner.queue.blocked(ticket, range) {

@@ -383,12 +383,12 @@ impl<'a> VcpuLoop<'a> {
     fn judge(&mut self, page: Range, access: State, flags: u64) -> Result<Judged, Error> {
         let sight = self.machine.gate().sight(&mut self.entry, page);
         let wanted = Wanted { page, access, sight };
-        let standing = self.machine.gate().examine(wanted);
+        let (standing, examined) = self.machine.gate().examine(wanted, self.vcpu.index);
         if standing == Standing::Stale {
             self.tally.stale += 1;
             return Ok(Judged::Look);
         }
-        let repeats = self.repeats(page, access);
+        let repeats = self.repeats(page, access, examined.changes);
         if standing == Standing::Agrees {
             if repeats >= LIVELOCK_BOUND {
                 return Err(self.livelock(page, access, repeats));
@@ -415,7 +415,7 @@ impl<'a> VcpuLoop<'a> {
         self.tally.faults += 1;
         self.open_request(&about(&fault, Kind::Implicit));
         match self.machine.policy(&mut self.policy).memory_fault(&fault) {
-            Ok(Decision::Convert(change)) => self.convert_implicit(&change, wanted, &fault),
+            Ok(Decision::Convert(change)) => self.convert_implicit(&change, wanted, examined.look, &fault),
             decision => self.leave_implicit(decision, &fault),
         }
     }
@@ -452,8 +452,13 @@ impl<'a> VcpuLoop<'a> {
         self.hook(site, "Discard() is an answer to memory_poison only".into())
     }
 
-    fn convert_implicit(&mut self, change: &Conversion, wanted: Wanted, fault: &Fault) -> Result<Judged, Error> {
-        let seen = self.machine.gate().look_at(wanted.page);
+    fn convert_implicit(
+        &mut self,
+        change: &Conversion,
+        wanted: Wanted,
+        seen: Look,
+        fault: &Fault,
+    ) -> Result<Judged, Error> {
         let order = match self.order(change, seen, wanted.access) {
             Ok(order) => order,
             Err(failure) => return Err(self.hook(&Self::faulting(fault), failure)),
@@ -486,7 +491,8 @@ impl<'a> VcpuLoop<'a> {
     fn poison(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
         self.exited = Moment::now();
         let (page, access) = self.faulted(&fault)?;
-        let repeats = self.repeats(page, access);
+        let changes = self.machine.gate().watch(self.vcpu.index, page.gpa());
+        let repeats = self.repeats(page, access, changes);
         let poison = Fault {
             vcpu: self.vcpu.index,
             range: page,
@@ -538,9 +544,8 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// How often this fault came before without a change of its page.
-    fn repeats(&mut self, page: Range, access: State) -> u32 {
+    fn repeats(&mut self, page: Range, access: State, changes: u64) -> u32 {
         let key = Some((page.gpa(), access));
-        let changes = self.machine.gate().watch(self.vcpu.index, page.gpa());
         let repeats = &mut self.repeats;
         if repeats.last == key && repeats.changes == changes {
             repeats.count = repeats.count.saturating_add(1);

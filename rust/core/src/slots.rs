@@ -5,8 +5,6 @@
 
 use std::collections::BTreeMap;
 
-use smallvec::SmallVec;
-
 use crate::attributes::{Range, State};
 
 /// A slot that exists or is to be made.
@@ -28,14 +26,11 @@ pub(crate) struct Layer {
 }
 
 /// What is to be done, deletions first.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    pub delete: Few<Slot>,
-    pub create: Few<Slot>,
+    pub delete: Vec<Slot>,
+    pub create: Vec<Slot>,
 }
-
-/// As many as a page in the midst of others takes; more are rare.
-type Few<T> = SmallVec<[T; 4]>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OutOfSlots {
@@ -45,9 +40,20 @@ pub(crate) struct OutOfSlots {
 
 pub(crate) struct SlotTable {
     layers: Vec<(Layer, BTreeMap<u64, Slot>)>,
-    /// Slots never cross these addresses.
+    /// Slots never cross these addresses, which ascend.
     borders: Vec<u64>,
-    used: Vec<bool>,
+    numbers: Numbers,
+    /// What the last plan took of memory, for the next one.
+    spare: Plan,
+}
+
+/// The numbers of slots.
+struct Numbers {
+    /// Below `fresh`, those that are not in use.
+    free: Vec<u32>,
+    /// This and the higher ones never were in use.
+    fresh: u32,
+    max: u32,
 }
 
 /// A change of one layer: these pages get slots, or lose them.
@@ -58,7 +64,12 @@ impl SlotTable {
         Self {
             layers: layers.iter().map(|layer| (*layer, BTreeMap::new())).collect(),
             borders,
-            used: vec![false; max as usize],
+            numbers: Numbers {
+                free: Vec::new(),
+                fresh: 0,
+                max,
+            },
+            spare: Plan::default(),
         }
     }
 
@@ -89,85 +100,119 @@ impl SlotTable {
             .filter(move |slot| slot.range.end() > start)
     }
 
-    pub(crate) fn plan(&self, range: Range, changes: &[LayerChange]) -> Result<Plan, OutOfSlots> {
-        let mut delete = Few::new();
-        let mut create = Few::new();
+    /// As [`overlapping`](Self::overlapping), from the last one down.
+    fn overlapping_down(&self, layer: usize, start: u64, end: u64) -> impl Iterator<Item = Slot> + '_ {
+        let below = self.layers[layer].1.range(..end).rev();
+        below
+            .map(|(_, slot)| *slot)
+            .take_while(move |slot| slot.range.end() > start)
+    }
+
+    pub(crate) fn plan(&mut self, range: Range, changes: &[LayerChange]) -> Result<Plan, OutOfSlots> {
+        let mut plan = std::mem::take(&mut self.spare);
+        plan.delete.clear();
+        plan.create.clear();
         for (layer, present) in changes {
-            for piece in self.cut(range) {
-                match present {
-                    true => self.plan_insert(*layer, piece, &mut delete, &mut create),
-                    false => self.plan_remove(*layer, piece, &mut delete, &mut create),
+            let mut start = range.gpa();
+            for end in self.borders_in(range).iter().chain([&range.end()]) {
+                if let Some(piece) = Range::new(start, end - start) {
+                    match present {
+                        true => self.plan_insert(*layer, piece, &mut plan),
+                        false => self.plan_remove(*layer, piece, &mut plan),
+                    }
                 }
+                start = *end;
             }
         }
-        let reused: Few<u32> = delete.iter().map(|slot: &Slot| slot.id).collect();
-        let free = self.used.iter().enumerate().filter(|(_, used)| !**used);
-        let mut ids = reused.into_iter().chain(free.map(|(id, _)| id as u32));
-        let needed = create.len();
-        let create: Few<Slot> = create
-            .into_iter()
-            .map_while(|(layer, range)| ids.next().map(|id| Slot { id, layer, range }))
-            .collect();
-        if create.len() < needed {
-            return Err(OutOfSlots {
-                needed,
-                available: create.len(),
-            });
+        for (index, slot) in plan.create.iter_mut().enumerate() {
+            let reused = plan.delete.get(index).map(|slot| slot.id);
+            let number = reused.or_else(|| self.numbers.nth(index - plan.delete.len()));
+            let Some(id) = number else {
+                return Err(OutOfSlots {
+                    needed: plan.create.len(),
+                    available: index,
+                });
+            };
+            slot.id = id;
         }
-        Ok(Plan { delete, create })
+        Ok(plan)
     }
 
     /// Takes the plan over, after KVM has.
-    pub(crate) fn commit(&mut self, plan: &Plan) {
+    pub(crate) fn commit(&mut self, plan: Plan) {
         for slot in &plan.delete {
             self.layers[slot.layer].1.remove(&slot.range.gpa());
-            self.used[slot.id as usize] = false;
         }
         for slot in &plan.create {
             self.layers[slot.layer].1.insert(slot.range.gpa(), *slot);
-            self.used[slot.id as usize] = true;
         }
+        let (deleted, created) = (plan.delete.len(), plan.create.len());
+        self.numbers.take(created.saturating_sub(deleted));
+        let given_back = plan.delete.iter().skip(created).map(|slot| slot.id);
+        self.numbers.free.extend(given_back);
+        self.spare = plan;
     }
 
-    fn cut(&self, range: Range) -> impl Iterator<Item = Range> + '_ {
-        let starts = std::iter::once(range.gpa()).chain(self.borders_in(range));
-        let ends = self.borders_in(range).chain(std::iter::once(range.end()));
-        starts
-            .zip(ends)
-            .filter_map(|(start, end)| Range::new(start, end - start))
+    fn is_border(&self, gpa: u64) -> bool {
+        self.borders.binary_search(&gpa).is_ok()
     }
 
-    fn borders_in(&self, range: Range) -> impl Iterator<Item = u64> + '_ {
-        let inside = move |border: &&u64| range.gpa() < **border && **border < range.end();
-        self.borders.iter().filter(inside).copied()
+    /// Those inside of `range`.
+    fn borders_in(&self, range: Range) -> &[u64] {
+        let first = self.borders.partition_point(|border| *border <= range.gpa());
+        let inside = self.borders[first..].partition_point(|border| *border < range.end());
+        &self.borders[first..first + inside]
     }
 
-    fn plan_insert(&self, layer: usize, piece: Range, delete: &mut Few<Slot>, create: &mut Few<(usize, Range)>) {
+    fn plan_insert(&self, layer: usize, piece: Range, plan: &mut Plan) {
         let (mut start, mut end) = (piece.gpa(), piece.end());
-        let reach_down = u64::from(start > 0 && !self.borders.contains(&start));
-        let reach_up = u64::from(!self.borders.contains(&end));
-        let touched: Few<Slot> = self.overlapping(layer, start - reach_down, end + reach_up).collect();
-        if let [only] = touched[..]
-            && only.range.gpa() <= start
-            && end <= only.range.end()
-        {
+        let reach_down = u64::from(start > 0 && !self.is_border(start));
+        let reach_up = u64::from(!self.is_border(end));
+        let touched = || self.overlapping_down(layer, piece.gpa() - reach_down, piece.end() + reach_up);
+        let covers = |slot: &Slot| slot.range.gpa() <= piece.gpa() && piece.end() <= slot.range.end();
+        if touched().next().is_some_and(|slot| covers(&slot)) {
             return;
         }
-        for slot in touched {
+        for slot in touched() {
             start = start.min(slot.range.gpa());
             end = end.max(slot.range.end());
-            delete.push(slot);
+            plan.delete.push(slot);
         }
-        create.extend(Range::new(start, end - start).map(|range| (layer, range)));
+        plan.create.extend(unnumbered(layer, start, end));
     }
 
-    fn plan_remove(&self, layer: usize, piece: Range, delete: &mut Few<Slot>, create: &mut Few<(usize, Range)>) {
-        for slot in self.overlapping(layer, piece.gpa(), piece.end()) {
-            let before = Range::new(slot.range.gpa(), piece.gpa().saturating_sub(slot.range.gpa()));
-            let after = Range::new(piece.end(), slot.range.end().saturating_sub(piece.end()));
-            create.extend(before.into_iter().chain(after).map(|range| (layer, range)));
-            delete.push(slot);
+    fn plan_remove(&self, layer: usize, piece: Range, plan: &mut Plan) {
+        for slot in self.overlapping_down(layer, piece.gpa(), piece.end()) {
+            plan.create.extend(unnumbered(layer, slot.range.gpa(), piece.gpa()));
+            plan.create.extend(unnumbered(layer, piece.end(), slot.range.end()));
+            plan.delete.push(slot);
         }
+    }
+}
+
+/// A slot that gets its number later, if there are such pages.
+fn unnumbered(layer: usize, start: u64, end: u64) -> Option<Slot> {
+    let range = Range::new(start, end.checked_sub(start)?)?;
+    Some(Slot { id: 0, layer, range })
+}
+
+impl Numbers {
+    /// The next one but so many.
+    fn nth(&self, index: usize) -> Option<u32> {
+        match self.free.len().checked_sub(index + 1) {
+            Some(at) => Some(self.free[at]),
+            None => u32::try_from(index - self.free.len())
+                .ok()
+                .and_then(|index| self.fresh.checked_add(index))
+                .filter(|number| *number < self.max),
+        }
+    }
+
+    /// So many are in use now.
+    fn take(&mut self, count: usize) {
+        let reused = count.min(self.free.len());
+        self.free.truncate(self.free.len() - reused);
+        self.fresh += (count - reused) as u32;
     }
 }
 

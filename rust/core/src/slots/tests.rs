@@ -138,14 +138,14 @@ proptest! {
                     // A plan alone changes nothing.
                     prop_assert_eq!(&all(&table), &before);
                     if op.commit {
-                        table.commit(&plan);
+                        table.commit(plan);
                         model = after;
                     }
                 }
             }
             let slots = all(&table);
             prop_assert_eq!(slots.iter().map(plain).collect::<BTreeSet<_>>(), model.slots());
-            let used = table.used.iter().filter(|used| **used).count();
+            let used = table.numbers.fresh as usize - table.numbers.free.len();
             prop_assert_eq!(used, slots.len());
             let mut found = table.find(op.range);
             found.sort_by_key(plain);
@@ -161,7 +161,7 @@ fn neighbours_grow_together_but_not_across_a_border() {
     let mut table = new_table(&[8 * PAGE_SIZE], 8);
     for first in [2, 6, 4, 8] {
         let plan = table.plan(pages(first, 2), &[(0, true)]).unwrap();
-        table.commit(&plan);
+        table.commit(plan);
     }
     let slots: Vec<_> = all(&table).iter().map(plain).collect();
     let bytes = |first: u64, end: u64| (0, first * PAGE_SIZE, end * PAGE_SIZE);
@@ -173,7 +173,7 @@ fn what_is_as_wanted_needs_no_plan() {
     let mut table = new_table(&[8 * PAGE_SIZE], 2);
     let plan = table.plan(pages(0, 16), &[(0, true)]).unwrap();
     assert_eq!((plan.delete.len(), plan.create.len()), (0, 2));
-    table.commit(&plan);
+    table.commit(plan);
     let again = table.plan(pages(3, 10), &[(0, true), (1, false)]).unwrap();
     assert_eq!(again, Plan::default());
     let refused = table.plan(pages(3, 1), &[(0, false)]).unwrap_err();
@@ -188,10 +188,10 @@ fn what_is_as_wanted_needs_no_plan() {
 fn the_slots_of_a_plan_that_swaps_layers_take_over_its_numbers() {
     let mut table = new_table(&[], 1);
     let first = table.plan(pages(0, 4), &[(0, true)]).unwrap();
-    table.commit(&first);
+    table.commit(first);
     let swap = table.plan(pages(0, 4), &[(0, false), (1, true)]).unwrap();
     assert_eq!((swap.delete[0].id, swap.create[0].id), (0, 0));
-    table.commit(&swap);
+    table.commit(swap);
     assert_eq!(all(&table).len(), 1);
     assert_eq!(table.layer(all(&table)[0].layer).side, State::Private);
 }
