@@ -55,9 +55,10 @@ pub(crate) struct PyReport {
 impl From<Report> for PyReport {
     fn from(report: Report) -> Self {
         let tally = report.tally;
-        let at = |quantile| match tally.latency.is_empty() {
+        let latency = tally.latency.histogram();
+        let at = |quantile| match latency.is_empty() {
             true => 0,
-            false => tally.latency.value_at_quantile(quantile),
+            false => latency.value_at_quantile(quantile),
         };
         Self {
             reason: report.reason,
@@ -77,7 +78,7 @@ impl From<Report> for PyReport {
                 p50: at(0.5),
                 p90: at(0.9),
                 p99: at(0.99),
-                max: tally.latency.max(),
+                max: latency.max(),
             },
             seconds: report.duration.as_secs_f64(),
         }

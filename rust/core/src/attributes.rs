@@ -309,6 +309,9 @@ struct Tree {
     /// Of the branches.
     root: Vec<Holds>,
     branches: Vec<Arc<Branch>>,
+    /// Held by all that were made of this: alone, it says that nobody else holds a branch or bits. After those, so that a
+    /// snapshot lets go of it when it has let go of them.
+    holders: Arc<()>,
     /// The bits that a leaf last gave up, so that a page which goes to and fro does not allocate each time. Never
     /// in common with others.
     spare: Option<Arc<Bits>>,
@@ -354,6 +357,7 @@ impl Tree {
             private_pages,
             root,
             branches,
+            holders: Arc::new(()),
             spare: None,
         }
     }
@@ -407,14 +411,6 @@ impl Tree {
     }
 
     /// The state of all pages `[first, end)`, if they agree.
-    #[inline(always)]
-    fn uniform(&self, first: u64, end: u64) -> Option<State> {
-        match end - first {
-            1 => Some(self.state(first)),
-            _ => self.uniform_of_several(first, end),
-        }
-    }
-
     fn uniform_of_several(&self, first: u64, end: u64) -> Option<State> {
         let block = first / BLOCK_PAGES;
         let start = block * BLOCK_PAGES;
@@ -519,7 +515,7 @@ impl Tree {
         }
         let at = Place::of(page / BLOCK_PAGES);
         let words = self.leaf(at).mixed(at.block)?;
-        if !self.exclusive(at) {
+        if !self.has_no_snapshot() {
             return None;
         }
         let word = &words[(page % BLOCK_PAGES / 64) as usize];
@@ -588,8 +584,16 @@ impl Tree {
         self.edit(at, |leaf, _| *leaf.holds.of_mut(state.other()) &= !(1 << at.block));
     }
 
-    /// Whether no snapshot holds the bits of a leaf.
+    /// Whether there is no snapshot, so that none holds anything of this.
     #[inline(always)]
+    fn has_no_snapshot(&self) -> bool {
+        let alone = Arc::strong_count(&self.holders) == 1;
+        // As in `exclusive`.
+        fence(Ordering::Acquire);
+        alone
+    }
+
+    /// Whether no snapshot holds the bits of a leaf.
     fn exclusive(&self, at: Place) -> bool {
         let branch = &self.branches[at.branch];
         // Others can hold the bits themselves, or a branch that holds them.
@@ -925,7 +929,10 @@ macro_rules! queries {
         #[inline(always)]
         pub fn uniform(&self, range: Range) -> Option<State> {
             let (first, end) = self.tree.span(range);
-            self.tree.uniform(first, end)
+            match range.size {
+                PAGE_SIZE => Some(self.tree.state(first)),
+                _ => self.tree.uniform_of_several(first, end),
+            }
         }
 
         /// How many bytes are private: a multiple of [`PAGE_SIZE`]. The rest of memory is shared.

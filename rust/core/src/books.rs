@@ -51,7 +51,7 @@ impl Books {
         changed
     }
 
-    #[cold]
+    #[inline(never)]
     fn tell_watches(&mut self, range: Range, to: State) {
         for watch in &mut self.watches {
             let changes = range.contains(watch.gpa) && self.map.state(watch.gpa) != to;

@@ -306,12 +306,7 @@ impl Gate {
 
     /// The transaction, for a range that is held and was in this state, if it was uniform.
     #[inline(always)]
-    fn convert_held(
-        &self,
-        order: Order,
-        held: HeldSpot<'_>,
-        before: Option<State>,
-    ) -> Result<Converted, ConvertError> {
+    fn convert_held(&self, order: Order, held: HeldSpot<'_>, before: Option<State>) -> Result<Converted, ConvertError> {
         let range = order.seen.range;
         let changed = match self.enforce(order, range, before)? {
             None => 0,
@@ -392,12 +387,7 @@ impl Gate {
     /// The transaction up to its commit, with the range held, whose state is known if it is uniform; `None` if there is
     /// nothing to do.
     #[inline(always)]
-    fn enforce(
-        &self,
-        order: Order,
-        range: Range,
-        uniform: Option<State>,
-    ) -> Result<Option<Enforced>, ConvertError> {
+    fn enforce(&self, order: Order, range: Range, uniform: Option<State>) -> Result<Option<Enforced>, ConvertError> {
         let Order { to, keep, .. } = order;
         if self.broken.load(Ordering::SeqCst) {
             return Err(already_broken(range));
@@ -429,7 +419,11 @@ impl Gate {
         let to = order.to;
         let changed = self.ledger.set(range, to, order.max_shared.is_some());
         let told = enforced.told.map_or(Ok(()), |before| {
-            let conversion = Conversion { before: &before, range, to };
+            let conversion = Conversion {
+                before: &before,
+                range,
+                to,
+            };
             self.listeners.commit(&conversion)
         });
         enforced
@@ -443,16 +437,30 @@ impl Gate {
     #[cold]
     fn prepare(&self, range: Range, to: State) -> Result<Box<Snapshot>, ConvertError> {
         let before = Box::new(self.snapshot());
-        let conversion = Conversion { before: &before, range, to };
+        let conversion = Conversion {
+            before: &before,
+            range,
+            to,
+        };
         self.listeners.prepare(&conversion)?;
         Ok(before)
     }
 
     #[cold]
-    fn not_enforced(&self, range: Range, to: State, failure: enforce::Failure, told: Option<Box<Snapshot>>) -> ConvertError {
+    fn not_enforced(
+        &self,
+        range: Range,
+        to: State,
+        failure: enforce::Failure,
+        told: Option<Box<Snapshot>>,
+    ) -> ConvertError {
         let failure = self.failed(range, failure);
         let abort = |before: Box<Snapshot>| {
-            let conversion = Conversion { before: &before, range, to };
+            let conversion = Conversion {
+                before: &before,
+                range,
+                to,
+            };
             self.listeners.abort(&conversion).err()
         };
         // What KVM enforces matters more than what a listener says of it.

@@ -193,14 +193,7 @@ fn dispatch(reason: u32, page: &[u8], len: usize) -> Option<Exit> {
     Some(match reason {
         kvm_bindings::KVM_EXIT_IO => Exit::Io(sane_io(page, len)?),
         kvm_bindings::KVM_EXIT_MMIO => Exit::Mmio(mmio(page)?),
-        kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(Hypercall {
-            nr: u64_at(page, UNION)?,
-            args: [
-                u64_at(page, UNION + 8)?,
-                u64_at(page, UNION + 16)?,
-                u64_at(page, UNION + 24)?,
-            ],
-        }),
+        kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(registers(page)?),
         kvm_bindings::KVM_EXIT_HLT => Exit::Halt,
         kvm_bindings::KVM_EXIT_SHUTDOWN => Exit::Shutdown,
         kvm_bindings::KVM_EXIT_SET_TPR => Exit::SetTpr,
@@ -226,13 +219,32 @@ pub(crate) fn port_io(page: &[u8]) -> Option<&[u8; HEAD]> {
     (u32_at(head, offset::EXIT_REASON) == Some(kvm_bindings::KVM_EXIT_IO)).then_some(head)
 }
 
+/// A hypercall, likewise.
+#[inline(always)]
+pub(crate) fn hypercall(page: &[u8]) -> Option<Hypercall> {
+    let head = page.first_chunk::<HEAD>()?;
+    if u32_at(head, offset::EXIT_REASON) != Some(kvm_bindings::KVM_EXIT_HYPERCALL) {
+        return None;
+    }
+    registers(head)
+}
+
+#[inline(always)]
+fn registers(page: &[u8]) -> Option<Hypercall> {
+    Some(Hypercall {
+        nr: u64_at(page, UNION)?,
+        args: [
+            u64_at(page, UNION + 8)?,
+            u64_at(page, UNION + 16)?,
+            u64_at(page, UNION + 24)?,
+        ],
+    })
+}
+
 /// The data of port IO, if it makes sense.
 #[inline(always)]
 pub(crate) fn io_data<'a>(page: &'a mut [u8], io: &Io) -> Option<&'a mut [u8]> {
-    if !matches!(io.size, 1 | 2 | 4) || io.count == 0 {
-        return None;
-    }
-    page.get_mut(io.data..io.data.checked_add(io.len())?)
+    page.get_mut(io.data..end_of_data(io)?)
 }
 
 fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
@@ -241,6 +253,15 @@ fn memory_fault(page: &[u8]) -> Option<MemoryFault> {
         gpa: u64_at(page, UNION + 8)?,
         size: u64_at(page, UNION + 16)?,
     })
+}
+
+/// Where the data of port IO end, if they are what can be read or written at all.
+#[inline(always)]
+fn end_of_data(io: &Io) -> Option<usize> {
+    if !matches!(io.size, 1 | 2 | 4) || io.count == 0 {
+        return None;
+    }
+    io.data.checked_add(io.len())
 }
 
 /// What it says; of what does not make sense there are no [data](io_data).
@@ -259,9 +280,7 @@ pub(crate) fn io(head: &[u8; HEAD]) -> Io {
 
 fn sane_io(page: &[u8], len: usize) -> Option<Io> {
     let io = io(page.first_chunk()?);
-    let sane = matches!(io.size, 1 | 2 | 4) && io.count > 0;
-    let end = io.data.checked_add(io.len())?;
-    (sane && end <= len).then_some(io)
+    (end_of_data(&io)? <= len).then_some(io)
 }
 
 fn mmio(page: &[u8]) -> Option<Mmio> {
@@ -293,3 +312,6 @@ pub(crate) fn put(page: &mut [u8], at: usize, bytes: &[u8]) {
         slot.copy_from_slice(bytes);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -224,26 +224,14 @@ impl Enforcement {
     }
 
     #[inline(never)]
-    fn apply_in_calls(
-        &self,
-        range: Range,
-        to: State,
-        vcpus: &[Arc<Kick>],
-        before: Before<'_>,
-    ) -> Result<(), Failure> {
+    fn apply_in_calls(&self, range: Range, to: State, vcpus: &[Arc<Kick>], before: Before<'_>) -> Result<(), Failure> {
         match (self.mode, self.views.split()) {
             (Mode::Attributes, false) => self.set_attributes(range, to, before),
             _ => self.apply_by_slots(range, to, vcpus, before),
         }
     }
 
-    fn apply_by_slots(
-        &self,
-        range: Range,
-        to: State,
-        vcpus: &[Arc<Kick>],
-        before: Before<'_>,
-    ) -> Result<(), Failure> {
+    fn apply_by_slots(&self, range: Range, to: State, vcpus: &[Arc<Kick>], before: Before<'_>) -> Result<(), Failure> {
         let private = to == State::Private;
         if self.mode == Mode::Memslots {
             let changes = [(SHARED_LAYER, !private), (PRIVATE_LAYER, private)];

@@ -9,7 +9,7 @@ use crate::attributes::{self, AttributeMap, Range, Run, State};
 use crate::books::Books;
 use crate::range_lock::{RangeGuard, RangeLocks};
 
-/// The parts, at most. As many as there are bits in [`Seen::fresh`] or fewer; more make what is about all of memory
+/// The parts, at most. As many as there are bits in [`Seen::stale`] or fewer; more make what is about all of memory
 /// slower.
 const PARTS: u64 = 16;
 /// A part is at least a block of an [`AttributeMap`].
@@ -40,13 +40,9 @@ struct Part {
 /// A range that nobody else changes.
 pub(crate) enum Held<'a> {
     /// It is in one part.
-    One {
-        _guard: RangeGuard<'a, Books>,
-    },
+    One { _guard: RangeGuard<'a, Books> },
     /// It is in several.
-    Several {
-        _guards: Vec<RangeGuard<'a, Books>>,
-    },
+    Several { _guards: Vec<RangeGuard<'a, Books>> },
 }
 
 /// The same of a range that lies in one part: its pages there.

@@ -21,7 +21,7 @@ pub mod guests;
 pub mod hypervisor;
 pub mod image;
 mod kick;
-mod latency;
+pub mod latency;
 pub mod ledger;
 pub mod listener;
 pub mod machine;

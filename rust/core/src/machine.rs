@@ -9,6 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::attributes::{PAGE_SIZE, Range, State};
 use crate::boot;
+use crate::clock::Stopwatch;
 use crate::control::Control;
 use crate::convert::{Converted, Gate, Resident};
 use crate::devices::{Devices, IoHandler, MmioHandler};
@@ -72,6 +73,7 @@ pub struct Machine {
     /// The run in progress.
     current: Mutex<Option<Arc<Control>>>,
     around: Option<ThreadWrapper>,
+    stopwatch: Stopwatch,
     pre_fault: bool,
     /// Last, so that it outlives the VM whose slots point into it.
     _memory: Arc<GuestMemory>,
@@ -146,6 +148,7 @@ impl Machine {
             devices: Devices::default(),
             current: Mutex::new(None),
             around: config.around,
+            stopwatch: Stopwatch::new(),
             pre_fault: limits.pre_fault,
             _memory: memory,
         })
@@ -221,6 +224,10 @@ impl Machine {
     /// `Invalid` for a range that is empty, wraps, or overlaps memory, a view or another handler's.
     pub fn on_mmio(&self, gpa: u64, size: u64, handler: Arc<dyn MmioHandler>) -> Result<(), Error> {
         self.devices.on_mmio(gpa, size, &self.gate.views(), handler)
+    }
+
+    pub(crate) fn stopwatch(&self) -> Stopwatch {
+        self.stopwatch
     }
 
     pub(crate) fn can_prefault(&self) -> bool {
@@ -440,7 +447,7 @@ impl Machine {
             control.wait(deadline, interrupt);
             for thread in threads {
                 match thread.join() {
-                    Ok(tally) => total.add(&tally),
+                    Ok(tally) => total.add(tally),
                     Err(panic) => std::panic::resume_unwind(panic),
                 }
             }

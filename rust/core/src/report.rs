@@ -2,12 +2,10 @@
 
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
-
-use crate::latency;
+use crate::latency::Latencies;
 
 /// Counts of one run; each vCPU keeps its own and they are added up at the end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Tally {
     /// Implicit requests that reached the policy.
     pub faults: u64,
@@ -32,26 +30,7 @@ pub struct Tally {
     /// Bytes that became shared.
     pub bytes_to_shared: u64,
     /// Exit to resume of each request, in nanoseconds.
-    pub latency: Histogram<u64>,
-}
-
-impl Default for Tally {
-    fn default() -> Self {
-        Self {
-            faults: 0,
-            hypercalls: 0,
-            poisons: 0,
-            conversions: 0,
-            denied: 0,
-            retries: 0,
-            malformed: 0,
-            stale: 0,
-            bytes_prefaulted: 0,
-            bytes_to_private: 0,
-            bytes_to_shared: 0,
-            latency: latency::empty(),
-        }
-    }
+    pub latency: Latencies,
 }
 
 impl Tally {
@@ -60,7 +39,7 @@ impl Tally {
         self.faults + self.hypercalls
     }
 
-    pub(crate) fn add(&mut self, other: &Tally) {
+    pub(crate) fn add(&mut self, other: Tally) {
         self.faults += other.faults;
         self.hypercalls += other.hypercalls;
         self.poisons += other.poisons;
@@ -72,8 +51,7 @@ impl Tally {
         self.bytes_prefaulted += other.bytes_prefaulted;
         self.bytes_to_private += other.bytes_to_private;
         self.bytes_to_shared += other.bytes_to_shared;
-        // Both have the same bounds, so the sum has room for all of it.
-        let _ = self.latency.add(&other.latency);
+        self.latency.add(other.latency);
     }
 }
 

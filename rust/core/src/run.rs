@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
 use crate::attributes::{PAGE_SIZE, Range, State};
-use crate::clock::Moment;
+use crate::clock::{Mark, Moment, Stopwatch};
 use crate::control::Control;
 use crate::convert::{Converted, Entry, Order, Standing, Wanted};
 use crate::decode::{self, Exit, Hypercall, Io, MemoryFault, Mmio};
@@ -15,7 +15,6 @@ use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::{Answer, Asked, Done, Event, Kind, Outcome};
 use crate::explicit::{self, DOORBELL_PORT, KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
 use crate::kick::{self, Kick};
-use crate::latency::Latencies;
 use crate::ledger::Look;
 use crate::machine::{KnownPolicy, Machine};
 use crate::model;
@@ -83,18 +82,22 @@ pub(crate) struct VcpuLoop<'a> {
     entry: Entry,
     repeats: Repeats,
     refused: u32,
+    watch: Stopwatch,
     /// When the exit that is being handled was seen, for those that can be requests.
     exited: Moment,
+    /// The same, to measure from.
+    exit_mark: Mark,
     /// The same of the request that is being answered.
-    since: Moment,
+    since: Mark,
     known_port: KnownPort,
     policy: KnownPolicy,
-    latencies: Latencies,
     tally: Tally,
 }
 
 impl<'a> VcpuLoop<'a> {
     pub(crate) fn new(machine: &'a Machine, control: &'a Control, vcpu: &'a mut VcpuState) -> Self {
+        vcpu.log.forget();
+        let (watch, now) = (machine.stopwatch(), Moment::now());
         Self {
             machine,
             control,
@@ -105,11 +108,12 @@ impl<'a> VcpuLoop<'a> {
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
             refused: 0,
-            exited: Moment::now(),
-            since: Moment::now(),
+            watch,
+            exited: now,
+            exit_mark: watch.mark(now),
+            since: watch.mark(now),
             known_port: KnownPort::default(),
             policy: machine.known_policy(),
-            latencies: Latencies::default(),
             tally: Tally::default(),
         }
     }
@@ -126,7 +130,6 @@ impl<'a> VcpuLoop<'a> {
             self.close_request();
         }
         self.vcpu.settle(self.kick, self.world);
-        self.tally.latency = self.latencies.histogram();
         self.tally
     }
 
@@ -176,7 +179,7 @@ impl<'a> VcpuLoop<'a> {
                 self.close_request();
             }
             machine.gate().enter_again(&mut self.entry);
-            let exit = loop {
+            let call = loop {
                 let (result, page) = match self.world {
                     None => self.vcpu.run(kick),
                     Some(world) => {
@@ -201,18 +204,20 @@ impl<'a> VcpuLoop<'a> {
                         if kick::kicked(self.immediate_exit) && self.control.leaving() {
                             return None;
                         }
-                        // Nothing else that matters at an entry is a matter of port IO.
+                        // Nothing was pending, no request was opened, and this vCPU saw no page: all else that is looked at
+                        // before an entry is as it was.
                         machine.gate().enter_with_slots(&mut self.entry);
                         continue;
                     }
                 }
-                break decode::decode(result, page);
+                match decode::hypercall(page).filter(|_| result.is_ok()) {
+                    Some(call) => break call,
+                    None => return Some(decode::decode(result, page)),
+                }
             };
-            let Exit::Hypercall(call) = exit else {
-                return Some(exit);
-            };
+            self.refused = 0;
             if let Err(error) = self.hypercall(call) {
-                self.goes_on(exit, Err(error));
+                self.goes_on(Exit::Hypercall(call), Err(error));
             }
         }
     }
@@ -237,10 +242,12 @@ impl<'a> VcpuLoop<'a> {
             Exit::Poison(fault) => self.poison(fault),
             Exit::BadBacking => Err(self.bad_backing()),
             Exit::Failed(errno) => Err(self.failed(format!("KVM_RUN failed with {errno}"))),
-            Exit::Io(io) if io.port == DOORBELL_PORT && io.write && io.len() == 1 => self.doorbell().map(|()| Flow::Resume),
+            Exit::Io(io) if io.port == DOORBELL_PORT && io.write && io.len() == 1 => {
+                self.doorbell().map(|()| Flow::Resume)
+            }
             Exit::Io(io) => self.io(io),
             Exit::Mmio(mmio) => self.mmio(mmio),
-            Exit::Hypercall(call) => self.hypercall(call).map(|()| Flow::Resume),
+            Exit::Hypercall(call) => self.hypercall_left_over(call),
             Exit::Halt => Ok(Flow::Halt),
             Exit::Shutdown => Ok(Flow::Shutdown),
             Exit::InternalError { suberror } => self.internal_error(suberror),
@@ -258,7 +265,7 @@ impl<'a> VcpuLoop<'a> {
     // ---- implicit requests
 
     fn memory_fault(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Moment::now();
+        self.seen_now();
         let (page, access) = self.faulted(&fault)?;
         match self.judge(page, access, fault.flags)? {
             Judged::Look => Ok(Flow::Resume),
@@ -275,7 +282,7 @@ impl<'a> VcpuLoop<'a> {
         }) else {
             return self.device_mmio(mmio);
         };
-        self.exited = Moment::now();
+        self.seen_now();
         let access = place.view.unwrap_or(State::Private);
         if place.view.is_some() && !self.machine.gate().side(access).is_reachable() {
             return Err(self.failed(format!(
@@ -327,7 +334,7 @@ impl<'a> VcpuLoop<'a> {
         if suberror == KVM_INTERNAL_ERROR_EMULATION
             && let Some((page, access)) = self.unfetchable()
         {
-            self.exited = Moment::now();
+            self.seen_now();
             return Ok(match self.judge(page, access, implied_flags(access))? {
                 Judged::Look => Flow::Resume,
                 Judged::Leave(reason) => Flow::Leave(reason, None),
@@ -489,7 +496,7 @@ impl<'a> VcpuLoop<'a> {
     }
 
     fn poison(&mut self, fault: MemoryFault) -> Result<Flow, Error> {
-        self.exited = Moment::now();
+        self.seen_now();
         let (page, access) = self.faulted(&fault)?;
         let changes = self.machine.gate().watch(self.vcpu.index, page.gpa());
         let repeats = self.repeats(page, access, changes);
@@ -568,11 +575,18 @@ impl<'a> VcpuLoop<'a> {
 
     // ---- explicit requests
 
+    #[inline(always)]
     fn hypercall(&mut self, call: Hypercall) -> Result<(), Error> {
         let ret = self.explicit(call)?.to_le_bytes();
         decode::put(self.vcpu.hv.page(), decode::offset::HYPERCALL_RET, &ret);
         self.vcpu.reply_due = true;
         Ok(())
+    }
+
+    /// One that an earlier run left unanswered.
+    #[cold]
+    fn hypercall_left_over(&mut self, call: Hypercall) -> Result<Flow, Error> {
+        self.hypercall(call).map(|()| Flow::Resume)
     }
 
     /// The hypercall by port: the same registers, the answer in RAX.
@@ -589,8 +603,9 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// What RAX becomes.
+    #[inline(always)]
     fn explicit(&mut self, call: Hypercall) -> Result<i64, Error> {
-        self.exited = Moment::now();
+        self.seen_now();
         if call.nr != KVM_HC_MAP_GPA_RANGE {
             self.tally.malformed += 1;
             return Ok(-KVM_ENOSYS);
@@ -662,7 +677,7 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// The errno for the guest, 0 for success.
-    #[inline]
+    #[inline(always)]
     fn convert_explicit(&mut self, change: &Conversion, call: &Call, seen: Look) -> Result<i32, Error> {
         let order = match self.order(change, seen, call.to) {
             Ok(order) => order,
@@ -797,13 +812,20 @@ impl<'a> VcpuLoop<'a> {
 
     // ---- record
 
+    /// The exit that is being handled can be a request.
+    #[inline]
+    fn seen_now(&mut self) {
+        self.exited = Moment::now();
+        self.exit_mark = self.watch.mark(self.exited);
+    }
+
     #[inline(always)]
     fn open_request(&mut self, asked: &Asked) {
         if self.vcpu.log.is_open() {
             self.close_request();
         }
-        self.since = self.exited;
-        self.machine.events().begin(&mut self.vcpu.log, asked);
+        self.since = self.exit_mark;
+        self.vcpu.log.begin(asked);
     }
 
     /// What the policy made of the request that is open.
@@ -826,9 +848,11 @@ impl<'a> VcpuLoop<'a> {
     }
 
     /// The request that was open is over: the guest resumes, or the run ends.
+    #[inline(always)]
     fn close_request(&mut self) {
-        let latency = self.since.elapsed();
-        self.latencies.record(latency);
+        self.machine.events().about_to_publish();
+        let latency = self.watch.elapsed(self.since);
+        self.tally.latency.record(latency);
         self.machine.events().publish(&mut self.vcpu.log, latency);
     }
 

@@ -1,12 +1,14 @@
 //! System calls, each one function. Those of every request go to the kernel by rustix, without the C library's part.
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
 
 use kvm_bindings::kvm_memory_attributes;
+use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
-use rustix::ioctl::{self, NoArg, Opcode, Setter, Updater, opcode};
+use rustix::ioctl::{self, Ioctl, IoctlOutput, Opcode, Setter, Updater, opcode};
 use rustix::time::ClockId;
 
 use crate::errno::Errno;
@@ -40,6 +42,13 @@ pub(crate) fn cached_pages(fd: RawFd) -> Result<u64, Errno> {
 pub(crate) fn monotonic() -> u64 {
     let time = rustix::time::clock_gettime(ClockId::Monotonic);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// RDTSC: ticks of the CPU's time-stamp counter.
+#[inline]
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: every CPU of the architecture has the instruction, which touches no memory.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
 
 /// fallocate(2): frees a part of a file and keeps its size.
@@ -82,37 +91,57 @@ pub(crate) fn set_cloexec(fd: &OwnedFd) -> Result<(), Errno> {
     Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?)
 }
 
-/// Lends a descriptor of KVM's, whose owner says so for as long as it lives.
-#[inline]
-pub(crate) fn lend(fd: &impl AsRawFd) -> BorrowedFd<'_> {
-    // SAFETY: whoever owns it is borrowed as long as what is returned, and keeps it open.
-    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+/// KVM_RUN: no argument, but memory changes under the calling program.
+struct Run;
+
+// SAFETY: the opcode takes no argument, and what it writes, the run page, is declared by `IS_MUTATING`: without that the
+// compiler may take what it knows of the page for what is there afterwards.
+unsafe impl Ioctl for Run {
+    type Output = ();
+
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        KVM_RUN
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
+        Ok(())
+    }
 }
 
-/// KVM_RUN, with its errno as it is.
+/// KVM_RUN, with its errno as it is. The caller holds the run page exclusively.
 #[inline]
-pub(crate) fn kvm_run(vcpu: BorrowedFd<'_>) -> Result<(), Errno> {
-    // SAFETY: this is the opcode of an ioctl without an argument; it writes the run page, which the caller holds exclusively.
-    let request = unsafe { NoArg::<KVM_RUN>::new() };
-    // SAFETY: as above.
-    Ok(unsafe { ioctl::ioctl(vcpu, request) }?)
+pub(crate) fn kvm_run(vcpu: &VcpuFd) -> Result<(), Errno> {
+    // SAFETY: `vcpu` owns the descriptor and is borrowed meanwhile.
+    let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+    // SAFETY: it is a vCPU's, for which this is the opcode.
+    Ok(unsafe { ioctl::ioctl(fd, Run) }?)
 }
 
 /// KVM_SET_MEMORY_ATTRIBUTES.
 #[inline]
-pub(crate) fn kvm_set_memory_attributes(vm: BorrowedFd<'_>, attributes: kvm_memory_attributes) -> Result<(), Errno> {
+pub(crate) fn kvm_set_memory_attributes(vm: &VmFd, attributes: kvm_memory_attributes) -> Result<(), Errno> {
+    // SAFETY: `vm` owns the descriptor and is borrowed meanwhile.
+    let fd = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
     // SAFETY: the opcode is the one of this argument, which the kernel only reads.
     let request = unsafe { Setter::<KVM_SET_MEMORY_ATTRIBUTES, _>::new(attributes) };
-    // SAFETY: as above.
-    Ok(unsafe { ioctl::ioctl(vm, request) }?)
+    // SAFETY: as above, and of a VM.
+    Ok(unsafe { ioctl::ioctl(fd, request) }?)
 }
 
 /// KVM_PRE_FAULT_MEMORY once, which kvm-ioctls does not have: the bytes that were mapped.
-pub(crate) fn kvm_pre_fault(vcpu: BorrowedFd<'_>, gpa: u64, size: u64) -> Result<u64, Errno> {
+pub(crate) fn kvm_pre_fault(vcpu: &VcpuFd, gpa: u64, size: u64) -> Result<u64, Errno> {
+    // SAFETY: `vcpu` owns the descriptor and is borrowed meanwhile.
+    let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
     let mut range = [gpa, size, 0, 0, 0, 0, 0, 0];
     // SAFETY: `range` has the layout and the size that the opcode says.
     let request = unsafe { Updater::<KVM_PRE_FAULT_MEMORY, _>::new(&mut range) };
     // SAFETY: as above; it outlives the call.
-    unsafe { ioctl::ioctl(vcpu, request) }?;
+    unsafe { ioctl::ioctl(fd, request) }?;
     Ok(size - range[1])
 }

@@ -328,7 +328,12 @@ fn an_access_through_the_other_view_is_a_request_in_both_directions() {
         );
         assert_eq!((tally.bytes_to_private, tally.bytes_to_shared), (PAGE_SIZE, PAGE_SIZE));
         assert_eq!(
-            (tally.denied, tally.retries, tally.stale, tally.latency.len()),
+            (
+                tally.denied,
+                tally.retries,
+                tally.stale,
+                tally.latency.histogram().len()
+            ),
             (0, 0, 0, 2)
         );
         let events = guest.events();
@@ -482,7 +487,7 @@ fn a_retried_access_is_asked_again_and_says_how_often() {
         );
         let repeats: Vec<u32> = guest.judge.faults.lock().iter().map(|fault| fault.repeats).collect();
         assert_eq!(repeats, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]);
-        assert_eq!(report.tally.latency.len(), 12);
+        assert_eq!(report.tally.latency.histogram().len(), 12);
     }
 }
 
@@ -574,6 +579,44 @@ fn a_policy_that_was_overtaken_changes_nothing() {
         (report.tally.faults, report.tally.conversions, report.tally.stale),
         (1, 0, 1)
     );
+}
+
+#[test]
+fn pages_that_changed_while_the_policy_thought_are_converted_from_what_they_are_then() {
+    // What the hook does to the two pages by itself, and what is left to be changed.
+    let steps: [(&[(u64, State)], u64); 4] = [
+        (&[(2, State::Private)], 0),
+        (&[(1, State::Private)], PAGE_SIZE),
+        (&[(2, State::Private), (2, State::Shared)], 2 * PAGE_SIZE),
+        (&[(2, State::Private), (1, State::Shared)], PAGE_SIZE),
+    ];
+    for setup in [PLAIN, SPLIT, MEMSLOTS] {
+        for (itself, left) in steps {
+            let late = Arc::new(Late::default());
+            let inner = late.clone();
+            let judge = Judge::calls(move |call| {
+                for (pages, to) in itself {
+                    inner.get().convert(call.range.gpa(), pages * PAGE_SIZE, *to)?;
+                }
+                Ok(Decision::as_asked())
+            });
+            let guest = setup
+                .clone()
+                .guest(vec![vec![map_gpa_range(0x5000, 2, TO_PRIVATE)]], judge);
+            late.set(&guest);
+            assert_eq!(guest.run().tally.conversions, 1);
+            let event = guest.events()[0];
+            assert_eq!(
+                (event.state, event.changed, event.errno),
+                (Some(State::Shared), left, 0)
+            );
+            assert_eq!(
+                [0x5000, 0x6000].map(|gpa| guest.state(gpa)),
+                [State::Private, State::Private]
+            );
+            guest.agrees(&setup);
+        }
+    }
 }
 
 /// With one view, KVM reports what the page was when it looked.
@@ -1218,6 +1261,29 @@ fn refusals_of_kvm_are_tried_again_but_not_for_ever() {
     }
 }
 
+#[test]
+fn refusals_of_kvm_are_counted_afresh_after_each_way_that_an_exit_is_answered() {
+    let refused = || vec![Step::Fail(libc::EAGAIN); 600];
+    let io = || Step::Io {
+        port: 0x10,
+        write: true,
+        size: 1,
+        data: vec![1],
+    };
+    // The handler is looked for the first time, and known the second.
+    let answered = [vec![map_gpa_range(0x5000, 1, TO_PRIVATE)], vec![io(), io()], vec![io()]];
+    let mut script = refused();
+    for steps in answered {
+        script.extend(steps);
+        script.extend(refused());
+    }
+    let guest = PLAIN.guest(vec![script], Judge::allow());
+    let quiet = handler(|_| Ok(()));
+    quiet.machine.set(&guest);
+    guest.machine.on_io(0x10, quiet).unwrap();
+    assert_eq!(guest.run().reason, "halt");
+}
+
 // ---- record
 
 #[test]
@@ -1277,7 +1343,7 @@ fn a_request_is_over_when_the_guest_resumes() {
         latency + pause <= all,
         "{latency:?} of {all:?} with a pause of {pause:?}"
     );
-    assert!(report.tally.latency.max() > 0);
+    assert!(report.tally.latency.histogram().max() > 0);
 }
 
 #[test]
@@ -1320,7 +1386,10 @@ fn a_tally_is_the_sum_over_vcpus() {
             (tally.bytes_to_private, tally.bytes_to_shared),
             (100 * 0x4000, 100 * 0x4000)
         );
-        assert_eq!((tally.latency.len(), tally.faults, tally.poisons), (400, 0, 0));
+        assert_eq!(
+            (tally.latency.histogram().len(), tally.faults, tally.poisons),
+            (400, 0, 0)
+        );
         assert!(report.duration > Duration::ZERO);
         // The log tells the same.
         let events = guest.events();

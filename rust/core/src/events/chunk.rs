@@ -60,7 +60,11 @@ impl Draft<'_> {
     /// What was asked for: the first page, and the state that it was to become.
     pub(super) fn wanted(&self) -> (u64, State) {
         let to = self.columns.bytes[byte::TO][self.at].load(Ordering::Relaxed);
-        let to = if to == State::Private as u8 { State::Private } else { State::Shared };
+        let to = if to == State::Private as u8 {
+            State::Private
+        } else {
+            State::Shared
+        };
         (self.columns.words[word::GPA][self.at].load(Ordering::Relaxed), to)
     }
 }

@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arrow_array::RecordBatch;
 use parking_lot::Mutex;
 
-use super::chunk::{Chunk, ROWS};
+use super::chunk::{Chunk, Draft, ROWS};
 use super::columns::Cells;
 use super::{Answer, Asked, Done, Event, Outcome};
 use crate::errno::Errno;
@@ -31,17 +31,23 @@ pub struct EventLog {
     sequence: Sequence,
 }
 
-/// The next number, which all vCPUs write. Alone in its cache lines.
+/// Numbers of events, which all vCPUs take. Alone in its cache lines.
 #[repr(align(128))]
-struct Sequence(AtomicU64);
+#[derive(Default)]
+struct Sequence {
+    next: AtomicU64,
+    /// Written, for the line that it shares with `next`, by who is about to take a number.
+    wanted: AtomicBool,
+}
 
 /// Writes the events of one vCPU, one after the other: each while its request is being answered, and then published.
 pub(crate) struct Writer {
     vcpu: u32,
     /// Its next event has no lower number.
     next: u64,
-    /// Where the present or the next event is written. Without a ring to be in, the same row again and again.
-    chunk: Arc<Chunk>,
+    /// Where the present or the next event is written; `None` where no events are kept.
+    chunk: Option<Arc<Chunk>>,
+    /// Which row: the first that is not published.
     row: usize,
     stage: Stage,
 }
@@ -74,15 +80,12 @@ impl EventLog {
         let log = Self {
             rings: (0..vcpus).map(ring).collect(),
             capacity,
-            sequence: Sequence(AtomicU64::new(0)),
+            sequence: Sequence::default(),
         };
         let writer = |vcpu| Writer {
             vcpu,
             next: 0,
-            chunk: match capacity {
-                0 => Arc::new(Chunk::new()),
-                _ => log.rings[vcpu as usize].open_chunk(capacity),
-            },
+            chunk: (capacity > 0).then(|| log.rings[vcpu as usize].open_chunk(capacity)),
             row: 0,
             stage: Stage::Nothing,
         };
@@ -90,15 +93,13 @@ impl EventLog {
         (log, writers)
     }
 
-    /// A request came.
+    /// The request is about to be over. Where other vCPUs take numbers too, the line that they are in comes meanwhile: a
+    /// store does not wait for it, and what takes a number does.
     #[inline]
-    pub(crate) fn begin(&self, writer: &mut Writer, asked: &Asked) {
-        if writer.row == ROWS {
-            writer.chunk = self.rings[writer.vcpu as usize].open_chunk(self.capacity);
-            writer.row = 0;
+    pub(crate) fn about_to_publish(&self) {
+        if self.rings.len() > 1 {
+            self.sequence.wanted.store(true, Ordering::Relaxed);
         }
-        writer.chunk.row(writer.row).asked(writer.vcpu, asked);
-        writer.stage = Stage::Asked;
     }
 
     /// The request is over: its event is there to be read. Nobody who reads is waited for.
@@ -117,7 +118,7 @@ impl EventLog {
     /// Nobody else counts.
     #[inline]
     fn publish_alone(&self, writer: &mut Writer, latency: u64) {
-        let Sequence(next) = &self.sequence;
+        let next = &self.sequence.next;
         let sequence = next.load(Ordering::Relaxed);
         next.store(sequence + 1, Ordering::Release);
         self.put(writer, sequence, latency);
@@ -126,8 +127,8 @@ impl EventLog {
     fn publish_among_others(&self, writer: &mut Writer, latency: u64) {
         let ring = &self.rings[writer.vcpu as usize];
         // Whoever finds the number that is taken next counted finds this, too.
-        ring.arriving.store(writer.next, Ordering::Relaxed);
-        let sequence = self.sequence.0.fetch_add(1, Ordering::AcqRel);
+        ring.arriving.store(writer.next, Ordering::Release);
+        let sequence = self.sequence.next.fetch_add(1, Ordering::AcqRel);
         writer.next = sequence + 1;
         self.put(writer, sequence, latency);
         ring.arriving.store(NONE_ARRIVING, Ordering::Release);
@@ -135,16 +136,26 @@ impl EventLog {
 
     #[inline]
     fn put(&self, writer: &mut Writer, sequence: u64, latency: u64) {
-        writer.chunk.row(writer.row).numbered(sequence, latency);
-        if self.capacity > 0 {
-            writer.row += 1;
-            writer.chunk.publish(writer.row);
+        let Some(chunk) = &writer.chunk else {
+            return;
+        };
+        chunk.row(writer.row).numbered(sequence, latency);
+        writer.row += 1;
+        chunk.publish(writer.row);
+        if writer.row == ROWS {
+            self.turn(writer);
         }
+    }
+
+    #[cold]
+    fn turn(&self, writer: &mut Writer) {
+        writer.chunk = Some(self.rings[writer.vcpu as usize].open_chunk(self.capacity));
+        writer.row = 0;
     }
 
     /// Events there were, kept or dropped.
     pub fn total(&self) -> u64 {
-        self.sequence.0.load(Ordering::Relaxed)
+        self.sequence.next.load(Ordering::Relaxed)
     }
 
     /// Events that are kept.
@@ -167,7 +178,7 @@ impl EventLog {
     }
 
     fn horizon(&self) -> u64 {
-        let total = self.sequence.0.load(Ordering::Acquire);
+        let total = self.sequence.next.load(Ordering::Acquire);
         let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::Acquire));
         arriving.min().unwrap_or(total).min(total)
     }
@@ -199,38 +210,67 @@ impl Writer {
         self.stage != Stage::Nothing
     }
 
+    #[inline]
+    fn draft(&self) -> Option<Draft<'_>> {
+        self.chunk.as_ref().map(|chunk| chunk.row(self.row))
+    }
+
+    /// A request of an earlier run, which did not come to its end, is none of this one's.
+    pub(crate) fn forget(&mut self) {
+        self.stage = Stage::Nothing;
+    }
+
+    /// A request came.
+    #[inline]
+    pub(crate) fn begin(&mut self, asked: &Asked) {
+        if let Some(mut row) = self.draft() {
+            row.asked(self.vcpu, asked);
+        }
+        self.stage = Stage::Asked;
+    }
+
     /// What the policy answered.
     #[inline]
     pub(crate) fn decided(&mut self, answer: &Answer) {
-        self.chunk.row(self.row).decided(answer);
+        debug_assert!(self.is_open(), "there is no request that this could be an answer to");
+        if let Some(mut row) = self.draft() {
+            row.decided(answer);
+        }
         self.stage = Stage::Decided;
     }
 
     /// What came of it.
     #[inline]
     pub(crate) fn ended(&mut self, outcome: Outcome, errno: i32, done: &Done) {
-        self.chunk.row(self.row).ended(outcome, errno, done);
+        debug_assert!(self.is_open(), "there is no request of which this could come");
+        if let Some(mut row) = self.draft() {
+            row.ended(outcome, errno, done);
+        }
         self.stage = Stage::Ended;
     }
 
     /// What came of it, where nothing was converted.
     pub(crate) fn ended_with_nothing(&mut self, outcome: Outcome, errno: i32) {
-        let (gpa, to) = self.chunk.row(self.row).wanted();
-        self.ended(outcome, errno, &Done::nothing(gpa, to));
+        if let Some((gpa, to)) = self.draft().map(|row| row.wanted()) {
+            self.ended(outcome, errno, &Done::nothing(gpa, to));
+        }
+        self.stage = Stage::Ended;
     }
 
     /// What the gate refused because of the policy's own condition.
     pub(crate) fn refused(&mut self, errno: Errno) {
-        let (_, to) = self.chunk.row(self.row).wanted();
-        self.decided(&Answer::deny(to, errno));
+        if let Some((_, to)) = self.draft().map(|row| row.wanted()) {
+            self.decided(&Answer::deny(to, errno));
+        }
         self.ended_with_nothing(Outcome::Denied, errno.0);
     }
 
     /// Something failed before that.
     #[cold]
     fn end_early(&mut self) {
-        if self.stage == Stage::Asked {
-            let (_, to) = self.chunk.row(self.row).wanted();
+        if self.stage == Stage::Asked
+            && let Some((_, to)) = self.draft().map(|row| row.wanted())
+        {
             self.decided(&Answer::none(to));
         }
         self.ended_with_nothing(Outcome::Failed, 0);

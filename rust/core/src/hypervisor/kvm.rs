@@ -162,7 +162,7 @@ impl Hypervisor for KvmVm {
             },
             flags: 0,
         };
-        sys::kvm_set_memory_attributes(sys::lend(&self.vm), attributes)
+        sys::kvm_set_memory_attributes(&self.vm, attributes)
     }
 
     fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
@@ -206,7 +206,7 @@ impl Vcpu for KvmVcpu {
     #[inline]
     fn run(&mut self) -> Result<(), Errno> {
         // kvm-ioctls decodes as it runs and drops the errno that tells a conversion from a poisoned page.
-        sys::kvm_run(sys::lend(&self.fd))
+        sys::kvm_run(&self.fd)
     }
 
     #[inline]
@@ -243,7 +243,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn pre_fault(&mut self, range: Range) -> Result<u64, Errno> {
-        sys::kvm_pre_fault(sys::lend(&self.fd), range.gpa(), range.size())
+        sys::kvm_pre_fault(&self.fd, range.gpa(), range.size())
     }
 
     fn translate(&self, linear: u64) -> Option<u64> {

@@ -104,8 +104,8 @@ pub trait Vcpu: Send {
     /// The errno of the ioctl; only with the run page does it mean something, see [`crate::decode`].
     fn run(&mut self) -> Result<(), Errno>;
 
-    /// KVM_RUN after the sentinel: the run page as it left it. Its errno is put into `errno`, where there is one; what is
-    /// returned by itself fits into registers.
+    /// KVM_RUN after the sentinel: the run page as it left it. If it failed, its errno is put into `errno`, which else stays
+    /// as it is. (What is returned fits into registers that way.)
     fn enter(&mut self, errno: &mut Errno) -> &mut [u8] {
         decode::put(
             self.page(),
