@@ -50,24 +50,30 @@ impl PyMarks {
 }
 
 impl Marks {
+    /// Whatever is not the answer of a byte.
     #[cold]
-    fn note(&self, vcpu: u32, value: u8) {
-        let time = self.born.elapsed().as_nanos() as u64;
-        self.count.fetch_add(1, Ordering::Relaxed);
-        self.written.lock().push((vcpu, value, time));
+    fn other(&self, vcpu: u32, io: &Io, data: &mut [u8]) {
+        match (io.write, data.first()) {
+            (true, Some(value)) => {
+                let time = self.born.elapsed().as_nanos() as u64;
+                self.count.fetch_add(1, Ordering::Relaxed);
+                self.written.lock().push((vcpu, *value, time));
+            }
+            _ => {
+                let count = self.count.load(Ordering::Relaxed).to_le_bytes();
+                for (place, byte) in data.iter_mut().enumerate() {
+                    *byte = count.get(place).copied().unwrap_or_default();
+                }
+            }
+        }
     }
 }
 
 impl IoHandler for Marks {
     fn io(&self, vcpu: u32, io: &Io, data: &mut [u8]) -> Result<(), Failure> {
-        match (io.write, data.first()) {
-            (true, Some(value)) => self.note(vcpu, *value),
-            _ => {
-                let count = self.count.load(Ordering::Relaxed);
-                for (place, byte) in data.iter_mut().enumerate() {
-                    *byte = count.checked_shr(8 * place as u32).unwrap_or(0) as u8;
-                }
-            }
+        match data {
+            [byte] if !io.write => *byte = self.count.load(Ordering::Relaxed) as u8,
+            data => self.other(vcpu, io, data),
         }
         Ok(())
     }
