@@ -396,7 +396,7 @@ impl Gate {
             return Ok(None);
         }
         let mixed = |part| self.ledger.runs_in(part);
-        if let Err(errno) = self.clean(order, range, uniform) {
+        if let Err(errno) = self.clean(order, range) {
             return Err(ConvertError::Undone { range, errno });
         }
         // Nobody listens as a rule, and then nobody needs to know what exactly changes.
@@ -472,7 +472,7 @@ impl Gate {
     /// What KVM emulates it does on the shared side, whatever the page's attribute says. Such bytes must not be there
     /// when the page comes back, and it is before that they go: later they might be the guest's.
     #[inline(always)]
-    fn clean(&self, order: Order, range: Range, uniform: Option<State>) -> Result<(), Errno> {
+    fn clean(&self, order: Order, range: Range) -> Result<(), Errno> {
         if order.keep {
             self.kept.store(true, Ordering::Relaxed);
         }
@@ -480,16 +480,13 @@ impl Gate {
         if !emulated || self.kept.load(Ordering::Relaxed) || !self.vm.has_data(&self.memory.shared, range)? {
             return Ok(());
         }
-        self.discard_left_over(range, uniform)
+        self.discard_left_over(range)
     }
 
     #[cold]
-    fn discard_left_over(&self, range: Range, uniform: Option<State>) -> Result<(), Errno> {
+    fn discard_left_over(&self, range: Range) -> Result<(), Errno> {
         // Of pages that are shared already, the bytes stay.
-        let runs = match uniform {
-            Some(state) => vec![Run { range, state }],
-            None => self.ledger.runs_in(range),
-        };
+        let runs = self.ledger.runs_in(range);
         let private = runs.iter().filter(|run| run.state == State::Private);
         private
             .map(|run| run.range)

@@ -194,8 +194,10 @@ impl Enforcement {
     /// The part of `range`, from its start, that one transaction is for: so much that a run which ends need not wait
     /// for more.
     pub(crate) fn part(&self, range: Range) -> Range {
+        if self.is_one_part(range) {
+            return range;
+        }
         let end = match self.mode {
-            _ if range.size() == PAGE_SIZE => return range,
             Mode::Attributes if !self.views.split() => range.end(),
             _ => self.slots.lock().reach(range, PART_SLOTS),
         };

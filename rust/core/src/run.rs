@@ -169,8 +169,7 @@ impl<'a> VcpuLoop<'a> {
     fn next_exit(&mut self) -> Option<Exit> {
         let (machine, kick, vcpu) = (self.machine, self.kick, self.vcpu.index);
         'entries: loop {
-            // Whoever has a reason to leave kicks.
-            if kick::kicked(self.immediate_exit) && self.control.leaving() {
+            if self.must_leave() {
                 return None;
             }
             if self.vcpu.pending.is_some() {
@@ -202,7 +201,7 @@ impl<'a> VcpuLoop<'a> {
                             continue 'entries;
                         }
                         self.vcpu.reply_due = true;
-                        if kick::kicked(self.immediate_exit) && self.control.leaving() {
+                        if self.must_leave() {
                             return None;
                         }
                         // Nothing was pending, no request was opened, and this vCPU saw no page: all else that is looked at
@@ -221,6 +220,12 @@ impl<'a> VcpuLoop<'a> {
                 self.goes_on(Exit::Hypercall(call), Err(error));
             }
         }
+    }
+
+    /// Whether the run ends. Whoever has a reason for that kicks.
+    #[inline(always)]
+    fn must_leave(&self) -> bool {
+        kick::kicked(self.immediate_exit) && self.control.leaving()
     }
 
     /// A handler failed: the run ends, and its exit is the first thing to do should it go on.
