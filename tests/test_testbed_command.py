@@ -334,8 +334,20 @@ class TestMachine:
 
     def test_the_clock_is_ordinary_by_default(self, fake_machine):
         assert testbed.run(["true"]) == 0
-        assert "--cpus 2 --memory 4G" in fake_machine.read_text()
+        assert "--memory 4G" in fake_machine.read_text()
         assert "icount" not in fake_machine.read_text()
+
+    @pytest.mark.parametrize(("asked", "all_of_them"), [(None, 3), (1, 1), (2, 3), (4, 5)])
+    def test_the_first_of_several_cpus_is_kept_free_of_guests(self, fake_machine, monkeypatch, asked, all_of_them):
+        scripts = []
+        write = machine._Machine.launch_script
+        monkeypatch.setattr(
+            machine._Machine, "launch_script", lambda self, **how: scripts.append(write(self, **how)) or scripts[-1]
+        )
+        assert testbed.run(["true"], cpus=asked) == 0
+        assert f"--cpus {all_of_them} " in fake_machine.read_text()
+        assert ("taskset" in scripts[0]) == (all_of_them > 1)
+        assert all_of_them == 1 or f"taskset -cp 1-{all_of_them - 1} $$" in scripts[0]
 
     def test_the_temporary_directory_needs_no_quoting(self, monkeypatch):
         for unfit in ("/some where", "/with,comma", "/run/user/0", "/dev/shm", "/var/tmp"):

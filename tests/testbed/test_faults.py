@@ -150,7 +150,8 @@ def test_poison_is_no_conversion_and_discarding_heals() -> None:
             assert script.result(vm, neighbour) == 0
             assert vm.attributes.runs(AT, 16 * PAGE) == [(AT, 16 * PAGE, "private")]
     finally:
-        signal.signal(signal.SIGBUS, previous)
+        # None if the handler before was not set from Python, as faulthandler's.
+        signal.signal(signal.SIGBUS, previous or signal.SIG_DFL)
 
 
 def test_unmapped_host_memory_is_bad_backing() -> None:

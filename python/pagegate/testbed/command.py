@@ -60,7 +60,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
     "--cpus",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many CPUs the machine has. Default: 2, with --deterministic 1.",
+    help="How many CPUs COMMAND has. Default: 2, with --deterministic 1.",
 )
 @click.option(
     "--memory",

@@ -98,7 +98,7 @@ def run(  # noqa: PLR0913
     Args:
         argv: the command and its arguments, which arrive exactly as they are.
         kernel: the kernel image; None looks for one as `find_kernel` does.
-        cpus: how many CPUs; None is 2, or 1 if `deterministic`.
+        cpus: how many CPUs the command has; None is 2, or 1 if `deterministic`.
         memory: the machine's memory, with the unit M or G (MiB or GiB).
         deterministic: the machine's clock counts instructions, one nanosecond each. Needs one CPU.
         rw: directories that are the host's own, writable.
@@ -250,6 +250,16 @@ class _Machine:
     environment: dict[str, str]
     tools: Tools
 
+    def _all_cpus(self) -> int:
+        """How many CPUs the machine has: one more than the command, where that has several.
+
+        Whenever a CPU restores the state of its FPU, QEMU (7.2, and its development sources since) clears a flag of
+        the first CPU, without a lock, and may so write back others that just changed: that it is in a guest. It then
+        takes interrupts that are switched off, or its own page tables for a guest's, and the machine hangs or dies. On
+        the other CPUs guests are safe.
+        """
+        return self.cpus + 1 if self.cpus > 1 else 1
+
     def vng_arguments(self, directory: Path) -> list[str]:
         """Return the call of vng.
 
@@ -267,7 +277,8 @@ class _Machine:
             qemu += ["-icount", "shift=0,sleep=off"]
         return [
             *(str(self.tools.vng), "--run", f"{directory}/kernel", "--name", "pagegate", "--user", "root", "--verbose"),
-            *("--disable-kvm", "--force-9p", "--disable-microvm", "--cpus", str(self.cpus), "--memory", self.memory),
+            *("--disable-kvm", "--force-9p", "--disable-microvm"),
+            *("--cpus", str(self._all_cpus()), "--memory", self.memory),
             *("--qemu-opts=" + " ".join(qemu), "--exec", f"exec /bin/sh {directory}/launch"),
         ]
 
@@ -290,6 +301,12 @@ class _Machine:
             "ln -sfn /dev/virtio-ports/pagegate.devout /dev/stdout",
             "ln -sfn /dev/virtio-ports/pagegate.deverr /dev/stderr",
         ]
+        if self._all_cpus() > self.cpus:
+            # A kernel may be built for fewer; then the command has all that there are.
+            lines.append(
+                f"test $(grep -c ^processor /proc/cpuinfo) -le {self.cpus} || taskset -cp 1-{self.cpus} $$ >/dev/null "
+                "|| fail the package util-linux is not installed"
+            )
         for index, directory in enumerate(self._forgetful_directories(cwd)):
             where, layer = shlex.quote(str(directory)), f"/run/pagegate/{index}"
             # The lower directory is "." because a path in these options would need an escaping of its own.
