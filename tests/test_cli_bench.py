@@ -46,6 +46,7 @@ def policy(tmp_path):
         (("--vcpus", "0"), "--vcpus"),
         (("--kind", "both"), "--kind"),
         (("--kind", "implicit", "--pages", "3"), "power of two"),
+        (("-o", "limit=3"), "--policy allow takes no -o"),
     ],
 )
 def test_a_usage_error_is_2(arguments, said):
@@ -59,6 +60,7 @@ def test_a_usage_error_is_2(arguments, said):
     ("arguments", "said"),
     [
         (("--requests", "1", "--vcpus", "2"), "too few for 2 vCPUs"),
+        (("--vcpus", 400, "--requests", 400), "does not fit"),
         (("--touch", "--pages", 1 << 18), "first GiB"),
         (("--kind", "implicit", "--pages", 1 << 18), "first GiB"),
     ],
@@ -125,8 +127,35 @@ def test_a_policy_of_ones_own_is_asked(policy):
 
 @pytest.mark.kvm
 def test_a_policy_that_denies_is_measured_all_the_same(policy):
-    told = measured("--policy", policy("policy = policies.DenyAll()\n"), "--requests", 40)
-    assert told["requests"] == 40
+    file = policy("policy = policies.DenyAll()\n")
+    done = bench("--json", "--policy", file, "--requests", 40)
+    told = json.loads(done.stdout)
+    assert (told["requests"], told["bytes_per_second"]) == (40, 0)
+    assert done.stderr == "pagegate: 72 of 72 requests converted nothing\n"
+    assert "and the bare loop converts for each" in bench("--compare", "--policy", file, "--requests", 40).stderr
+
+
+@pytest.mark.kvm
+def test_a_policy_gets_its_options(policy):
+    file = policy("class Mine(Policy):\n  def __init__(self, grow: int):\n    assert grow == 3\n")
+    assert measured("--policy", file, "-o", "grow=3", "--requests", 4)["requests"] == 4
+    assert "-o grow=VALUE" in bench("--policy", file).stderr
+
+
+@pytest.mark.kvm
+def test_latencies_are_of_what_is_timed(policy):
+    file = policy(
+        "import time\n"
+        "class Mine(Policy):\n"
+        "  count = 0\n"
+        "  def map_gpa_range(self, call):\n"
+        "    self.count += 1\n"
+        "    time.sleep({5: 0.5, 33: 0.1}.get(self.count, 0))\n"
+        "    return Convert()\n"
+    )
+    told = measured("--policy", file, "--requests", 3)
+    assert 0.1e9 <= told["latency"]["max"] < 0.5e9
+    assert told["latency"]["p50"] <= told["latency"]["p90"] <= told["latency"]["p99"] <= told["latency"]["max"]
 
 
 @pytest.mark.kvm

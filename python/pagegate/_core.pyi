@@ -400,7 +400,7 @@ class MapGpaRange:
         """RDX: bits 3:0 are the hint, bit 4 is "encrypted"."""
     @property
     def state(self) -> Literal["private", "shared", "mixed"]:
-        """The present state of the range."""
+        """The state of the range. If it is another when its turn comes, the policy is asked again, up to 16 times."""
     @property
     def time(self) -> int:
         """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""

@@ -26,6 +26,8 @@ class Measured:
 
     enforcement: str
     seconds: float
+    latencies: list[int]
+    """Exit to resume of each measured request that the log still has, in nanoseconds, ascending."""
     report: Report
     """Of the whole run, warm-up included."""
 
@@ -74,7 +76,9 @@ def under_policy(  # noqa: PLR0913 - one for each thing that is varied
                 f"the guest asks {asked} times and the policy was asked {report.requests} times: this measures "
                 "something else (a policy that has the guest try again, or converts other pages than it was asked for?)"
             )
-        return Measured(vm.enforcement, _between(marks, workload.vcpus), report)
+        # No vCPU begins before all have warmed up.
+        latencies = sorted(event.latency for event in vm.events.since(workload.warm_up))
+        return Measured(vm.enforcement, _between(marks, workload.vcpus), latencies, report)
 
 
 def in_bare_loop(

@@ -95,7 +95,7 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
         )
     walk = _Walk(kind, size, buffers, rounds, touch=touch, barrier=part - PAGE)
     each, more = divmod(requests, vcpus)
-    return Workload(
+    workload = Workload(
         kind=kind,
         pages=pages,
         touch=touch,
@@ -108,6 +108,10 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
             walk.script(part * (vcpu + 1), each + (vcpu < more), vcpus=vcpus, call=call) for vcpu in range(vcpus)
         ),
     )
+    at, image, _ = workload.images()[-1]
+    if at + len(image) > walk.barrier:
+        raise ValueError(f"the code of {vcpus} vCPUs does not fit: take fewer vCPUs or requests")
+    return workload
 
 
 @dataclass(frozen=True)

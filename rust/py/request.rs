@@ -255,7 +255,7 @@ pub(crate) struct PyMapGpaRange {
     page_size: Field<u64>,
     /// RDX: bits 3:0 are the hint, bit 4 is "encrypted".
     raw: Field<u64>,
-    /// The present state of the range.
+    /// The state of the range. If it is another when its turn comes, the policy is asked again, up to 16 times.
     state: Field<Standing>,
     /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: Field<u64>,

@@ -175,3 +175,56 @@ def test_other_writes_to_the_doorbell_port_are_no_requests(make, recorder) -> No
     vm, _ = make(script, policy=policy)
     assert vm.run(timeout=10).reason == "halt"
     assert policy.requests == []
+
+
+class OnlyWhatIsShared(pagegate.Policy):
+    """Lets be shared what is shared already. While it judges the first time, the host converts some of it."""
+
+    def __init__(self, *meanwhile: tuple[int, int]) -> None:
+        self.vm: pagegate.Vm | None = None
+        self.states: list[str] = []
+        self.meanwhile = meanwhile
+
+    def map_gpa_range(self, call: pagegate.MapGpaRange) -> pagegate.Convert | Deny:
+        self.states.append(call.state)
+        answer = pagegate.Convert() if call.state == "shared" else Deny(errno.EPERM)
+        if len(self.states) == 1:
+            for gpa, size in self.meanwhile:
+                self.vm.convert(gpa, size, to="private")
+        return answer
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_pages_that_changed_while_the_policy_judged_are_judged_again(make, ask, blocks) -> None:
+    hook = OnlyWhatIsShared((0x2000, PAGE))
+    policy = hook if blocks == 1 else pagegate.policies.Align(blocks * PAGE, then=hook)
+    vm, fake = make([ask(0x2000, 1, 0)], policy=policy)
+    hook.vm = vm
+    report = vm.run(timeout=10)
+    assert hook.states == ["shared", "private"]
+    assert [reply.value for reply in fake.replies()] == [errno.EPERM]
+    assert [(event.state, event.outcome) for event in vm.events] == [("private", "denied")]
+    assert (report.hypercalls, report.stale, report.denied, report.conversions) == (1, 0, 1, 0)
+    assert vm.attributes.is_private(0x2000)
+
+
+def test_pages_that_became_what_was_asked_for_are_not_judged_again(make, recorder, ask) -> None:
+    hook = OnlyWhatIsShared((0x2000, PAGE))
+    vm, fake = make([ask(0x2000, 1, ENCRYPTED)], policy=hook)
+    hook.vm = vm
+    assert vm.run(timeout=10).conversions == 1
+    assert (hook.states, [reply.value for reply in fake.replies()]) == (["shared"], [0])
+
+
+def test_a_large_range_is_done_as_far_as_it_is_what_the_policy_was_told(make, ask) -> None:
+    # Two transactions; the second one's pages change meanwhile.
+    large = 512 << 20
+    hook = OnlyWhatIsShared((large - PAGE, PAGE))
+    vm, fake = make([ask(0, large // PAGE, 0)], policy=hook, memory=large)
+    hook.vm = vm
+    vm.run(timeout=10)
+    assert hook.states == ["shared"]
+    assert [reply.value for reply in fake.replies()] == [errno.EAGAIN]
+    (event,) = vm.events
+    assert (event.outcome, event.changed) == ("retried", 0)
+    assert vm.attributes.is_private(large - PAGE)

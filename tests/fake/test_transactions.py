@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
-from pagegate import PagegateError
+from pagegate import Convert, MemoryFault, PagegateError, Policy
 from pagegate.testing import Step
 
 PAGE = 4096
@@ -389,3 +389,27 @@ def test_pages_that_are_already_there_keep_their_bytes(make, way) -> None:
     vm.convert(8 * PAGE, 3 * PAGE, to="shared")
     assert vm.read(8 * PAGE, 4) == b"kept"
     assert vm.read(9 * PAGE, 4) == bytes(4)
+
+
+def test_a_fault_from_before_a_change_that_was_undone_is_looked_at_again(make) -> None:
+    # With one view KVM tells of a page's state as it was at the fault, which may be the one that was undone.
+    page = 0x3000
+    undone = []
+
+    class Host(Policy):
+        """While it judges for the first time the host begins to make the page private, and fails."""
+
+        def memory_fault(self, fault: MemoryFault) -> Convert:
+            if not undone:
+                fake.inject("set_attributes", errno.ENOMEM, half_done=True)
+                with pytest.raises(PagegateError) as caught:
+                    vm.convert(page, 2 * PAGE, to="private")
+                undone.append(caught.value)
+            return Convert()
+
+    vm, fake = make([Step.memory_fault(page)], policy=Host(), enforcement="attributes")
+    report = vm.run(timeout=10)
+    assert (report.reason, len(undone)) == ("halt", 1)
+    assert (report.faults, report.stale, report.conversions) == (1, 1, 0)
+    assert [event.outcome for event in vm.events] == ["superseded"]
+    assert vm.attributes.private_bytes == 0

@@ -940,7 +940,8 @@ macro_rules! queries {
             self.tree.private_pages * PAGE_SIZE
         }
 
-        /// How many calls of [`AttributeMap::set`] had changed something; 0 for a new map.
+        /// How many calls of [`AttributeMap::set`] had changed something, and how many there were of
+        /// [`AttributeMap::disturb`]; 0 for a new map.
         pub fn generation(&self) -> u64 {
             self.generation
         }
@@ -1020,6 +1021,20 @@ impl AttributeMap {
             return PAGE_SIZE;
         }
         self.set_several(range, to)
+    }
+
+    /// Takes note of a change of a range that was undone again: whoever saw its pages meanwhile may have seen either state.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not in memory.
+    #[track_caller]
+    pub fn disturb(&mut self, range: Range) {
+        let (first, end) = self.tree.span(range);
+        self.generation += 1;
+        for block in first / BLOCK_PAGES..end.div_ceil(BLOCK_PAGES) {
+            self.stamps[block as usize] = self.generation;
+        }
     }
 
     #[track_caller]

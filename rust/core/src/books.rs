@@ -51,6 +51,12 @@ impl Books {
         changed
     }
 
+    /// Takes note of a change that was undone.
+    pub(crate) fn disturb(&mut self, range: Range) {
+        self.map.disturb(range);
+        self.recent[self.map.generation() as usize % REMEMBERED] = range;
+    }
+
     #[inline(never)]
     fn tell_watches(&mut self, range: Range, to: State) {
         for watch in &mut self.watches {

@@ -49,14 +49,14 @@ pub enum Converted {
         /// Bytes whose state changed.
         changed: u64,
     },
-    /// The run is ending, and only a first part of the range was done.
+    /// Only a first part of the range was done: the run is ending, or the rest is not as the policy was told.
     Interrupted {
         /// Bytes whose state changed.
         changed: u64,
         /// How many of the range's bytes, from its start, are in the wanted state now.
         size: u64,
     },
-    /// The page that faulted changed meanwhile; nothing was done.
+    /// The pages changed meanwhile; nothing was done.
     Superseded,
 }
 
@@ -76,6 +76,8 @@ pub(crate) enum Standing {
 pub(crate) struct Order {
     /// The pages, and how they were.
     pub seen: Look,
+    /// What the policy was told of, where that was something else.
+    pub told: Option<Look>,
     pub to: State,
     /// The stale side stays as it is.
     pub keep: bool,
@@ -250,6 +252,7 @@ impl Gate {
     pub fn convert(&self, gpa: u64, size: u64, to: State, keep: bool) -> Result<Converted, ConvertError> {
         let order = Order {
             seen: self.look_at(self.range(gpa, size)?),
+            told: None,
             to,
             keep,
             max_shared: None,
@@ -272,7 +275,23 @@ impl Gate {
                 let (held, before) = self.ledger.hold_spot(&spot, order.seen.uniform);
                 self.convert_held(order, held, before)
             }
-            None => self.convert_in_parts(order, None, cancel),
+            None => self.convert_in_parts(order, None, None, cancel),
+        }
+    }
+
+    /// The same for what a policy wants. If the pages that it was told of are in another state when their turn comes, which
+    /// is not the wanted one either, it answered another question: nothing is done then.
+    #[inline(always)]
+    pub(crate) fn convert_as_told(&self, order: Order, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+        match self.is_simple(&order).filter(|_| order.told.is_none()) {
+            Some(spot) => {
+                let (held, before) = self.ledger.hold_spot(&spot, order.seen.uniform);
+                if !held.same && is_news(order.seen.uniform, before, order.to) {
+                    return Ok(Converted::Superseded);
+                }
+                self.convert_held(order, held, before)
+            }
+            None => self.convert_in_parts(order, None, Some(order.told.unwrap_or(order.seen)), cancel),
         }
     }
 
@@ -291,7 +310,7 @@ impl Gate {
                 }
                 self.convert_held(order, held, before)
             }
-            None => self.convert_in_parts(order, Some(wanted), cancel),
+            None => self.convert_in_parts(order, Some(wanted), None, cancel),
         }
     }
 
@@ -323,6 +342,7 @@ impl Gate {
         &self,
         order: Order,
         wanted: Option<Wanted>,
+        told: Option<Look>,
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
         let range = order.seen.range;
@@ -338,34 +358,39 @@ impl Gate {
             return Ok(Converted::Superseded);
         }
         match quota {
-            Some(max) => self.within_quota(order, max, cancel),
-            None => self.in_parts(order, held.is_none(), cancel),
+            Some(max) => self.within_quota(order, max, told, cancel),
+            None => self.in_parts(order, held.is_none(), told, cancel),
         }
     }
 
     /// With the range held: what it adds is known, whatever others add elsewhere.
-    fn within_quota(&self, order: Order, max: u64, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+    fn within_quota(
+        &self,
+        order: Order,
+        max: u64,
+        told: Option<Look>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
         let range = order.seen.range;
-        let private = self.private_in(range);
+        let private = self.ledger.private_in(range);
         if !self.ledger.reserve(private, max) {
             return Err(ConvertError::OverQuota { range, max });
         }
-        let done = self.in_parts(order, false, cancel);
+        let done = self.in_parts(order, false, told, cancel);
         // What was shared was taken from the reservation as it was; the rest will not be.
-        let left = self.private_in(range);
+        let left = self.ledger.private_in(range);
         self.ledger.release(left);
         done
     }
 
-    /// Private bytes of a range that is held.
-    fn private_in(&self, range: Range) -> u64 {
-        let runs = self.ledger.runs_in(range).into_iter();
-        let private = runs.filter(|run| run.state == State::Private);
-        private.map(|run| run.range.size()).sum()
-    }
-
     /// Each part is a transaction: one that fails is undone, those before it stand.
-    fn in_parts(&self, order: Order, hold: bool, cancel: &dyn Fn() -> bool) -> Result<Converted, ConvertError> {
+    fn in_parts(
+        &self,
+        order: Order,
+        hold: bool,
+        told: Option<Look>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
         let mut changed = 0;
         let range = order.seen.range;
         let mut start = range.gpa();
@@ -376,12 +401,24 @@ impl Gate {
             }
             let part = self.enforcement.part(left);
             let _held = hold.then(|| self.hold(part));
+            if told.is_some_and(|told| self.differs(part, &told, order.to)) {
+                return Ok(match start - range.gpa() {
+                    0 => Converted::Superseded,
+                    size => Converted::Interrupted { changed, size },
+                });
+            }
             if let Some(enforced) = self.enforce(order, part, self.ledger.uniform(part))? {
                 changed += self.commit(order, part, enforced)?;
             }
             start = part.end();
         }
         Ok(Converted::Done { changed })
+    }
+
+    /// Whether what a policy was told of pages that are in this part, which is held, is not so any more.
+    fn differs(&self, part: Range, told: &Look, to: State) -> bool {
+        let both = part.intersect(&told.range);
+        both.is_some_and(|both| is_news(told.uniform, self.ledger.uniform(both), to))
     }
 
     /// The transaction up to its commit, with the range held, whose state is known if it is uniform; `None` if there is
@@ -454,6 +491,7 @@ impl Gate {
         failure: enforce::Failure,
         told: Option<Box<Snapshot>>,
     ) -> ConvertError {
+        self.ledger.disturb(range);
         let failure = self.failed(range, failure);
         let abort = |before: Box<Snapshot>| {
             let conversion = Conversion {
@@ -587,6 +625,11 @@ fn already_broken(range: Range) -> ConvertError {
     let errno = Errno(libc::EIO);
     let undo = errno;
     ConvertError::Inconsistent { range, errno, undo }
+}
+
+/// Whether a policy that was told of pages in state `told` does not know what it is about to convert: `now`.
+fn is_news(told: Option<State>, now: Option<State>, to: State) -> bool {
+    told.is_some() && now != told && now != Some(to)
 }
 
 fn hull(a: Range, b: Range) -> Range {

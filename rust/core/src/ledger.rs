@@ -198,6 +198,16 @@ impl Ledger {
         runs
     }
 
+    /// Private bytes of a range.
+    pub(crate) fn private_in(&self, range: Range) -> u64 {
+        let private = |(part, piece): (usize, Range)| {
+            let books = self.parts[part].books.data();
+            let runs = books.map().runs_in(piece).filter(|run| run.state == State::Private);
+            runs.map(|run| run.range.size()).sum::<u64>()
+        };
+        pieces(self.shift, range).map(private).sum()
+    }
+
     /// Bytes that are private.
     pub fn private_bytes(&self) -> u64 {
         let bytes = |part: &Part| part.private_bytes.load(Ordering::Acquire);
@@ -310,6 +320,16 @@ impl Ledger {
             changed += part.set(books, *piece, to, changed == 0);
         }
         changed
+    }
+
+    /// Takes note of a change that was undone: a fault from in between does not tell which state its vCPU meant.
+    pub(crate) fn disturb(&self, range: Range) {
+        for (part, piece) in pieces(self.shift, range) {
+            let part = &self.parts[part];
+            let mut books = part.books.data();
+            books.disturb(piece);
+            part.generation.store(books.map().generation(), Ordering::Release);
+        }
     }
 
     /// Whether the page at `gpa` changed after `generation`, of its part. Exact as far as is remembered, else cautious.

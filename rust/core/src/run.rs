@@ -28,6 +28,8 @@ use crate::world::World;
 pub const MEMORY_EXIT_FLAG_PRIVATE: u64 = 1 << 3;
 /// Identical faults, with no change in between, after which a vCPU is not getting anywhere.
 pub const LIVELOCK_BOUND: u32 = 1000;
+/// An explicit request is put to the policy this often again, if its pages change each time while the policy judges.
+const ASKED_AGAIN_BOUND: u32 = 16;
 /// EAGAIN or ENOMEM in a row, from KVM_RUN itself, after which it will not get better.
 const KVM_RUN_BOUND: u32 = 1000;
 /// Repeats before a vCPU that tries again begins to wait in between.
@@ -82,6 +84,8 @@ pub(crate) struct VcpuLoop<'a> {
     entry: Entry,
     repeats: Repeats,
     refused: u32,
+    /// How often the explicit request that is being answered was put to the policy anew.
+    asked_again: u32,
     watch: Stopwatch,
     /// When the exit that is being handled was seen, for those that can be requests.
     exited: Moment,
@@ -108,6 +112,7 @@ impl<'a> VcpuLoop<'a> {
             entry: machine.gate().entry(),
             repeats: Repeats::default(),
             refused: 0,
+            asked_again: 0,
             watch,
             exited: now,
             exit_mark: watch.mark(now),
@@ -612,6 +617,12 @@ impl<'a> VcpuLoop<'a> {
     #[inline(always)]
     fn explicit(&mut self, call: Hypercall) -> Result<i64, Error> {
         self.seen_now();
+        self.put(call)
+    }
+
+    /// The same, for one that came before.
+    #[inline(always)]
+    fn put(&mut self, call: Hypercall) -> Result<i64, Error> {
         if call.nr != KVM_HC_MAP_GPA_RANGE {
             self.tally.malformed += 1;
             return Ok(-KVM_ENOSYS);
@@ -651,7 +662,7 @@ impl<'a> VcpuLoop<'a> {
             repeats: 0,
         });
         match self.machine.policy(&mut self.policy).map_gpa_range(&judged) {
-            Ok(Decision::Convert(change)) => Ok(self.convert_explicit(&change, &judged, seen)?.into()),
+            Ok(Decision::Convert(change)) => self.convert_explicit(&change, &judged, seen),
             decision => Ok(self.leave_explicit(decision, &judged)?.into()),
         }
     }
@@ -682,9 +693,9 @@ impl<'a> VcpuLoop<'a> {
         }
     }
 
-    /// The errno for the guest, 0 for success.
+    /// What RAX becomes: the errno for the guest, 0 for success.
     #[inline(always)]
-    fn convert_explicit(&mut self, change: &Conversion, call: &Call, seen: Look) -> Result<i32, Error> {
+    fn convert_explicit(&mut self, change: &Conversion, call: &Call, seen: Look) -> Result<i64, Error> {
         let order = match self.order(change, seen, call.to) {
             Ok(order) => order,
             Err(failure) => {
@@ -693,16 +704,39 @@ impl<'a> VcpuLoop<'a> {
             }
         };
         let gate = self.machine.gate();
-        match gate.convert_if(order, &|| self.control.leaving()) {
+        match gate.convert_as_told(order, &|| self.control.leaving()) {
+            Ok(Converted::Superseded) => self.ask_again(call),
             Ok(converted) => {
                 let errno = self.converted(&order, converted);
                 if change.prefault {
                     self.prefault(order.seen.range, order.to);
                 }
-                Ok(errno)
+                Ok(errno.into())
             }
-            Err(source) => self.not_converted(source, call),
+            Err(source) => Ok(self.not_converted(source, call)?.into()),
         }
+    }
+
+    /// The pages changed while the policy judged, so that it has to know; not for ever, if others go on changing them. It is
+    /// one request all the same, with one row in the log, of the judgement that counts.
+    #[cold]
+    #[inline(never)]
+    fn ask_again(&mut self, call: &Call) -> Result<i64, Error> {
+        if self.asked_again == ASKED_AGAIN_BOUND || self.control.leaving() {
+            self.tally.retries += 1;
+            self.close(Outcome::Retried, libc::EAGAIN);
+            return Ok(libc::EAGAIN.into());
+        }
+        self.asked_again += 1;
+        self.tally.hypercalls -= 1;
+        self.vcpu.log.forget();
+        let pages = call.range.size() / PAGE_SIZE;
+        let answer = self.put(Hypercall {
+            nr: KVM_HC_MAP_GPA_RANGE,
+            args: [call.range.gpa(), pages, call.raw],
+        });
+        self.asked_again = 0;
+        answer
     }
 
     #[cold]
@@ -727,13 +761,14 @@ impl<'a> VcpuLoop<'a> {
         let asked = seen.range;
         let answer = Answer::convert(change, asked, to);
         self.vcpu.log.decided(&answer);
-        let seen = match (answer.gpa, answer.size) == (asked.gpa(), asked.size()) {
-            true => seen,
-            false => self.look_elsewhere(answer.gpa, answer.size)?,
+        let (told, seen) = match (answer.gpa, answer.size) == (asked.gpa(), asked.size()) {
+            true => (None, seen),
+            false => (Some(seen), self.look_elsewhere(answer.gpa, answer.size)?),
         };
         self.machine.gate().asked(&mut self.entry, &seen);
         Ok(Order {
             seen,
+            told,
             to: answer.to,
             keep: change.keep,
             max_shared: change.max_shared,

@@ -215,7 +215,8 @@ impl Writer {
         self.chunk.as_ref().map(|chunk| chunk.row(self.row))
     }
 
-    /// A request of an earlier run, which did not come to its end, is none of this one's.
+    /// There is no request: that of an earlier run, which did not come to its end, is none of this one's, and one that is
+    /// judged anew is written anew.
     pub(crate) fn forget(&mut self) {
         self.stage = Stage::Nothing;
     }
