@@ -1,35 +1,85 @@
-"""What help() says is what the stub says."""
+"""The stub's docstrings are the binding's, word for word, and none stands in one of the two alone.
+
+The Rust sources are where they are written. After a change there: ``python tests/test_docstrings.py`` (in an environment
+with the extension built) shows each difference as it is to stand in the stub.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pagegate
 import pytest
 from pagegate import _core
 
 STUB = ast.parse(Path(pagegate.__file__).with_name("_core.pyi").read_text())
+# What Python itself writes into classes.
+INHERITED = {name: getattr(object, name).__doc__ for name in dir(object)} | {"__weakref__": None}
+CONSTANTS = {"DOORBELL_PORT", "__version__", "LIVELOCK_BOUND"}
 
 
-def documented():
+def in_stub() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for node in STUB.body:
         if isinstance(node, ast.ClassDef):
-            yield node.name, ast.get_docstring(node)
+            found[node.name] = ast.get_docstring(node)
             for member in node.body:
-                if isinstance(member, ast.FunctionDef) and ast.get_docstring(member):
-                    yield f"{node.name}.{member.name}", ast.get_docstring(member)
+                if isinstance(member, ast.FunctionDef):
+                    found[f"{node.name}.{member.name}"] = ast.get_docstring(member)
         elif isinstance(node, ast.FunctionDef):
-            yield node.name, ast.get_docstring(node)
+            found[node.name] = ast.get_docstring(node)
+    return found
 
 
-@pytest.mark.parametrize(("name", "doc"), list(documented()))
-def test_the_same_words(name: str, doc: str | None) -> None:
-    thing = _core
-    for part in name.split("."):
-        thing = inspect.getattr_static(thing, part)
-    if isinstance(thing, staticmethod):
+def text(thing: Any) -> str | None:
+    if isinstance(thing, staticmethod | classmethod):
         thing = thing.__func__
-    assert doc, "undocumented"
-    assert inspect.cleandoc(thing.__doc__ or "") == doc
+    doc = getattr(thing, "__doc__", None)
+    return inspect.cleandoc(doc) if doc else None
+
+
+def at_runtime() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name, thing in vars(_core).items():
+        if name.startswith("__") or name in CONSTANTS:
+            continue
+        found[name] = text(thing)
+        if not isinstance(thing, type):
+            continue
+        for member, value in vars(thing).items():
+            dunder = member.startswith("__")
+            # Slots like __repr__ get a text of Python's own.
+            if member not in ("__doc__", "__module__") and not (dunder and not callable(value)):
+                found[f"{name}.{member}"] = None if dunder else text(value)
+    return found
+
+
+STUBBED, RUNNING = in_stub(), at_runtime()
+
+
+def differences() -> dict[str, tuple[str | None, str | None]]:
+    names = {**RUNNING, **STUBBED}
+    pairs = {name: (STUBBED.get(name), RUNNING.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and not name.endswith("__")}
+
+
+@pytest.mark.parametrize("name", sorted({**RUNNING, **STUBBED}))
+def test_the_same_words(name: str) -> None:
+    if name.split(".")[-1].startswith("__"):
+        # Special methods are explained by their class.
+        assert STUBBED.get(name) is None
+        return
+    assert STUBBED.get(name) == RUNNING.get(name)
+
+
+def test_every_class_and_function_has_a_docstring() -> None:
+    bare = [name for name, doc in RUNNING.items() if "." not in name and not doc]
+    assert bare == []
+
+
+if __name__ == "__main__":
+    for name, (stub, binding) in differences().items():
+        print(f"{name}\n  stub:    {stub!r}\n  binding: {binding!r}")  # noqa: T201

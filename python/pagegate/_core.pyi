@@ -610,7 +610,7 @@ class Events:
     def __iter__(self) -> Iterator[Event]: ...
 
 @final
-class Gate:
+class PolicyHandle:
     """Who judges a machine's requests, and what a Python policy taught (``remember=``)."""
 
     @property
@@ -747,7 +747,7 @@ class Vm:
     @property
     def attributes(self) -> Attributes: ...
     @property
-    def policy(self) -> Gate: ...
+    def policy(self) -> PolicyHandle: ...
     @property
     def events(self) -> Events: ...
     def load(self, image: Buffer | str | PathLike[str], at: int = 0x1000) -> int:

@@ -1,27 +1,12 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
-mod arrow;
-mod attach;
-mod bare;
-mod decision;
-mod devices;
-mod errors;
+mod baseline;
 mod events;
-mod fields;
-mod gate;
-mod host;
-mod listener;
+mod interpreter;
 mod machine;
-mod marks;
-mod names;
-mod policies;
 mod policy;
-mod report;
-mod request;
-mod reuse;
 mod testing;
 mod trace;
-mod trial;
 
 use pyo3::prelude::*;
 
@@ -30,51 +15,61 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::bare::bare_loop;
+    use crate::baseline::bare_loop;
     #[pymodule_export]
-    use crate::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
+    use crate::events::event::PyEvent;
     #[pymodule_export]
-    use crate::devices::{PyIo, PyMmio};
+    use crate::machine::attributes::{PyAttributes, PyMemoryUsage};
     #[pymodule_export]
-    use crate::events::{PyEvent, PyEvents};
+    use crate::machine::device_io::{PyIo, PyMmio};
     #[pymodule_export]
-    use crate::gate::PyGate;
+    use crate::machine::event_log::PyEvents;
     #[pymodule_export]
-    use crate::host::{PyHost, probe};
+    use crate::machine::host::{PyHost, probe};
     #[pymodule_export]
-    use crate::listener::PyChange;
+    use crate::machine::listener::PyChange;
     #[pymodule_export]
-    use crate::machine::{PyAttributes, PyMemoryUsage, PyVcpu, PyVm};
+    use crate::machine::marks::PyMarks;
     #[pymodule_export]
-    use crate::marks::PyMarks;
+    use crate::machine::policy_handle::PyPolicyHandle;
     #[pymodule_export]
-    use crate::policies::{
-        PyAlign, PyAllow, PyBuiltin, PyDenyAll, PyExplicitOnly, PyPingPong, PyQuota, PyRateLimit, PyWindow,
+    use crate::machine::report::{PyLatency, PyReport};
+    #[pymodule_export]
+    use crate::machine::vcpu::PyVcpu;
+    #[pymodule_export]
+    use crate::machine::vm::PyVm;
+    #[pymodule_export]
+    use crate::policy::builtin::{
+        PyAlign, PyAllow, PyDenyAll, PyExplicitOnly, PyPingPong, PyQuota, PyRateLimit, PyWindow,
     };
     #[pymodule_export]
-    use crate::report::{PyLatency, PyReport};
+    use crate::policy::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
     #[pymodule_export]
-    use crate::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
+    use crate::policy::judge::PyBuiltin;
     #[pymodule_export]
-    use crate::testing::{PyFake, PyReply, PyStep};
+    use crate::policy::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
     #[pymodule_export]
-    use crate::trace::{
-        PyDifference, PyJudged, PyRecorder, PyReplay, PyTrace, PyTraceIterator, read_trace, replay, synthetic_trace,
-    };
+    use crate::testing::fake::{PyFake, PyReply, PyStep};
     #[pymodule_export]
-    use crate::trial::PyTrial;
+    use crate::testing::trial::PyTrial;
+    #[pymodule_export]
+    use crate::trace::recorded::{PyTrace, PyTraceIterator, read_trace, synthetic_trace};
+    #[pymodule_export]
+    use crate::trace::recorder::PyRecorder;
+    #[pymodule_export]
+    use crate::trace::replay::{PyDifference, PyJudged, PyReplay, replay};
 
     #[pymodule_export]
-    const DOORBELL_PORT: u16 = pagegate_core::explicit::DOORBELL_PORT;
+    const DOORBELL_PORT: u16 = pagegate_core::hypervisor::hypercall::DOORBELL_PORT;
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python packages give it")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
     #[pymodule_export]
-    const LIVELOCK_BOUND: u32 = pagegate_core::run::LIVELOCK_BOUND;
+    const LIVELOCK_BOUND: u32 = pagegate_core::vcpu::running::LIVELOCK_BOUND;
 
     /// The machine code that ``pagegate.guests.Script`` runs: position-independent, long mode.
     #[pyfunction]
     fn script_guest() -> &'static [u8] {
-        pagegate_core::guests::script()
+        pagegate_core::boot::script_guest::script()
     }
 }

@@ -163,7 +163,7 @@ class Model:
         if failed is not None:
             assert "ENOMEM" in str(failed)
             # Undone, unless only the discard failed.
-            if "freeing" not in str(failed):
+            if "discarding" not in str(failed):
                 return
         elif kind in ("hypercall", "doorbell"):
             (answer,) = answers

@@ -1,11 +1,10 @@
-//! What can go wrong, each with what happened, where, and what to do about it.
+//! Errors: each says what happened, where in the guest, and what to do about it.
 
 use std::fmt;
 
-use crate::attributes::Range;
 use crate::errno::Errno;
 
-/// A failure of the program that judges: an exception in a hook, or an answer that is none.
+/// A failure of code that the machine calls: an exception in a hook, or an answer that is no decision.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Where in the guest something happened.
@@ -149,67 +148,84 @@ pub enum ConvertError {
     },
     /// Every page in its own memslot would be too many of them.
     #[error(
-        "out of memslots: converting {range} needs {needed} and {available} are free; nothing was changed. Convert \
-         larger or neighbouring ranges (policies.Align), or use enforcement=\"attributes\""
+        "out of memslots: converting {} needs {needed} and {available} are free; nothing was changed. Convert \
+         larger or neighbouring ranges (policies.Align), or use enforcement=\"attributes\"",
+        addresses(*gpa, *size)
     )]
     NoSlots {
-        /// What was to be converted.
-        range: Range,
+        /// What was to be converted: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
         /// Slots to make.
         needed: usize,
         /// Slots that can be made.
         available: usize,
     },
     /// The kernel refused, and what had been done was undone.
-    #[error("converting {range} failed with {errno}; what had been changed was undone")]
+    #[error("converting {} failed with {errno}; what had been changed was undone", addresses(*gpa, *size))]
     Undone {
-        /// What was to be converted.
-        range: Range,
+        /// What was to be converted: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
         /// The kernel's answer.
         errno: Errno,
     },
     /// The kernel refused, and refused the way back too: what KVM enforces is no longer known.
     #[error(
-        "converting {range} failed with {errno} and undoing it with {undo}: what KVM enforces there is unknown, so \
-         this machine converts nothing any more; close it"
+        "converting {} failed with {errno} and undoing it with {undo}: what KVM enforces there is unknown, so \
+         this machine converts nothing any more; close it",
+        addresses(*gpa, *size)
     )]
     Inconsistent {
-        /// What was to be converted.
-        range: Range,
+        /// What was to be converted: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
         /// The kernel's answer.
         errno: Errno,
         /// Its answer to the undoing.
         undo: Errno,
     },
     /// More would be shared than the policy allows.
-    #[error("sharing {range} would take the shared bytes above {max:#x}; nothing was changed")]
+    #[error("sharing {} would take the shared bytes above {max:#x}; nothing was changed", addresses(*gpa, *size))]
     OverQuota {
-        /// What was to be converted.
-        range: Range,
+        /// What was to be converted: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
         /// Bytes that may be shared.
         max: u64,
     },
     /// A listener refused.
-    #[error("a listener refused to let {range} become private; nothing was changed")]
+    #[error("a listener refused to let {} become private; nothing was changed", addresses(*gpa, *size))]
     Refused {
-        /// The pages it was asked about.
-        range: Range,
+        /// The pages it was asked about: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
     },
     /// A listener failed.
     #[error("a listener failed: {0}")]
     Listener(Failure),
-    /// The state was changed but the stale side could not be freed.
-    #[error("{range} was converted, but freeing its stale side failed with {errno}: old bytes may come back")]
+    /// The state was changed but the old side could not be discarded.
+    #[error(
+        "{} was converted, but discarding its old side failed with {errno}: old bytes may come back",
+        addresses(*gpa, *size)
+    )]
     Discard {
-        /// What was converted.
-        range: Range,
+        /// What was converted: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
         /// The kernel's answer.
         errno: Errno,
     },
 }
 
 impl ConvertError {
-    /// What the guest finds in RAX after an explicit request; `None` where the run has to end.
+    /// What an explicit request gets in RAX; `None` where the run has to end.
     pub fn guest_errno(&self) -> Option<Errno> {
         match self {
             ConvertError::Range { .. } | ConvertError::OverQuota { .. } => Some(Errno(libc::EINVAL)),
@@ -220,4 +236,9 @@ impl ConvertError {
             ConvertError::Inconsistent { .. } | ConvertError::Discard { .. } | ConvertError::Listener(_) => None,
         }
     }
+}
+
+/// `[start, end)`.
+fn addresses(gpa: u64, size: u64) -> String {
+    format!("[{gpa:#x}, {:#x})", gpa.saturating_add(size))
 }

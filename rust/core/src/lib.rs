@@ -1,44 +1,19 @@
-//! The core of pagegate: a virtual machine that stops at a gate whenever its guest asks for a page to change hands
-//! between private and shared, or touches one that is in the wrong hands.
+//! The core of pagegate: a virtual machine whose guest asks before a page becomes private or shared, or touches one in the
+//! wrong state; a policy judges each request.
 //!
-//! The way of a request: [`hypervisor`] (exit), [`decode`], [`policy`], [`convert`], [`events`] (record), and resume,
-//! one after the other in `run`.
+//! One floor a concern, arrows only downwards: [`machine`], [`trace`], [`vcpu`], [`boot`], [`devices`], [`events`],
+//! [`policy`], [`memory`], [`hypervisor`], [`x86`]. The way of a request: an exit ([`hypervisor::exit`]), its dispatch and
+//! the question to the policy ([`vcpu`]), the conversion ([`memory::conversion`]), the record ([`events`]), and resume.
 
-pub mod attributes;
-mod books;
 pub mod boot;
-mod clock;
-mod control;
-pub mod convert;
-pub mod decode;
 pub mod devices;
-mod enforce;
 pub mod errno;
 pub mod error;
 pub mod events;
-pub mod explicit;
-pub mod guests;
 pub mod hypervisor;
-pub mod image;
-mod kick;
-pub mod latency;
-pub mod ledger;
-pub mod listener;
 pub mod machine;
 pub mod memory;
-pub mod model;
-pub mod policies;
 pub mod policy;
-pub mod probe;
-mod range_lock;
-pub mod report;
-pub mod rules;
-pub mod run;
-mod slots;
-mod sys;
 pub mod trace;
-mod vcpu;
-pub mod views;
-mod world;
-
-pub use enforce::Mode;
+pub mod vcpu;
+pub mod x86;

@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::time::Duration;
 
-use pagegate_core::Mode;
-use pagegate_core::attributes::{PAGE_SIZE, Range, State};
-use pagegate_core::convert::Converted;
 use pagegate_core::error::{ConvertError, Error};
 use pagegate_core::hypervisor::fake::{CallName, FakeVm, Injection};
-use pagegate_core::machine::{Config, Machine};
-use pagegate_core::policy::Allow;
+use pagegate_core::hypervisor::host::EnforcementMode;
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::machine::config::Config;
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::memory::conversion::Converted;
+use pagegate_core::policy::simple::Allow;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -27,7 +28,7 @@ const ALL_CALLS: [CallName; 4] = [
 
 #[derive(Clone, Copy, Debug)]
 struct Setup {
-    mode: Mode,
+    mode: EnforcementMode,
     split: bool,
     pages: u64,
     parts: u32,
@@ -39,8 +40,8 @@ struct Setup {
 impl Setup {
     fn machine(&self) -> (Arc<FakeVm>, Machine) {
         let limits = match self.mode {
-            Mode::Attributes => FakeVm::protected(self.memslots),
-            Mode::Memslots => FakeVm::plain(self.memslots),
+            EnforcementMode::Attributes => FakeVm::protected(self.memslots),
+            EnforcementMode::Memslots => FakeVm::plain(self.memslots),
         };
         let fake = Arc::new(FakeVm::new(limits, Vec::new(), 1));
         let config = Config {
@@ -54,7 +55,7 @@ impl Setup {
             memslots: self.parts,
             policy: Arc::new(Allow),
             around: None,
-            fake: Some(fake.clone()),
+            hypervisor: Some(fake.clone()),
         };
         (fake, Machine::new(config).unwrap())
     }
@@ -65,13 +66,13 @@ impl Setup {
         let private = state == State::Private;
         let shared_view = gpa | 1 << BIT;
         match (self.mode, self.split) {
-            (Mode::Attributes, false) => vec![(gpa, Some(true), private)],
-            (Mode::Attributes, true) => vec![
+            (EnforcementMode::Attributes, false) => vec![(gpa, Some(true), private)],
+            (EnforcementMode::Attributes, true) => vec![
                 (gpa, private.then_some(true), true),
                 (shared_view, Some(false), private),
             ],
-            (Mode::Memslots, false) => vec![(gpa, Some(private), false)],
-            (Mode::Memslots, true) => vec![
+            (EnforcementMode::Memslots, false) => vec![(gpa, Some(private), false)],
+            (EnforcementMode::Memslots, true) => vec![
                 (gpa, private.then_some(true), false),
                 (shared_view, (!private).then_some(false), false),
             ],
@@ -92,9 +93,9 @@ impl Setup {
         let private = starts(&|state| state == State::Private);
         let shared = starts(&|state| state == State::Shared);
         match (self.mode, self.split) {
-            (Mode::Attributes, false) => all,
-            (Mode::Attributes, true) => all + private,
-            (Mode::Memslots, _) => private + shared,
+            (EnforcementMode::Attributes, false) => all,
+            (EnforcementMode::Attributes, true) => all + private,
+            (EnforcementMode::Memslots, _) => private + shared,
         }
     }
 
@@ -111,7 +112,7 @@ impl Setup {
 }
 
 fn states(machine: &Machine) -> Vec<State> {
-    let snapshot = machine.gate().snapshot();
+    let snapshot = machine.memory().snapshot();
     let pages = 0..snapshot.size() / PAGE_SIZE;
     pages.map(|page| snapshot.state(page * PAGE_SIZE)).collect()
 }
@@ -194,7 +195,7 @@ fn ops(memory: u64) -> impl Strategy<Value = Op> {
 }
 
 fn setups() -> impl Strategy<Value = Setup> {
-    let mode = prop::sample::select(vec![Mode::Attributes, Mode::Memslots]);
+    let mode = prop::sample::select(vec![EnforcementMode::Attributes, EnforcementMode::Memslots]);
     // The larger ones need more than one call for their attributes.
     let pages = prop_oneof![9 => 3..40_u64, 1 => 500..700_u64];
     let room = prop_oneof![2 => 6..14_u32, 3 => Just(5000_u32)];
@@ -258,7 +259,7 @@ impl Model {
         let mut wanted = self.states.clone();
         wanted[span.clone()].fill(to);
         let before = calls(fake);
-        let result = machine.gate().convert(at, range.size(), to, keep);
+        let result = machine.memory().convert(at, range.size(), to, keep);
         let after = calls(fake);
         let failures = self.failures(&before, &after);
         if self.broken {
@@ -279,37 +280,38 @@ impl Model {
                 assert_eq!(changed, differ.len() as u64 * PAGE_SIZE);
                 self.take_over(wanted, range, to, (!keep).then_some(true));
             }
-            Err(ConvertError::Discard { range: which, errno }) => {
+            Err(ConvertError::Discard { gpa, size, errno }) => {
                 assert!(discard_failed && errnos.contains(&errno.0));
-                assert_eq!(which, range);
+                assert_eq!((gpa, size), (range.gpa(), range.size()));
                 assert!(!keep);
                 self.take_over(wanted, range, to, Some(false));
             }
             Err(ConvertError::NoSlots {
-                range: which,
+                gpa,
+                size,
                 needed,
                 available,
             }) => {
-                assert_eq!(which, range);
+                assert_eq!((gpa, size), (range.gpa(), range.size()));
                 assert!(needed > available && available <= self.setup.memslots as usize);
                 assert!(self.setup.slots(&wanted) > self.setup.memslots as usize);
                 assert_eq!(errnos, [0_i32; 0]);
             }
-            Err(ConvertError::Undone { range: which, errno }) => {
+            Err(ConvertError::Undone { gpa, size, errno }) => {
                 // What KVM's emulation left on the shared side goes before anything changes.
-                let cleaned = to == State::Shared && self.setup.mode == Mode::Attributes;
+                let cleaned = to == State::Shared && self.setup.mode == EnforcementMode::Attributes;
                 assert!(
                     (cleaned || !discard_failed) && errnos.contains(&errno.0),
                     "{errno} is none of {errnos:?}"
                 );
-                assert_eq!(which, range);
+                assert_eq!((gpa, size), (range.gpa(), range.size()));
             }
-            Err(ConvertError::Inconsistent { range: which, undo, .. }) => {
+            Err(ConvertError::Inconsistent { gpa, size, undo, .. }) => {
                 assert!(
                     !discard_failed && errnos.contains(&undo.0),
                     "{undo} is none of {errnos:?}"
                 );
-                assert_eq!(which, range);
+                assert_eq!((gpa, size), (range.gpa(), range.size()));
                 self.broken = true;
             }
             other => panic!("{other:?}"),
@@ -390,8 +392,8 @@ impl Model {
 
     fn check(&self, fake: &FakeVm, machine: &Machine) {
         assert_eq!(states(machine), self.states);
-        let snapshot = machine.gate().snapshot();
-        assert_eq!(snapshot.generation(), self.generation);
+        let snapshot = machine.memory().snapshot();
+        assert_eq!(machine.memory().generation(), self.generation);
         let private = self.states.iter().filter(|state| **state == State::Private).count() as u64;
         assert_eq!(snapshot.private_bytes(), private * PAGE_SIZE);
         if !self.broken {
@@ -445,7 +447,7 @@ proptest! {
 
 fn every_setup() -> Vec<Setup> {
     let mut setups = Vec::new();
-    for mode in [Mode::Attributes, Mode::Memslots] {
+    for mode in [EnforcementMode::Attributes, EnforcementMode::Memslots] {
         for split in [false, true] {
             for initial in [State::Shared, State::Private] {
                 setups.push(Setup {
@@ -506,13 +508,13 @@ fn kept_bytes_come_back() {
         machine.convert(0, 0x8000, State::Shared).unwrap();
         machine.write(0x2ff0, &[7; 0x2020]).unwrap();
         let discards = fake.calls(CallName::Discard);
-        machine.gate().convert(0x2000, 0x3000, State::Private, true).unwrap();
+        machine.memory().convert(0x2000, 0x3000, State::Private, true).unwrap();
         let mut bytes = vec![1; 0x2020];
         assert!(matches!(
             machine.read(0x2ff0, &mut bytes),
             Err(Error::PrivateMemory { gpa: 0x2000, .. })
         ));
-        machine.gate().convert(0, 0x8000, State::Shared, true).unwrap();
+        machine.memory().convert(0, 0x8000, State::Shared, true).unwrap();
         machine.read(0x2ff0, &mut bytes).unwrap();
         assert_eq!(bytes, [7; 0x2020]);
         assert_eq!(fake.calls(CallName::Discard), discards);
@@ -547,7 +549,7 @@ fn ranges_outside_memory_are_refused() {
             assert_eq!(refused.to_string(), says);
         }
         assert_eq!(calls(&fake), before);
-        assert_eq!(machine.gate().snapshot().generation(), 0);
+        assert_eq!(machine.memory().generation(), 0);
     }
 }
 
@@ -577,16 +579,16 @@ fn each_call_that_fails_is_undone() {
                             half_done,
                             forever: false,
                         });
-                        let (old, generation) = (states(&machine), machine.gate().snapshot().generation());
+                        let (old, generation) = (states(&machine), machine.memory().generation());
                         let failed = error(machine.convert(0x4000, 0x20000, to));
                         if call == CallName::Discard {
                             assert!(matches!(failed, ConvertError::Discard { .. }), "{failed:?}");
-                            assert_eq!(machine.gate().snapshot().generation(), generation + 1);
+                            assert_eq!(machine.memory().generation(), generation + 1);
                         } else {
                             assert!(matches!(failed, ConvertError::Undone { .. }), "{failed:?}");
                             assert_eq!(failed.guest_errno().unwrap().0, libc::ENOMEM);
                             assert_eq!(states(&machine), old);
-                            assert_eq!(machine.gate().snapshot().generation(), generation);
+                            assert_eq!(machine.memory().generation(), generation);
                         }
                         setup.check_told(&fake, &states(&machine));
                         // And it can be done later.
@@ -606,8 +608,8 @@ fn a_failure_that_cannot_be_undone_blocks_what_comes_later() {
         let (fake, machine) = setup.machine();
         machine.convert(0x8000, 0x4000, setup.initial.other()).unwrap();
         let call = match setup.mode {
-            Mode::Attributes => CallName::SetAttributes,
-            Mode::Memslots => CallName::CreateMemslot,
+            EnforcementMode::Attributes => CallName::SetAttributes,
+            EnforcementMode::Memslots => CallName::CreateMemslot,
         };
         fake.inject(Injection {
             call,
@@ -643,7 +645,7 @@ fn a_failure_that_cannot_be_undone_blocks_what_comes_later() {
 #[test]
 fn too_few_slots_are_noticed_before_kvm_is_asked() {
     for split in [false, true] {
-        for mode in [Mode::Memslots, Mode::Attributes] {
+        for mode in [EnforcementMode::Memslots, EnforcementMode::Attributes] {
             let setup = Setup {
                 mode,
                 split,
@@ -653,7 +655,7 @@ fn too_few_slots_are_noticed_before_kvm_is_asked() {
                 vcpus: 1,
                 initial: State::Shared,
             };
-            if mode == Mode::Attributes && !split {
+            if mode == EnforcementMode::Attributes && !split {
                 // One slot does for whatever the attributes say.
                 let (fake, machine) = setup.machine();
                 for page in (0..64).step_by(2) {
@@ -731,7 +733,7 @@ fn fight(setup: Setup, threads: u64, batches: u64) {
         let reader = scope.spawn(|| {
             let mut last = 0;
             while !over.load(Ordering::SeqCst) {
-                let snapshot = machine.gate().snapshot();
+                let snapshot = machine.memory().snapshot();
                 assert!(snapshot.generation() >= last, "the generation went back");
                 last = snapshot.generation();
                 let private = snapshot.runs().filter(|run| run.state == State::Private);
@@ -758,7 +760,7 @@ fn fight(setup: Setup, threads: u64, batches: u64) {
                         for _ in 0..4 {
                             let first = random.below(6);
                             let size = (1 + random.below(3)) * PAGE_SIZE;
-                            let done = machine.gate().convert(first * PAGE_SIZE, size, to, false);
+                            let done = machine.memory().convert(first * PAGE_SIZE, size, to, false);
                             assert!(
                                 matches!(done, Ok(Converted::Done { changed }) if changed <= size),
                                 "{done:?}"
@@ -842,7 +844,7 @@ fn disjoint_conversions_at_once_count_every_byte() {
                                 setup.initial
                             };
                             let gpa = thread * 16 * PAGE_SIZE;
-                            match machine.gate().convert(gpa, 16 * PAGE_SIZE, to, false).unwrap() {
+                            match machine.memory().convert(gpa, 16 * PAGE_SIZE, to, false).unwrap() {
                                 Converted::Done { changed } => sum += changed,
                                 Converted::Superseded | Converted::Interrupted { .. } => panic!("nobody else was here"),
                             }
@@ -854,7 +856,7 @@ fn disjoint_conversions_at_once_count_every_byte() {
                 workers.into_iter().map(|worker| worker.join().unwrap()).collect()
             });
             assert_eq!(sums, [100 * 16 * PAGE_SIZE; 4]);
-            assert_eq!(machine.gate().snapshot().generation(), 400);
+            assert_eq!(machine.memory().generation(), 400);
             setup.check_told(&fake, &states(machine));
         });
     }

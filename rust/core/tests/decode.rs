@@ -1,8 +1,8 @@
 //! Decoding against the kernel's layout, written out in plain numbers, and against whatever bytes there may be.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
-use pagegate_core::decode::{Exit, Hypercall, Io, MEMORY_FAULT, MemoryFault, Mmio, PAGE_START, SENTINEL, decode};
 use pagegate_core::errno::Errno;
+use pagegate_core::hypervisor::exit::{Exit, Hypercall, Io, MEMORY_FAULT, MemoryFault, Mmio, SENTINEL, START, decode};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -60,7 +60,7 @@ impl RunPage {
 
     fn decode(&self, errno: i32) -> Exit {
         let result = if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
-        decode(result, &self.0[PAGE_START..])
+        decode(result, &self.0[START..])
     }
 }
 
@@ -107,8 +107,8 @@ fn pages() -> impl Strategy<Value = Vec<u8>> {
 
 /// Little-endian bytes as a number, `None` where the page ends before.
 fn number(page: &[u8], at: usize, len: usize) -> Option<u128> {
-    (at - PAGE_START + len <= page.len())
-        .then(|| (0..len).fold(0, |sum, i| sum + (u128::from(page[at - PAGE_START + i]) << (8 * i))))
+    (at - START + len <= page.len())
+        .then(|| (0..len).fold(0, |sum, i| sum + (u128::from(page[at - START + i]) << (8 * i))))
 }
 
 /// The table, once more, by other means.
@@ -148,14 +148,14 @@ fn oracle(errno: i32, page: &[u8]) -> Exit {
         IO => {
             let (size, count) = (number(page, UNION + 1, 1)?, number(page, UNION + 4, 4)?);
             let data = number(page, UNION + 8, 8)?;
-            let inside = data >= PAGE_START as u128 && data - PAGE_START as u128 + size * count <= page.len() as u128;
+            let inside = data >= START as u128 && data - START as u128 + size * count <= page.len() as u128;
             ([1, 2, 4].contains(&size) && count > 0 && inside).then(|| {
                 Exit::Io(Io {
                     port: number(page, UNION + 2, 2).unwrap() as u16,
                     write: number(page, UNION, 1) == Some(1),
                     size: size as u8,
                     count: count as u32,
-                    data: data as usize - PAGE_START,
+                    data: data as usize - START,
                 })
             })
         }
@@ -253,7 +253,7 @@ fn each_exit_is_read_from_its_place() {
 #[test]
 fn io_beyond_the_page_is_no_io() {
     let io = |size: u8, count: u32, at: usize| io_page(1, size, 0x3f8, count, at as u64).decode(0);
-    let data = PAGE - PAGE_START;
+    let data = PAGE - START;
     let sane = Io {
         port: 0x3f8,
         write: true,
@@ -268,7 +268,7 @@ fn io_beyond_the_page_is_no_io() {
     assert_eq!(io(1, 1, 2 * PAGE), unknown);
     assert_eq!(io(1, 1, usize::MAX), unknown);
     assert_eq!(io(4, u32::MAX, PAGE), unknown);
-    assert_eq!(io(1, 1, PAGE_START - 1), unknown);
+    assert_eq!(io(1, 1, START - 1), unknown);
     assert_eq!(io(1, 0, PAGE), unknown);
     assert_eq!(io(0, 1, PAGE), unknown);
     assert_eq!(io(3, 1, PAGE), unknown);
@@ -341,12 +341,12 @@ proptest! {
         data in prop_oneof![0..64_u64, 4000..4200_u64, 8100..8300_u64, any::<u64>()],
     ) {
         let bytes = u128::from(size) * u128::from(count);
-        let fits = data >= PAGE_START as u64 && u128::from(data) + bytes <= 2 * PAGE as u128 && count > 0;
+        let fits = data >= START as u64 && u128::from(data) + bytes <= 2 * PAGE as u128 && count > 0;
         match io_page(direction, size, port, count, data).decode(0) {
             Exit::Io(io) => {
                 prop_assert!(fits);
                 prop_assert_eq!((io.port, io.write, io.size, io.count), (port, direction == 1, size, count));
-                prop_assert_eq!((io.data + PAGE_START) as u64, data);
+                prop_assert_eq!((io.data + START) as u64, data);
                 prop_assert_eq!(io.len() as u128, bytes);
             }
             exit => {

@@ -3,14 +3,16 @@
 
 use std::sync::Arc;
 
-use pagegate_core::attributes::{PAGE_SIZE, State};
-use pagegate_core::decode::Hypercall;
 use pagegate_core::errno::Errno;
-use pagegate_core::explicit::{KVM_HC_MAP_GPA_RANGE, MapGpaRange, parse};
+use pagegate_core::hypervisor::exit::Hypercall;
 use pagegate_core::hypervisor::fake::FakeVm;
-use pagegate_core::machine::{Config, Machine};
-use pagegate_core::policy::Allow;
-use pagegate_core::views::Views;
+use pagegate_core::hypervisor::hypercall::KVM_HC_MAP_GPA_RANGE;
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::machine::config::Config;
+use pagegate_core::memory::address::{PAGE_SIZE, State};
+use pagegate_core::memory::views::Views;
+use pagegate_core::policy::map_gpa_range::{MapGpaRange, parse};
+use pagegate_core::policy::simple::Allow;
 use proptest::prelude::*;
 
 /// Views as a machine of this memory has them.
@@ -27,9 +29,9 @@ fn views(memory: u64, shared_bit: Option<u32>) -> Views {
         memslots: 1,
         policy: Arc::new(Allow),
         around: None,
-        fake: Some(Arc::new(fake)),
+        hypervisor: Some(Arc::new(fake)),
     };
-    Machine::new(config).unwrap().gate().views()
+    Machine::new(config).unwrap().memory().views()
 }
 
 fn ask(gpa: u64, pages: u64, attributes: u64, views: &Views) -> Result<MapGpaRange, Errno> {

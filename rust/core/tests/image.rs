@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use pagegate_core::attributes::{PAGE_SIZE, State};
+use pagegate_core::boot::image::{Image, Segment};
 use pagegate_core::error::Error;
 use pagegate_core::hypervisor::fake::FakeVm;
-use pagegate_core::image::{Image, Segment};
-use pagegate_core::machine::{Config, Machine};
-use pagegate_core::policy::Allow;
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::machine::config::Config;
+use pagegate_core::memory::address::{PAGE_SIZE, State};
+use pagegate_core::policy::simple::Allow;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -102,7 +103,7 @@ fn machine(initial: State) -> Machine {
         memslots: 1,
         policy: Arc::new(Allow),
         around: None,
-        fake: Some(Arc::new(FakeVm::new(FakeVm::plain(512), Vec::new(), 1))),
+        hypervisor: Some(Arc::new(FakeVm::new(FakeVm::plain(512), Vec::new(), 1))),
     };
     Machine::new(config).unwrap()
 }
@@ -168,12 +169,12 @@ fn a_loaded_image_is_shared_and_has_its_zeroes() {
         );
         assert_eq!(read(0x3fe0, 16), [0xaa; 16], "bytes before the image changed");
         assert_eq!(read(0x6000, 16), [0xaa; 16], "bytes behind the image changed");
-        assert_eq!(machine.gate().describe(pages(0x8000)), initial.as_str());
+        assert_eq!(machine.memory().describe(pages(0x8000)), initial.as_str());
     }
 }
 
-fn pages(gpa: u64) -> pagegate_core::attributes::Range {
-    pagegate_core::attributes::Range::new(gpa, PAGE_SIZE).unwrap()
+fn pages(gpa: u64) -> pagegate_core::memory::address::Range {
+    pagegate_core::memory::address::Range::new(gpa, PAGE_SIZE).unwrap()
 }
 
 #[test]
@@ -259,7 +260,7 @@ fn images_outside_memory_are_refused() {
         }];
         let image = Image { segments, entry: 0 };
         assert!(matches!(machine.load(&image), Err(Error::Invalid(_))), "{image:x?}");
-        assert_eq!(machine.gate().snapshot().generation(), 0, "{image:x?}");
+        assert_eq!(machine.memory().snapshot().generation(), 0, "{image:x?}");
     }
     let whole = Segment {
         gpa: 0,

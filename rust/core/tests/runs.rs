@@ -6,19 +6,22 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use pagegate_core::Mode;
-use pagegate_core::attributes::{PAGE_SIZE, Range, State};
-use pagegate_core::boot;
-use pagegate_core::decode::{Io, Mmio};
-use pagegate_core::devices::{IoHandler, MmioHandler};
+use pagegate_core::boot::start::CpuMode;
+use pagegate_core::devices::bus::{IoHandler, MmioHandler};
 use pagegate_core::errno::Errno;
 use pagegate_core::error::{ConvertError, Error, Failure};
-use pagegate_core::events::{Event, Kind, Outcome};
+use pagegate_core::events::event::{Event, Kind, Outcome};
+use pagegate_core::hypervisor::exit::{Io, Mmio};
 use pagegate_core::hypervisor::fake::{CallName, FakeVm, Injection, Reply, Step};
-use pagegate_core::machine::{Config, Machine};
-use pagegate_core::policy::{Call, Conversion, Decision, Fault, Policy};
-use pagegate_core::report::Report;
-use pagegate_core::run::LIVELOCK_BOUND;
+use pagegate_core::hypervisor::host::EnforcementMode;
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::machine::config::Config;
+use pagegate_core::machine::report::Report;
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::policy::decision::{Convert, Decision};
+use pagegate_core::policy::hooks::Policy;
+use pagegate_core::policy::request::{ExplicitRequest, ImplicitRequest};
+use pagegate_core::vcpu::running::LIVELOCK_BOUND;
 use parking_lot::Mutex;
 
 const BIT: u32 = 40;
@@ -32,12 +35,12 @@ type Hook<Request> = Box<dyn Fn(&Request) -> Result<Decision, Failure> + Send + 
 
 /// A policy that writes down what it was asked and answers as told; asked as often as it says.
 struct Judge {
-    fault: Hook<Fault>,
-    call: Hook<Call>,
-    poison: Hook<Fault>,
-    faults: Mutex<Vec<Fault>>,
-    calls: Mutex<Vec<Call>>,
-    poisons: Mutex<Vec<Fault>>,
+    fault: Hook<ImplicitRequest>,
+    call: Hook<ExplicitRequest>,
+    poison: Hook<ImplicitRequest>,
+    faults: Mutex<Vec<ImplicitRequest>>,
+    calls: Mutex<Vec<ExplicitRequest>>,
+    poisons: Mutex<Vec<ImplicitRequest>>,
 }
 
 impl Judge {
@@ -52,21 +55,21 @@ impl Judge {
         }
     }
 
-    fn faults(answer: impl Fn(&Fault) -> Result<Decision, Failure> + Send + Sync + 'static) -> Self {
+    fn faults(answer: impl Fn(&ImplicitRequest) -> Result<Decision, Failure> + Send + Sync + 'static) -> Self {
         Self {
             fault: Box::new(answer),
             ..Self::allow()
         }
     }
 
-    fn calls(answer: impl Fn(&Call) -> Result<Decision, Failure> + Send + Sync + 'static) -> Self {
+    fn calls(answer: impl Fn(&ExplicitRequest) -> Result<Decision, Failure> + Send + Sync + 'static) -> Self {
         Self {
             call: Box::new(answer),
             ..Self::allow()
         }
     }
 
-    fn poisons(answer: impl Fn(&Fault) -> Result<Decision, Failure> + Send + Sync + 'static) -> Self {
+    fn poisons(answer: impl Fn(&ImplicitRequest) -> Result<Decision, Failure> + Send + Sync + 'static) -> Self {
         Self {
             poison: Box::new(answer),
             ..Self::allow()
@@ -75,17 +78,17 @@ impl Judge {
 }
 
 impl Policy for Judge {
-    fn memory_fault(&self, fault: &Fault) -> Result<Decision, Failure> {
+    fn memory_fault(&self, fault: &ImplicitRequest) -> Result<Decision, Failure> {
         self.faults.lock().push(*fault);
         (self.fault)(fault)
     }
 
-    fn map_gpa_range(&self, call: &Call) -> Result<Decision, Failure> {
+    fn map_gpa_range(&self, call: &ExplicitRequest) -> Result<Decision, Failure> {
         self.calls.lock().push(*call);
         (self.call)(call)
     }
 
-    fn memory_poison(&self, poison: &Fault) -> Result<Decision, Failure> {
+    fn memory_poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
         self.poisons.lock().push(*poison);
         (self.poison)(poison)
     }
@@ -108,7 +111,7 @@ struct Guest {
 
 #[derive(Clone)]
 struct Setup {
-    mode: Mode,
+    mode: EnforcementMode,
     split: bool,
     initial: State,
     events: usize,
@@ -118,7 +121,7 @@ struct Setup {
 }
 
 const PLAIN: Setup = Setup {
-    mode: Mode::Attributes,
+    mode: EnforcementMode::Attributes,
     split: false,
     initial: State::Shared,
     events: 1000,
@@ -128,15 +131,15 @@ const PLAIN: Setup = Setup {
 };
 const SPLIT: Setup = Setup { split: true, ..PLAIN };
 const MEMSLOTS: Setup = Setup {
-    mode: Mode::Memslots,
+    mode: EnforcementMode::Memslots,
     ..SPLIT
 };
 
 impl Setup {
     fn guest(self, scripts: Vec<Vec<Step>>, judge: Judge) -> Guest {
         let limits = match self.mode {
-            Mode::Attributes => FakeVm::protected(self.memslots),
-            Mode::Memslots => FakeVm::plain(self.memslots),
+            EnforcementMode::Attributes => FakeVm::protected(self.memslots),
+            EnforcementMode::Memslots => FakeVm::plain(self.memslots),
         };
         let vcpus = scripts.len() as u32 + self.spare_vcpus;
         let fake = Arc::new(FakeVm::new(limits, scripts, self.cycles));
@@ -152,7 +155,7 @@ impl Setup {
             memslots: 1,
             policy: judge.clone(),
             around: None,
-            fake: Some(fake.clone()),
+            hypervisor: Some(fake.clone()),
         };
         let guest = Guest {
             fake,
@@ -168,10 +171,10 @@ impl Setup {
 
 impl Guest {
     fn start(&self, vcpu: usize) {
-        let mode = match self.machine.gate().views().split() {
+        let mode = match self.machine.memory().views().split() {
             // Real mode does not reach the shared views.
-            true => boot::Mode::Long,
-            false => boot::Mode::Real,
+            true => CpuMode::Long,
+            false => CpuMode::Real,
         };
         self.machine.start(vcpu, mode, &[]).unwrap();
     }
@@ -201,7 +204,7 @@ impl Guest {
     }
 
     fn state(&self, gpa: u64) -> State {
-        self.machine.gate().snapshot().state(gpa)
+        self.machine.memory().snapshot().state(gpa)
     }
 
     /// What requests were answered: the step, and RAX as a signed number.
@@ -217,13 +220,13 @@ impl Guest {
             let private = self.state(gpa) == State::Private;
             let told = |gpa| (self.fake.slot_at(gpa), self.fake.is_private(gpa));
             match (setup.mode, setup.split) {
-                (Mode::Attributes, false) => assert_eq!(told(gpa), (Some(true), private)),
-                (Mode::Attributes, true) => {
+                (EnforcementMode::Attributes, false) => assert_eq!(told(gpa), (Some(true), private)),
+                (EnforcementMode::Attributes, true) => {
                     assert_eq!(told(gpa), (private.then_some(true), true));
                     assert_eq!(told(gpa | 1 << BIT), (Some(false), private));
                 }
-                (Mode::Memslots, false) => assert_eq!(told(gpa), (Some(private), false)),
-                (Mode::Memslots, true) => {
+                (EnforcementMode::Memslots, false) => assert_eq!(told(gpa), (Some(private), false)),
+                (EnforcementMode::Memslots, true) => {
                     assert_eq!(told(gpa), (private.then_some(true), false));
                     assert_eq!(told(gpa | 1 << BIT), ((!private).then_some(false), false));
                 }
@@ -263,14 +266,14 @@ fn poison(gpa: u64) -> Step {
 }
 
 fn convert_to(to: State) -> Decision {
-    Decision::Convert(Conversion {
+    Decision::Convert(Convert {
         to: Some(to),
         ..Default::default()
     })
 }
 
 fn convert_at(gpa: u64, size: u64) -> Decision {
-    Decision::Convert(Conversion {
+    Decision::Convert(Convert {
         gpa: Some(gpa),
         size: Some(size),
         ..Default::default()
@@ -314,7 +317,7 @@ fn an_access_through_the_other_view_is_a_request_in_both_directions() {
             assert_eq!((fault.access, fault.state), (access, access.other()));
             assert_eq!((fault.vcpu, fault.repeats, fault.errno), (0, 0, Errno(libc::EFAULT)));
             // With attributes either view is out of reach by being private.
-            let flags = if setup.mode == Mode::Memslots {
+            let flags = if setup.mode == EnforcementMode::Memslots {
                 flags
             } else {
                 PRIVATE_FLAG
@@ -328,12 +331,7 @@ fn an_access_through_the_other_view_is_a_request_in_both_directions() {
         );
         assert_eq!((tally.bytes_to_private, tally.bytes_to_shared), (PAGE_SIZE, PAGE_SIZE));
         assert_eq!(
-            (
-                tally.denied,
-                tally.retries,
-                tally.stale,
-                tally.latency.histogram().len()
-            ),
+            (tally.denied, tally.retries, tally.stale, tally.latency.len()),
             (0, 0, 0, 2)
         );
         let events = guest.events();
@@ -487,7 +485,7 @@ fn a_retried_access_is_asked_again_and_says_how_often() {
         );
         let repeats: Vec<u32> = guest.judge.faults.lock().iter().map(|fault| fault.repeats).collect();
         assert_eq!(repeats, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]);
-        assert_eq!(report.tally.latency.histogram().len(), 12);
+        assert_eq!(report.tally.latency.len(), 12);
     }
 }
 
@@ -815,7 +813,7 @@ fn malformed_requests_do_not_reach_the_policy() {
         assert_eq!((report.tally.malformed, report.tally.requests()), (8, 0));
         assert!(guest.judge.calls.lock().is_empty());
         assert_eq!(guest.machine.events().total(), 0);
-        assert_eq!(guest.machine.gate().snapshot().generation(), 0);
+        assert_eq!(guest.machine.memory().snapshot().generation(), 0);
     }
 }
 
@@ -970,7 +968,7 @@ fn a_decision_outside_memory_is_the_policys_failure() {
         let judge = Judge::calls(move |_| Ok(convert_at(gpa, size)));
         let guest = PLAIN.guest(vec![vec![map_gpa_range(0x5000, 1, TO_PRIVATE)]], judge);
         assert!(matches!(guest.try_run(), Err(Error::Hook { .. })));
-        assert_eq!(guest.machine.gate().snapshot().generation(), 0);
+        assert_eq!(guest.machine.memory().snapshot().generation(), 0);
     }
 }
 
@@ -1203,7 +1201,7 @@ fn a_running_machine_is_busy() {
     let judge = Judge::calls(move |_| {
         let machine = inner.get();
         assert!(matches!(machine.run(None, &mut || Ok(())), Err(Error::Busy(_))));
-        assert!(matches!(machine.start(0, boot::Mode::Real, &[]), Err(Error::Busy(_))));
+        assert!(matches!(machine.start(0, CpuMode::Real, &[]), Err(Error::Busy(_))));
         assert!(matches!(machine.regs(0), Err(Error::Busy(_))));
         // The pages of a request are not locked while it is judged.
         machine.convert(0x5000, PAGE_SIZE, State::Private)?;
@@ -1239,7 +1237,7 @@ fn exits_that_mean_nothing_are_errors() {
     ] {
         let guest = PLAIN.guest(vec![vec![step.clone()]], Judge::allow());
         assert!(matches!(guest.try_run(), Err(Error::Exit { .. })), "{step:?}");
-        assert_eq!(guest.machine.gate().snapshot().generation(), 0);
+        assert_eq!(guest.machine.memory().snapshot().generation(), 0);
         assert!(guest.judge.faults.lock().is_empty());
     }
     // A page that an earlier exit left behind is not believed.
@@ -1347,7 +1345,7 @@ fn a_request_is_over_when_the_guest_resumes() {
         latency + pause <= all,
         "{latency:?} of {all:?} with a pause of {pause:?}"
     );
-    assert!(report.tally.latency.histogram().max() > 0);
+    assert!(report.tally.latency.max() > 0);
 }
 
 #[test]
@@ -1373,7 +1371,7 @@ fn a_tally_is_the_sum_over_vcpus() {
             map_gpa_range(at, 0, TO_PRIVATE),
         ]
     };
-    let decide = |call: &Call| match call.range.gpa() % 0x8000 {
+    let decide = |call: &ExplicitRequest| match call.range.gpa() % 0x8000 {
         0x4000 => Ok(Decision::Deny(Errno(libc::EPERM))),
         0x5000 => Ok(Decision::Retry),
         _ => Ok(Decision::as_asked()),
@@ -1390,10 +1388,7 @@ fn a_tally_is_the_sum_over_vcpus() {
             (tally.bytes_to_private, tally.bytes_to_shared),
             (100 * 0x4000, 100 * 0x4000)
         );
-        assert_eq!(
-            (tally.latency.histogram().len(), tally.faults, tally.poisons),
-            (400, 0, 0)
-        );
+        assert_eq!((tally.latency.len(), tally.faults, tally.poisons), (400, 0, 0));
         assert!(report.duration > Duration::ZERO);
         // The log tells the same.
         let events = guest.events();
@@ -1436,7 +1431,7 @@ fn vcpus_that_fight_over_pages_leave_kvm_and_the_map_in_agreement() {
             assert!(guest.judge.calls.lock().len() as u64 >= tally.hypercalls);
             assert_eq!(guest.judge.faults.lock().len() as u64, tally.faults);
             assert_eq!(guest.machine.events().total(), tally.requests());
-            let private = guest.machine.gate().snapshot().private_bytes();
+            let private = guest.machine.memory().snapshot().private_bytes();
             assert_eq!(tally.bytes_to_private - tally.bytes_to_shared, private);
             guest.agrees(&setup);
         });
@@ -1500,12 +1495,12 @@ fn vcpus_that_were_not_started_stay_out() {
         memslots: 1,
         policy: Arc::new(Judge::allow()),
         around: None,
-        fake: Some(fake),
+        hypervisor: Some(fake),
     };
     let machine = Machine::new(config).unwrap();
     assert!(matches!(machine.run(None, &mut || Ok(())), Err(Error::Busy(_))));
-    machine.start(1, boot::Mode::Real, &[]).unwrap();
+    machine.start(1, CpuMode::Real, &[]).unwrap();
     let report = machine.run(Some(Duration::from_secs(20)), &mut || Ok(())).unwrap();
     assert_eq!((report.reason.as_str(), report.tally.hypercalls), ("halt", 1));
-    assert_eq!(machine.gate().describe(Range::new(0, PAGE_SIZE).unwrap()), "private");
+    assert_eq!(machine.memory().describe(Range::new(0, PAGE_SIZE).unwrap()), "private");
 }

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use arrow_array::RecordBatch;
 use arrow_buffer::Buffer;
 
-use super::Event;
 use super::columns::{BYTES, Cells, HALVES, Row, Source, WORDS, byte, word};
+use super::event::Event;
 use super::table;
-use crate::attributes::State;
+use crate::memory::address::State;
 
 /// Rows of a chunk: events that are dropped at once, and that memory is taken for at once.
 pub(super) const ROWS: usize = 1024;

@@ -4,8 +4,8 @@ use std::sync::{Arc, LazyLock};
 
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 
-use super::{Answer, Asked, Done, Event, Kind, Outcome, Verdict};
-use crate::attributes::State;
+use super::event::{Asked, Done, Event, Kind, Outcome, RecordedDecision, Verdict};
+use crate::memory::address::State;
 
 /// Which of the columns of words, of halves and of bytes has what.
 pub(super) mod word {
@@ -173,14 +173,14 @@ pub(super) trait Cells {
     }
 
     #[inline]
-    fn decided(&mut self, answer: &Answer) {
-        self.put_byte(byte::DECISION, answer.verdict as u8);
-        self.put_word(word::DECISION_GPA, answer.gpa);
-        self.put_word(word::DECISION_SIZE, answer.size);
-        self.put_byte(byte::DECISION_TO, answer.to as u8);
-        self.put_byte(byte::PREFAULT, answer.prefault.into());
-        self.put_byte(byte::DISCARD, answer.discard.into());
-        self.put_half(half::DECISION_ERRNO, answer.errno as u32);
+    fn decided(&mut self, decision: &RecordedDecision) {
+        self.put_byte(byte::DECISION, decision.verdict as u8);
+        self.put_word(word::DECISION_GPA, decision.gpa);
+        self.put_word(word::DECISION_SIZE, decision.size);
+        self.put_byte(byte::DECISION_TO, decision.to as u8);
+        self.put_byte(byte::PREFAULT, decision.prefault.into());
+        self.put_byte(byte::DISCARD, decision.discard.into());
+        self.put_half(half::DECISION_ERRNO, decision.errno as u32);
     }
 
     #[inline]
@@ -233,7 +233,7 @@ impl From<&Event> for Row {
                 repeats: event.repeats,
             },
         );
-        row.decided(&event.answer);
+        row.decided(&event.decision);
         let done = Done {
             gpa: event.done_gpa,
             size: event.done_size,
@@ -288,7 +288,7 @@ impl Row {
             flags,
             rip,
             repeats,
-            answer: Answer {
+            decision: RecordedDecision {
                 verdict: *Verdict::ALL.get(usize::from(verdict))?,
                 gpa: decision_gpa,
                 size: decision_size,

@@ -2,14 +2,15 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrow_array::RecordBatch;
 use parking_lot::Mutex;
 
 use super::chunk::{Chunk, Draft, ROWS};
 use super::columns::Cells;
-use super::{Answer, Asked, Done, Event, Outcome};
+use super::event::{Asked, Done, Event, Outcome, RecordedDecision};
+use super::table;
 use crate::errno::Errno;
 
 /// The events of one vCPU. Alone in its cache lines, for it is written at every request.
@@ -31,14 +32,10 @@ pub struct EventLog {
     sequence: Sequence,
 }
 
-/// Numbers of events, which all vCPUs take. Alone in its cache lines.
+/// The number of the next event, which all vCPUs take. Alone in its cache lines.
 #[repr(align(128))]
 #[derive(Default)]
-struct Sequence {
-    next: AtomicU64,
-    /// Written, for the line that it shares with `next`, by who is about to take a number.
-    wanted: AtomicBool,
-}
+struct Sequence(AtomicU64);
 
 /// Writes the events of one vCPU, one after the other: each while its request is being answered, and then published.
 pub(crate) struct Writer {
@@ -93,45 +90,20 @@ impl EventLog {
         (log, writers)
     }
 
-    /// The request is about to be over. Where other vCPUs take numbers too, the line that they are in comes meanwhile: a
-    /// store does not wait for it, and what takes a number does.
-    #[inline]
-    pub(crate) fn about_to_publish(&self) {
-        if self.rings.len() > 1 {
-            self.sequence.wanted.store(true, Ordering::Relaxed);
-        }
-    }
-
     /// The request is over: its event is there to be read. Nobody who reads is waited for.
     #[inline]
     pub(crate) fn publish(&self, writer: &mut Writer, latency: u64) {
         if writer.stage != Stage::Ended {
             writer.end_early();
         }
-        match self.rings.len() {
-            1 => self.publish_alone(writer, latency),
-            _ => self.publish_among_others(writer, latency),
-        }
-        writer.stage = Stage::Nothing;
-    }
-
-    /// Nobody else counts.
-    #[inline]
-    fn publish_alone(&self, writer: &mut Writer, latency: u64) {
-        let next = &self.sequence.next;
-        let sequence = next.load(Ordering::Relaxed);
-        next.store(sequence + 1, Ordering::Release);
-        self.put(writer, sequence, latency);
-    }
-
-    fn publish_among_others(&self, writer: &mut Writer, latency: u64) {
         let ring = &self.rings[writer.vcpu as usize];
         // Whoever finds the number that is taken next counted finds this, too.
         ring.arriving.store(writer.next, Ordering::Release);
-        let sequence = self.sequence.next.fetch_add(1, Ordering::AcqRel);
+        let sequence = self.sequence.0.fetch_add(1, Ordering::AcqRel);
         writer.next = sequence + 1;
         self.put(writer, sequence, latency);
         ring.arriving.store(NONE_ARRIVING, Ordering::Release);
+        writer.stage = Stage::Nothing;
     }
 
     #[inline]
@@ -155,7 +127,7 @@ impl EventLog {
 
     /// Events there were, kept or dropped.
     pub fn total(&self) -> u64 {
-        self.sequence.next.load(Ordering::Relaxed)
+        self.sequence.0.load(Ordering::Relaxed)
     }
 
     /// Events that are kept.
@@ -164,21 +136,39 @@ impl EventLog {
     }
 
     /// The events that are kept, from sequence `since` on, in order. One that is not here yet hides those after it, so
-    /// that whoever goes on behind the last misses none.
+    /// that whoever goes on after the last one misses none.
     pub fn since(&self, since: u64) -> Vec<Event> {
-        // Whoever takes a number after this one finds its rows behind those that are looked at.
-        let horizon = self.horizon();
         let mut events: Vec<Event> = Vec::new();
-        for part in self.parts() {
-            let rows = part.find(since)..part.find(horizon);
-            events.extend(rows.filter_map(|row| part.chunk.event(row)));
+        for part in self.parts_since(since) {
+            events.extend((part.from..part.to).filter_map(|row| part.chunk.event(row)));
         }
         events.sort_unstable_by_key(|event| event.sequence);
         events
     }
 
+    /// The same as columns, in order. Those of one vCPU lie in the log's own memory, those of several are merged.
+    pub fn batches_since(&self, since: u64) -> Vec<RecordBatch> {
+        let parts = self.parts_since(since);
+        let batches = parts.iter().map(|part| part.chunk.batch(part.from, part.to)).collect();
+        match self.rings.len() {
+            1 => batches,
+            _ => table::merge(&batches).into_iter().collect(),
+        }
+    }
+
+    fn parts_since(&self, since: u64) -> Vec<Part> {
+        // Whoever takes a number after this one finds its rows after those that are looked at.
+        let horizon = self.horizon();
+        let cut = |part: Part| Part {
+            from: part.find(since),
+            to: part.find(horizon),
+            ..part
+        };
+        self.parts().map(cut).filter(|part| part.from < part.to).collect()
+    }
+
     fn horizon(&self) -> u64 {
-        let total = self.sequence.next.load(Ordering::Acquire);
+        let total = self.sequence.0.load(Ordering::Acquire);
         let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::Acquire));
         arriving.min().unwrap_or(total).min(total)
     }
@@ -232,10 +222,10 @@ impl Writer {
 
     /// What the policy answered.
     #[inline]
-    pub(crate) fn decided(&mut self, answer: &Answer) {
+    pub(crate) fn decided(&mut self, decision: &RecordedDecision) {
         debug_assert!(self.is_open(), "there is no request that this could be an answer to");
         if let Some(mut row) = self.draft() {
-            row.decided(answer);
+            row.decided(decision);
         }
         self.stage = Stage::Decided;
     }
@@ -261,7 +251,7 @@ impl Writer {
     /// What the gate refused because of the policy's own condition.
     pub(crate) fn refused(&mut self, errno: Errno) {
         if let Some((_, to)) = self.draft().map(|row| row.wanted()) {
-            self.decided(&Answer::deny(to, errno));
+            self.decided(&RecordedDecision::deny(to, errno));
         }
         self.ended_with_nothing(Outcome::Denied, errno.0);
     }
@@ -272,7 +262,7 @@ impl Writer {
         if self.stage == Stage::Asked
             && let Some((_, to)) = self.draft().map(|row| row.wanted())
         {
-            self.decided(&Answer::none(to));
+            self.decided(&RecordedDecision::none(to));
         }
         self.ended_with_nothing(Outcome::Failed, 0);
     }

@@ -7,10 +7,17 @@ use arrow_array::types::{Int8Type, Int32Type, UInt8Type, UInt32Type, UInt64Type}
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, DictionaryArray, PrimitiveArray, RecordBatch, StringArray};
 use arrow_buffer::{Buffer, ScalarBuffer};
 use arrow_cast::cast;
+use arrow_ord::sort::sort_to_indices;
 use arrow_schema::DataType;
+use arrow_select::concat::concat_batches;
+use arrow_select::take::take_record_batch;
 
-use super::Event;
-use super::columns::{COLUMNS, Row, Source, Vocabulary, schema};
+pub use super::columns::schema;
+use super::columns::{COLUMNS, Row, Source, Vocabulary};
+use super::event::Event;
+
+/// Where `sequence` is in `COLUMNS`.
+const SEQUENCE_COLUMN: usize = 0;
 
 /// A batch of columns that have these values.
 pub(super) fn assemble(values: impl Fn(Source) -> Buffer) -> RecordBatch {
@@ -41,6 +48,21 @@ fn dictionary(vocabulary: Vocabulary) -> ArrayRef {
     static WORDS: LazyLock<[ArrayRef; 4]> =
         LazyLock::new(|| Vocabulary::ALL.map(|vocabulary| Arc::new(StringArray::from(vocabulary.words())) as ArrayRef));
     WORDS[vocabulary as usize].clone()
+}
+
+/// The rows of all batches, in the order of their sequence numbers. The batches are this module's own.
+pub(super) fn merge(batches: &Vec<RecordBatch>) -> Option<RecordBatch> {
+    let whole = concat_batches(&schema(), batches)
+        .ok()
+        .filter(|whole| whole.num_rows() > 0)?;
+    let order = sort_to_indices(whole.column(SEQUENCE_COLUMN), None, None).ok()?;
+    take_record_batch(&whole, &order).ok()
+}
+
+/// The sequence number of the last row of a batch of this module's own.
+pub(crate) fn last_sequence(batch: &RecordBatch) -> Option<u64> {
+    let sequences = batch.column(SEQUENCE_COLUMN).as_primitive::<UInt64Type>();
+    sequences.values().last().copied()
 }
 
 /// A batch of these events.

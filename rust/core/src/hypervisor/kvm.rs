@@ -7,35 +7,35 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES,
-    KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_MAX_CPUID_ENTRIES, KVM_MEM_GUEST_MEMFD,
-    KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_create_guest_memfd, kvm_enable_cap, kvm_memory_attributes, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES,
+    KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_X86_DEFAULT_VM, Msrs, Xsave, kvm_create_guest_memfd,
+    kvm_debugregs, kvm_enable_cap, kvm_lapic_state, kvm_memory_attributes, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_run, kvm_sregs, kvm_userspace_memory_region, kvm_userspace_memory_region2, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-use super::{ExitFlag, Hypervisor, Limits, Memslot, Vcpu};
-use crate::attributes::{PAGE_SIZE, Range, State};
-use crate::decode::PAGE_START;
-use crate::enforce;
+use super::exit;
+use super::hypercall::KVM_HC_MAP_GPA_RANGE;
+use super::raw;
+use super::vm::{Capabilities, FilePart, Hypervisor, ImmediateExit, Memslot, Vcpu};
 use crate::errno::Errno;
-use crate::explicit::KVM_HC_MAP_GPA_RANGE;
-use crate::memory::Backing;
-use crate::probe::VmType;
-use crate::sys;
 
 /// KVM_CAP_GUEST_MEMFD_FLAGS, not in kvm-bindings yet.
 pub const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 const SYNC_REGS: i32 = kvm_bindings::KVM_SYNC_X86_REGS as i32;
-const CPUID_ADDRESS_SIZES: u32 = 0x8000_0008;
 /// Three pages that old Intel CPUs need for real mode; the usual place, just below the firmware's.
 const TSS_ADDRESS: u64 = 0xfffb_d000;
+
+/// One fallocate call is for at most this many bytes: it cannot be interrupted, and holds every vCPU that faults there.
+const PUNCHED_AT_ONCE: u64 = 2 << 20;
 
 /// A virtual machine of KVM.
 pub struct KvmVm {
     kvm: Kvm,
     vm: VmFd,
-    limits: Limits,
+    capabilities: Capabilities,
     region2: bool,
     sync_regs: bool,
 }
@@ -57,7 +57,7 @@ impl KvmVm {
                 ..Default::default()
             })?;
         }
-        if kind == u64::from(VmType::Default.number()) && cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE) > 0 {
+        if kind == u64::from(KVM_X86_DEFAULT_VM) && cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE) > 0 {
             // Without it KVM queues #UD besides telling us, and a fetch from the other view kills the guest. Where pages
             // have attributes such a fetch is a memory fault.
             vm.enable_cap(&kvm_enable_cap {
@@ -70,10 +70,9 @@ impl KvmVm {
             // Needed only where real mode is not virtualised; elsewhere it changes nothing, so a refusal is none.
             let _ = vm.set_tss_address(TSS_ADDRESS as usize);
         }
-        let limits = Limits {
+        let capabilities = Capabilities {
             memslots: kvm.get_nr_memslots() as u32,
             vcpus: kvm.get_max_vcpus() as u32,
-            physical_bits: physical_bits(&kvm)?,
             private_attribute: cap(KVM_CAP_MEMORY_ATTRIBUTES) & KVM_MEMORY_ATTRIBUTE_PRIVATE as i32 != 0,
             guest_memfd: cap(KVM_CAP_GUEST_MEMFD) > 0,
             guest_memfd_flags: cap(CAP_GUEST_MEMFD_FLAGS).max(0) as u64,
@@ -84,7 +83,7 @@ impl KvmVm {
             sync_regs: cap(KVM_CAP_SYNC_REGS) & SYNC_REGS != 0,
             kvm,
             vm,
-            limits,
+            capabilities,
         })
     }
 
@@ -116,19 +115,13 @@ impl KvmVm {
     }
 }
 
-fn physical_bits(kvm: &Kvm) -> Result<u32, Errno> {
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-    let sizes = cpuid
-        .as_slice()
-        .iter()
-        .find(|entry| entry.function == CPUID_ADDRESS_SIZES);
-    // Without the leaf, KVM takes 36 bits as the guest's width.
-    Ok(sizes.map_or(36, |entry| entry.eax & 0xff))
-}
-
 impl Hypervisor for KvmVm {
-    fn limits(&self) -> Limits {
-        self.limits
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn supported_cpuid(&self) -> Result<CpuId, Errno> {
+        Ok(self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)
     }
 
     fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<OwnedFd, Errno> {
@@ -139,59 +132,58 @@ impl Hypervisor for KvmVm {
         })?;
         // SAFETY: the kernel just made this descriptor and nobody else has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        sys::set_cloexec(&fd)?;
+        raw::set_cloexec(&fd)?;
         Ok(fd)
     }
 
     fn create_memslot(&self, slot: &Memslot<'_>) -> Result<(), Errno> {
         let fd = slot.guest_memfd.map(|(fd, offset)| (fd.as_raw_fd(), offset));
-        self.set_region(slot.id, slot.range.gpa(), slot.range.size(), slot.host.get(), fd)
+        self.set_region(slot.id, slot.gpa, slot.size, slot.host.get(), fd)
     }
 
     fn delete_memslot(&self, id: u32) -> Result<(), Errno> {
         self.set_region(id, 0, 0, 0, None)
     }
 
-    fn set_attributes(&self, range: Range, to: State) -> Result<(), Errno> {
+    fn set_memory_attributes(&self, gpa: u64, size: u64, private: bool) -> Result<(), Errno> {
         let attributes = kvm_memory_attributes {
-            address: range.gpa(),
-            size: range.size(),
-            attributes: match to {
-                State::Private => KVM_MEMORY_ATTRIBUTE_PRIVATE.into(),
-                State::Shared => 0,
+            address: gpa,
+            size,
+            attributes: if private {
+                KVM_MEMORY_ATTRIBUTE_PRIVATE.into()
+            } else {
+                0
             },
             flags: 0,
         };
-        sys::kvm_set_memory_attributes(&self.vm, attributes)
+        raw::kvm_set_memory_attributes(&self.vm, attributes)
     }
 
-    fn discard(&self, side: &Backing, range: Range) -> Result<(), Errno> {
-        if range.size() == PAGE_SIZE {
-            return sys::punch_hole(side.file(), range.gpa(), PAGE_SIZE);
+    fn punch_hole(&self, part: &FilePart<'_>) -> Result<(), Errno> {
+        let (mut offset, end) = (part.offset, part.offset + part.len);
+        while offset < end {
+            let next = (offset - offset % PUNCHED_AT_ONCE + PUNCHED_AT_ONCE).min(end);
+            raw::punch_hole(part.file, offset, next - offset)?;
+            offset = next;
         }
-        enforce::chunks(range).try_for_each(|chunk| sys::punch_hole(side.file(), chunk.gpa(), chunk.size()))
+        Ok(())
     }
 
-    fn has_data(&self, side: &Backing, range: Range) -> Result<bool, Errno> {
-        side.has_data(range)
+    fn has_data(&self, part: &FilePart<'_>) -> Result<bool, Errno> {
+        raw::has_data(part.file, part.offset, part.len)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {
         let fd = self.vm.create_vcpu(index.into())?;
-        let mut cpuid = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-        for entry in cpuid.as_mut_slice() {
-            match entry.function {
-                1 => entry.ebx = (entry.ebx & 0x00ff_ffff) | (index << 24),
-                0xb | 0x1f => entry.edx = index,
-                _ => {}
-            }
-        }
-        fd.set_cpuid2(&cpuid)?;
         let page = RunPage::map(&fd, self.kvm.get_vcpu_mmap_size()?)?;
+        // After the first vCPU was made: from then on the kernel grants the process no more features for guests, so the
+        // size stays.
+        let xsave_size = self.vm.check_extension_raw(KVM_CAP_XSAVE2.into()).max(0);
         Ok(Box::new(KvmVcpu {
             fd,
             page: Arc::new(page),
             sync_regs: self.sync_regs,
+            xsave_size: xsave_size as usize,
         }))
     }
 }
@@ -200,25 +192,36 @@ struct KvmVcpu {
     fd: VcpuFd,
     page: Arc<RunPage>,
     sync_regs: bool,
+    /// KVM_CAP_XSAVE2: bytes of KVM_GET_XSAVE2 for this VM; 0 before Linux 5.17.
+    xsave_size: usize,
+}
+
+impl KvmVcpu {
+    /// Room for KVM_GET_XSAVE2 and KVM_SET_XSAVE.
+    fn xsave_buffer(&self) -> Result<Xsave, Errno> {
+        let more = self.xsave_size.saturating_sub(size_of::<kvm_xsave>());
+        Xsave::new(more.div_ceil(size_of::<u32>())).map_err(|_| Errno(libc::ENOMEM))
+    }
 }
 
 impl Vcpu for KvmVcpu {
     #[inline]
     fn run(&mut self) -> Result<(), Errno> {
         // kvm-ioctls decodes as it runs and drops the errno that tells a conversion from a poisoned page.
-        sys::kvm_run(&self.fd)
+        raw::kvm_run(&self.fd)
     }
 
     #[inline]
-    fn page(&mut self) -> &mut [u8] {
+    fn kvm_run(&mut self) -> &mut [u8] {
         // SAFETY: inside the mapping, which is longer.
-        let start = unsafe { self.page.base.add(PAGE_START) };
-        // SAFETY: the mapping is this long and lives as long as `page`. The kernel writes it only inside KVM_RUN,
-        // which takes `&mut self` like this slice does; other threads touch only the bytes before PAGE_START.
-        unsafe { std::slice::from_raw_parts_mut(start, self.page.len - PAGE_START) }
+        let start = unsafe { self.page.base.add(exit::START) };
+        // SAFETY: the mapping is this long and lives as long as `page`. The kernel writes it only inside KVM_RUN and
+        // KVM_PRE_FAULT_MEMORY, which take `&mut self` like this slice does; other threads touch only the bytes before
+        // `exit::START`.
+        unsafe { std::slice::from_raw_parts_mut(start, self.page.len - exit::START) }
     }
 
-    fn exit_flag(&self) -> Arc<dyn ExitFlag> {
+    fn immediate_exit(&self) -> Arc<dyn ImmediateExit> {
         self.page.clone()
     }
 
@@ -242,8 +245,102 @@ impl Vcpu for KvmVcpu {
         Ok(self.fd.set_sregs(sregs)?)
     }
 
-    fn pre_fault(&mut self, range: Range) -> Result<u64, Errno> {
-        sys::kvm_pre_fault(&self.fd, range.gpa(), range.size())
+    fn cpuid(&self) -> Result<CpuId, Errno> {
+        Ok(self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)?)
+    }
+
+    fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), Errno> {
+        Ok(self.fd.set_cpuid2(cpuid)?)
+    }
+
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Errno> {
+        let entry = |index: &u32| kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        };
+        let entries: Vec<_> = indices.iter().map(entry).collect();
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Errno(libc::E2BIG))?;
+        // The kernel stops at the first that it does not have, and says how many came before.
+        match self.fd.get_msrs(&mut msrs)? {
+            read if read == indices.len() => Ok(msrs.as_slice().to_vec()),
+            _ => Err(Errno(libc::EINVAL)),
+        }
+    }
+
+    fn set_msrs(&mut self, msrs: &[kvm_msr_entry]) -> Result<(), Errno> {
+        let entries = Msrs::from_entries(msrs).map_err(|_| Errno(libc::E2BIG))?;
+        match self.fd.set_msrs(&entries)? {
+            written if written == msrs.len() => Ok(()),
+            _ => Err(Errno(libc::EINVAL)),
+        }
+    }
+
+    fn lapic(&self) -> Result<kvm_lapic_state, Errno> {
+        Ok(self.fd.get_lapic()?)
+    }
+
+    fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), Errno> {
+        Ok(self.fd.set_lapic(lapic)?)
+    }
+
+    fn xsave(&self) -> Result<Xsave, Errno> {
+        let mut xsave = self.xsave_buffer()?;
+        if self.xsave_size == 0 {
+            // Before Linux 5.17 there is nothing after the fixed part.
+            xsave.as_mut_slice().fill(0);
+            let plain = self.fd.get_xsave()?;
+            // SAFETY: only the fixed part is written; the length that the wrapper goes by stays.
+            unsafe { xsave.as_mut_fam_struct() }.xsave = plain;
+            return Ok(xsave);
+        }
+        // SAFETY: the buffer has the size that KVM said, which does not grow any more (see `create_vcpu`).
+        unsafe { self.fd.get_xsave2(&mut xsave) }?;
+        Ok(xsave)
+    }
+
+    fn set_xsave(&mut self, xsave: &Xsave) -> Result<(), Errno> {
+        let needed = self.xsave_buffer()?.as_slice().len();
+        if xsave.as_slice().len() < needed {
+            return Err(Errno(libc::EINVAL));
+        }
+        // SAFETY: the buffer has at least the size that KVM reads, as was just looked at.
+        Ok(unsafe { self.fd.set_xsave2(xsave) }?)
+    }
+
+    fn xcrs(&self) -> Result<kvm_xcrs, Errno> {
+        Ok(self.fd.get_xcrs()?)
+    }
+
+    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> Result<(), Errno> {
+        Ok(self.fd.set_xcrs(xcrs)?)
+    }
+
+    fn vcpu_events(&self) -> Result<kvm_vcpu_events, Errno> {
+        Ok(self.fd.get_vcpu_events()?)
+    }
+
+    fn set_vcpu_events(&mut self, events: &kvm_vcpu_events) -> Result<(), Errno> {
+        Ok(self.fd.set_vcpu_events(events)?)
+    }
+
+    fn mp_state(&self) -> Result<kvm_mp_state, Errno> {
+        Ok(self.fd.get_mp_state()?)
+    }
+
+    fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), Errno> {
+        Ok(self.fd.set_mp_state(state)?)
+    }
+
+    fn debug_regs(&self) -> Result<kvm_debugregs, Errno> {
+        Ok(self.fd.get_debug_regs()?)
+    }
+
+    fn set_debug_regs(&mut self, debug_regs: &kvm_debugregs) -> Result<(), Errno> {
+        Ok(self.fd.set_debug_regs(debug_regs)?)
+    }
+
+    fn pre_fault(&mut self, gpa: u64, size: u64) -> Result<u64, Errno> {
+        raw::kvm_pre_fault(&self.fd, gpa, size)
     }
 
     fn translate(&self, linear: u64) -> Option<u64> {
@@ -263,7 +360,7 @@ unsafe impl Send for RunPage {}
 // SAFETY: as above.
 unsafe impl Sync for RunPage {}
 
-const IMMEDIATE_EXIT: usize = 1;
+const IMMEDIATE_EXIT: usize = std::mem::offset_of!(kvm_run, immediate_exit);
 
 impl RunPage {
     fn map(vcpu: &VcpuFd, len: usize) -> Result<Self, Errno> {
@@ -277,7 +374,7 @@ impl RunPage {
     }
 }
 
-impl ExitFlag for RunPage {
+impl ImmediateExit for RunPage {
     fn byte(&self) -> &AtomicU8 {
         // SAFETY: inside the mapping; this byte is only ever reached as an atomic.
         let at = unsafe { self.base.add(IMMEDIATE_EXIT) };

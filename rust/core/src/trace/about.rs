@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use arrow_schema::{Schema, SchemaRef};
 
-use crate::attributes::{PAGE_SIZE, Range, State};
-use crate::events;
-use crate::machine::Machine;
-use crate::model::Model;
+use crate::events::log::EventLog;
+use crate::events::table;
+use crate::memory::address::{PAGE_SIZE, Range, State};
+use crate::memory::guest_memory::GuestMemory;
+use crate::policy::trial::Model;
 
 /// Ranges that are told one by one.
 const MOST_RANGES: usize = 4096;
@@ -47,9 +48,9 @@ impl About {
     }
 
     /// A machine as it is now. Where its states are scattered all over, only the prevailing one is told.
-    pub fn now(machine: &Machine) -> Self {
-        let first = machine.events().total();
-        let map = machine.gate().snapshot();
+    pub fn now(events: &EventLog, memory: &GuestMemory) -> Self {
+        let first = events.total();
+        let map = memory.snapshot();
         let initial = match map.private_bytes() > map.size() / 2 {
             true => State::Private,
             false => State::Shared,
@@ -79,8 +80,13 @@ impl About {
         self.first
     }
 
+    /// Bytes that are shared when the trace begins.
+    pub fn shared_bytes(&self) -> u64 {
+        self.model().shared_bytes()
+    }
+
     /// The states when the trace begins.
-    pub fn model(&self) -> Model {
+    pub(super) fn model(&self) -> Model {
         let mut model = Model::new(self.memory, self.initial);
         for range in &self.others {
             model.set(*range, self.initial.other());
@@ -102,7 +108,7 @@ impl About {
             (FIRST, self.first.to_string()),
         ];
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
-        let fields = events::schema().fields().clone();
+        let fields = table::schema().fields().clone();
         Arc::new(Schema::new_with_metadata(fields, HashMap::from(metadata)))
     }
 

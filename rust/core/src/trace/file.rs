@@ -14,8 +14,10 @@ use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
 
-use super::{About, Trace, TraceError};
-use crate::events::{self, Event};
+use super::about::About;
+use super::data::{Trace, TraceError};
+use crate::events::event::Event;
+use crate::events::table;
 
 /// Rows that are held back at most before a part of a Parquet file is written.
 const ROW_GROUP: usize = 128 * 1024;
@@ -129,7 +131,7 @@ impl Trace {
     pub fn write(&self, path: &Path) -> Result<(), TraceError> {
         let mut output = Output::create(path, &self.about)?;
         for part in self.events.chunks(ROW_GROUP) {
-            output.write(&events::batch(part))?;
+            output.write(&table::batch(part))?;
         }
         output.close()
     }
@@ -206,7 +208,7 @@ impl Trace {
 
     /// As record batches.
     pub fn batches(&self) -> impl Iterator<Item = RecordBatch> {
-        self.events.chunks(ROW_GROUP).map(events::batch)
+        self.events.chunks(ROW_GROUP).map(table::batch)
     }
 }
 
@@ -220,7 +222,7 @@ struct Reader {
 impl Reader {
     fn take_all(&mut self, batches: impl Iterator<Item = Result<RecordBatch, TraceError>>) -> Result<(), TraceError> {
         for batch in batches {
-            let events = events::events(&batch?);
+            let events = table::events(&batch?);
             let no_trace = |what| TraceError::Invalid(format!("{} is no trace: {what}", self.name));
             self.events.append(&mut events.map_err(no_trace)?);
         }

@@ -1,53 +1,12 @@
-//! Recorded requests: writing them to files while a guest runs, and asking other policies about them later.
+//! Recorded requests: written to files while a guest runs, and put to other policies later.
+//!
+//! - [`about`]: the machine that a trace is from; [`data`]: a trace in memory
+//! - [`file`]: Parquet and Arrow IPC; [`recorder`]: from a running machine into a file
+//! - [`replay`]: other policies asked; [`synthetic`]: requests that no guest made
 
-mod about;
-mod file;
-mod recorder;
-mod replay;
-mod synthetic;
-
-use crate::events::Event;
-
-pub use about::About;
-pub use file::Format;
-pub use recorder::{Recorded, Recorder};
-pub use replay::{Difference, Judged, Replay, ReplayError, replay};
-pub use synthetic::synthetic;
-
-/// Requests, and the machine that they were made in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trace {
-    /// The machine.
-    pub about: About,
-    /// The requests, in the order in which they were over.
-    pub events: Vec<Event>,
-    /// It was read from a stream that ends in the middle: whoever wrote it was killed.
-    pub truncated: bool,
-}
-
-/// Why a trace cannot be written, read or replayed.
-#[derive(Debug, thiserror::Error)]
-pub enum TraceError {
-    /// The file's name does not say of which format it is.
-    #[error("{0}: the name must end in .parquet, .arrow (IPC file) or .arrows (IPC stream)")]
-    Format(String),
-    /// The file cannot be reached.
-    #[error("{path}: {source}")]
-    File {
-        /// Which file.
-        path: String,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// What was read is no trace.
-    #[error("{0}")]
-    Invalid(String),
-    /// What was written could not be encoded.
-    #[error("{path}: {what}")]
-    Encoding {
-        /// Which file.
-        path: String,
-        /// Why not.
-        what: String,
-    },
-}
+pub mod about;
+pub mod data;
+pub mod file;
+pub mod recorder;
+pub mod replay;
+pub mod synthetic;

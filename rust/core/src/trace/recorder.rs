@@ -5,17 +5,20 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use arrow_array::RecordBatch;
 use parking_lot::{Condvar, Mutex};
 
+use super::about::About;
+use super::data::TraceError;
 use super::file::Output;
-use super::{About, TraceError};
-use crate::events::{self, Event, EventLog};
+use crate::events::log::EventLog;
+use crate::events::table;
 
 /// How often the log is looked at. The ring holds what comes in between.
 const POLL: Duration = Duration::from_millis(10);
-/// Events are in the file after this time at the latest, or as soon as there are as many as a batch holds at most.
+/// Events are in the file after this time at the latest, or as soon as there are this many.
 const PATIENCE: Duration = Duration::from_secs(1);
-const BATCH: usize = 4096;
+const ENOUGH: u64 = 4096;
 
 /// What became of the events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,6 +60,7 @@ impl Recorder {
             output: Output::create(path, about)?,
             limit,
             pending: Vec::new(),
+            rows: 0,
             since: Instant::now(),
             recorded: Recorded::default(),
         };
@@ -125,7 +129,9 @@ struct Writing {
     next: u64,
     output: Output,
     limit: u64,
-    pending: Vec<Event>,
+    /// Columns that are not in the file yet, and how many rows they have.
+    pending: Vec<RecordBatch>,
+    rows: u64,
     /// When the oldest of what is pending was found.
     since: Instant,
     recorded: Recorded,
@@ -133,31 +139,35 @@ struct Writing {
 
 impl Writing {
     fn take(&mut self) -> Result<(), TraceError> {
-        let mut events = self.log.since(self.next);
-        if let Some(last) = events.last() {
-            self.recorded.lost += last.sequence + 1 - self.next - events.len() as u64;
-            self.next = last.sequence + 1;
-            let room = self.limit - self.recorded.written - self.pending.len() as u64;
-            let kept = events.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-            self.recorded.lost += (events.len() - kept) as u64;
-            events.truncate(kept);
-            if self.pending.is_empty() {
+        for batch in self.log.batches_since(self.next) {
+            let Some(last) = table::last_sequence(&batch) else {
+                continue;
+            };
+            let found = batch.num_rows() as u64;
+            self.recorded.lost += last + 1 - self.next - found;
+            self.next = last + 1;
+            let kept = found.min(self.limit - self.recorded.written - self.rows);
+            self.recorded.lost += found - kept;
+            if self.rows == 0 {
                 self.since = Instant::now();
             }
-            self.pending.append(&mut events);
+            if kept > 0 {
+                self.pending.push(batch.slice(0, kept as usize));
+                self.rows += kept;
+            }
         }
-        match self.pending.len() >= BATCH || self.since.elapsed() >= PATIENCE {
+        match self.rows >= ENOUGH || self.since.elapsed() >= PATIENCE {
             true => self.write(),
             false => Ok(()),
         }
     }
 
     fn write(&mut self) -> Result<(), TraceError> {
-        for part in self.pending.chunks(BATCH) {
-            self.output.write(&events::batch(part))?;
-            self.recorded.written += part.len() as u64;
+        for batch in self.pending.drain(..) {
+            self.output.write(&batch)?;
+            self.recorded.written += batch.num_rows() as u64;
         }
-        self.pending.clear();
+        self.rows = 0;
         Ok(())
     }
 

@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
-use super::{About, Trace, TraceError};
-use crate::attributes::{AttributeMap, Range, State};
+use super::about::About;
+use super::data::{Trace, TraceError};
 use crate::errno::Errno;
 use crate::error::{Failure, Site};
-use crate::events::{Answer, Event, Kind, Outcome, Verdict};
-use crate::model::{self, Carried, Model};
-use crate::policies::Request;
-use crate::policy::{Call, Decision, Fault, Policy};
+use crate::events::event::{Event, Kind, Outcome, RecordedDecision, Verdict};
+use crate::memory::address::{Range, State};
+use crate::memory::page_map::AttributeMap;
+use crate::policy::decision::Decision;
+use crate::policy::hooks::Policy;
+use crate::policy::request::{ExplicitRequest, ImplicitRequest};
+use crate::policy::trial::{Question, Trial};
 
 /// Requests between two looks at whether the caller wants to go on.
 const PATIENCE: usize = 4096;
@@ -88,23 +91,20 @@ pub enum ReplayError {
     Interrupted(Failure),
 }
 
-/// States as one policy has them.
+/// What became of memory under one policy.
 struct Timeline {
-    model: Model,
     /// Pages that were converted: private here.
     touched: AttributeMap,
     judged: Judged,
 }
 
 impl Timeline {
-    fn new(about: &About) -> Self {
-        let model = about.model();
+    fn new(about: &About, shared_bytes: u64) -> Self {
         let judged = Judged {
-            peak_shared: model.shared_bytes(),
+            peak_shared: shared_bytes,
             ..Judged::default()
         };
         Self {
-            model,
             touched: AttributeMap::new(about.memory(), State::Shared),
             judged,
         }
@@ -141,8 +141,8 @@ impl Timeline {
         }
     }
 
-    /// Pages of a range were converted, so many bytes of it.
-    fn done(&mut self, range: Range, to: State, changed: u64) {
+    /// `changed` bytes of a range were converted; `shared_bytes` are shared then.
+    fn done(&mut self, range: Range, to: State, changed: u64, shared_bytes: u64) {
         if changed == 0 {
             return;
         }
@@ -150,70 +150,42 @@ impl Timeline {
             State::Private => self.judged.bytes_to_private += changed,
             State::Shared => self.judged.bytes_to_shared += changed,
         }
-        self.judged.peak_shared = self.judged.peak_shared.max(self.model.shared_bytes());
+        self.judged.peak_shared = self.judged.peak_shared.max(shared_bytes);
         let before = self.touched.uniform(range) != Some(State::Shared);
         self.judged.ping_pongs += u64::from(before);
         self.touched.set(range, State::Private);
     }
 }
 
-/// A request as a machine would put it.
-enum Asked {
-    Fault(Fault),
-    Call(Call),
-}
-
-impl Asked {
-    fn of(event: &Event, memory: u64) -> Option<Self> {
-        let range = Range::new(event.gpa, event.size).filter(|range| range.end() <= memory)?;
-        Some(match event.kind {
-            Kind::Explicit => Asked::Call(Call {
-                vcpu: event.vcpu,
-                range,
-                to: event.to,
-                page_size: event.page_size.into(),
-                raw: event.raw.into(),
-                state: event.state,
-                time: event.time,
-                memory,
-            }),
-            Kind::Implicit | Kind::Poison => Asked::Fault(Fault {
-                vcpu: event.vcpu,
-                range,
-                access: event.to,
-                flags: event.flags.into(),
-                errno: Errno(match event.kind {
-                    Kind::Poison => libc::EHWPOISON,
-                    _ => libc::EFAULT,
-                }),
-                state: event.state.unwrap_or(event.to.other()),
-                rip: event.rip,
-                repeats: event.repeats,
-                time: event.time,
-                memory,
-            }),
-        })
-    }
-
-    fn request(&self) -> Request<'_> {
-        match self {
-            Asked::Fault(fault) => Request::Implicit(fault),
-            Asked::Call(call) => Request::Explicit(call),
-        }
-    }
-
-    /// `superseded`: another vCPU was faster then, so whatever is decided changes nothing.
-    fn judge(&self, kind: Kind, policy: &dyn Policy, model: &mut Model, superseded: bool) -> Result<Carried, Failure> {
-        let decision = match (self, kind) {
-            (Asked::Fault(fault), Kind::Poison) => return Ok(Carried::nothing(model::poison(policy, fault)?)),
-            (Asked::Fault(fault), _) => policy.memory_fault(fault)?,
-            (Asked::Call(call), _) => policy.map_gpa_range(call)?,
-        };
-        match superseded {
-            true => Ok(Carried::nothing(decision)),
-            false => model.carry_out(self.request(), decision),
-        }
-    }
+/// A request as a machine would put it; `None` if it lies outside of memory.
+fn question(event: &Event, memory: u64) -> Option<Question> {
+    let range = Range::new(event.gpa, event.size).filter(|range| range.end() <= memory)?;
+    let implicit = |errno| ImplicitRequest {
+        vcpu: event.vcpu,
+        range,
+        access: event.to,
+        flags: event.flags.into(),
+        errno: Errno(errno),
+        state: event.state.unwrap_or(event.to.other()),
+        rip: event.rip,
+        repeats: event.repeats,
+        time: event.time,
+        memory,
+    };
+    Some(match event.kind {
+        Kind::Implicit => Question::Implicit(implicit(libc::EFAULT)),
+        Kind::Poison => Question::Poison(implicit(libc::EHWPOISON)),
+        Kind::Explicit => Question::Explicit(ExplicitRequest {
+            vcpu: event.vcpu,
+            range,
+            to: event.to,
+            page_size: event.page_size.into(),
+            raw: event.raw.into(),
+            state: event.state,
+            time: event.time,
+            memory,
+        }),
+    })
 }
 
 /// Puts every request of a trace to each of these policies. `keep` is how many of the differences are kept; `watch` is
@@ -234,49 +206,50 @@ pub fn replay(
     let memory = trace.about.memory();
     let mut order: Vec<&Event> = trace.events.iter().collect();
     order.sort_by_key(|event| (event.time, event.sequence));
-    let mut recorded = Timeline::new(&trace.about);
-    let mut timelines: Vec<Timeline> = policies.iter().map(|_| Timeline::new(&trace.about)).collect();
+    let mut states = trace.about.model();
+    let timeline = || Timeline::new(&trace.about, trace.about.model().shared_bytes());
+    let mut recorded = timeline();
+    let trial = |policy: &Arc<dyn Policy>| (Trial::of(policy.clone(), trace.about.model()), timeline());
+    let mut trials: Vec<(Trial, Timeline)> = policies.iter().map(trial).collect();
     let (mut differences, mut different) = (Vec::new(), 0);
     for (number, event) in order.iter().enumerate() {
         if number % PATIENCE == 0 {
             watch().map_err(ReplayError::Interrupted)?;
         }
-        let asked = Asked::of(event, memory).ok_or_else(|| outside(event, memory))?;
-        let range = asked.request().range();
+        let question = question(event, memory).ok_or_else(|| outside(event, memory))?;
+        let range = question.range();
         if let Some(state) = event.state
-            && recorded.model.map().uniform(range) != Some(state)
+            && states.map().uniform(range) != Some(state)
         {
-            recorded.model.set(range, state);
-            timelines.iter_mut().for_each(|timeline| {
-                timeline.model.set(range, state);
-            });
+            states.set(range, state);
+            trials.iter().for_each(|(trial, _)| trial.set(range, state));
         }
         let mut decisions = Vec::new();
         let mut differ = false;
-        for (policy, (judge, timeline)) in policies.iter().zip(&mut timelines).enumerate() {
-            let superseded = event.outcome == Outcome::Superseded;
-            let carried = asked.judge(event.kind, judge.as_ref(), &mut timeline.model, superseded);
+        for (policy, (trial, timeline)) in trials.iter_mut().enumerate() {
+            // Where another vCPU was faster then, whatever is decided changes nothing.
+            let carried = trial.carry_out(&question, event.outcome != Outcome::Superseded);
             let carried = carried.map_err(|failure| ReplayError::Policy {
                 policy,
                 sequence: event.sequence,
                 site: site(event),
                 failure,
             })?;
-            let answer = Answer::of(&carried.decision, range, event.to);
-            timeline.count(event, answer.verdict);
+            let decision = RecordedDecision::of(&carried.decision, range, event.to);
+            timeline.count(event, decision.verdict);
             if let Some((range, to)) = carried.done {
-                timeline.done(range, to, carried.changed);
+                timeline.done(range, to, carried.changed, trial.shared_bytes());
             }
-            if event.answer.verdict != Verdict::None && answer != event.answer {
+            if event.decision.verdict != Verdict::None && decision != event.decision {
                 timeline.judged.differences += 1;
                 differ = true;
             }
-            decisions.push((carried.decision, answer));
+            decisions.push((carried.decision, decision));
         }
-        recorded.count(event, event.answer.verdict);
+        recorded.count(event, event.decision.verdict);
         if let Some(range) = Range::new(event.done_gpa, event.done_size).filter(|range| range.end() <= memory) {
-            recorded.model.set(range, event.done_to);
-            recorded.done(range, event.done_to, event.changed);
+            states.set(range, event.done_to);
+            recorded.done(range, event.done_to, event.changed, states.shared_bytes());
         }
         differ |= decisions.windows(2).any(|pair| pair[0].1 != pair[1].1);
         if differ {
@@ -295,7 +268,7 @@ pub fn replay(
         requests: order.len() as u64,
         missing: span.saturating_sub(order.len() as u64),
         recorded: recorded.judged,
-        policies: timelines.into_iter().map(|timeline| timeline.judged).collect(),
+        policies: trials.into_iter().map(|(_, timeline)| timeline.judged).collect(),
         differences,
         different,
     })

@@ -1,12 +1,14 @@
 //! Requests that no guest made, as many as one likes: to try policies, and what reads traces, on.
 
-use super::{About, Trace};
-use crate::attributes::{PAGE_SIZE, Range, State};
-use crate::events::{Answer, Event, Kind, Outcome};
-use crate::explicit;
-use crate::model::Model;
-use crate::policy::Decision;
-use crate::run::MEMORY_EXIT_FLAG_PRIVATE;
+use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
+
+use super::about::About;
+use super::data::Trace;
+use crate::events::event::{Event, Kind, Outcome, RecordedDecision};
+use crate::memory::address::{PAGE_SIZE, Range, State};
+use crate::policy::decision::Decision;
+use crate::policy::map_gpa_range;
+use crate::policy::trial::Model;
 
 const MEMORY: u64 = 1 << 30;
 const BLOCK: u64 = 2 << 20;
@@ -73,7 +75,7 @@ const NOTHING: Event = Event {
     flags: 0,
     rip: 0,
     repeats: 0,
-    answer: Answer::none(State::Shared),
+    decision: RecordedDecision::none(State::Shared),
     outcome: Outcome::Converted,
     done_gpa: 0,
     done_size: 0,
@@ -93,7 +95,7 @@ fn one(model: &mut Model, event: Event) -> Event {
     let explicit = event.kind == Kind::Explicit;
     let page_size = if range.size() == BLOCK { BLOCK } else { PAGE_SIZE };
     let flags = if to == State::Private {
-        MEMORY_EXIT_FLAG_PRIVATE
+        KVM_MEMORY_EXIT_FLAG_PRIVATE
     } else {
         0
     };
@@ -102,12 +104,12 @@ fn one(model: &mut Model, event: Event) -> Event {
         state: Some(state),
         page_size: if explicit { page_size as u32 } else { 0 },
         raw: match explicit {
-            true => explicit::attributes(to, page_size).unwrap_or_default() as u32,
+            true => map_gpa_range::attributes(to, page_size).unwrap_or_default() as u32,
             false => 0,
         },
-        flags: if explicit { 0 } else { flags as u32 },
+        flags: if explicit { 0 } else { flags },
         rip: if explicit { 0 } else { event.rip },
-        answer: Answer::of(&Decision::as_asked(), range, to),
+        decision: RecordedDecision::of(&Decision::as_asked(), range, to),
         done_gpa: range.gpa(),
         done_size: range.size(),
         done_to: to,

@@ -1,0 +1,117 @@
+//! A conversion: have KVM enforce the new state, and discard the old side.
+
+use std::io;
+use std::sync::{MutexGuard, PoisonError};
+
+use crate::pages::Pages;
+use crate::plan::{Mode, Work};
+use crate::slots::{Slot, Slots};
+use crate::vm::BareVm;
+
+/// What one KVM_SET_MEMORY_ATTRIBUTES is given at most, so that it does not hold another vCPU for long.
+const CHUNK: u64 = 2 << 20;
+
+impl BareVm {
+    pub(crate) fn convert(&self, pages: Pages, private: bool) -> io::Result<()> {
+        if self.plan.work == Work::Nothing {
+            return Ok(());
+        }
+        if self.plan.work == Work::All && self.plan.mode == Mode::Attributes && !private {
+            self.clean(pages)?;
+        }
+        match (self.plan.mode, self.plan.shared_bit) {
+            (Mode::Attributes, None) => self.attribute(pages, private)?,
+            (Mode::Attributes, Some(_)) => {
+                let shared_view = self.views.address(pages.start, false);
+                self.attribute(Pages::new(shared_view, pages.size())?, private)?;
+                self.private_slot(pages, private)?;
+            }
+            (Mode::Memslots, _) => self.swap(pages, private)?,
+        }
+        match self.plan.work {
+            Work::Discard | Work::All => self.discard(pages, !private),
+            Work::Nothing | Work::Enforce => Ok(()),
+        }
+    }
+
+    fn attribute(&self, pages: Pages, private: bool) -> io::Result<()> {
+        let mut start = pages.start;
+        while start < pages.end {
+            let end = (start - start % CHUNK + CHUNK).min(pages.end);
+            self.set_attributes(Pages { start, end }, private)?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// With attributes and two views, private pages have a memslot at their private view, and shared ones have none
+    /// there.
+    fn private_slot(&self, pages: Pages, private: bool) -> io::Result<()> {
+        let mut slots = self.slots();
+        match (private, slots.around(pages.start)) {
+            (true, None) => {
+                let id = slots.take().ok_or(io::ErrorKind::StorageFull)?;
+                self.create_slot(id, pages, true)?;
+                let end = pages.end;
+                slots.at.insert(pages.start, Slot { end, id, private });
+                Ok(())
+            }
+            (false, Some((start, slot))) if (start, slot.end) == (pages.start, pages.end) => {
+                self.delete_slot(slot.id)?;
+                slots.remove(start);
+                Ok(())
+            }
+            _ => Err(unexpected("conversions that overlap")),
+        }
+    }
+
+    /// Takes the pages out of the memslot they are in, and joins them to neighbours that are in the new state.
+    fn swap(&self, pages: Pages, private: bool) -> io::Result<()> {
+        let mut slots = self.slots();
+        let (outer_start, outer) = match slots.around(pages.start) {
+            Some((_, slot)) if slot.private == private => return Ok(()),
+            Some((start, slot)) if pages.end <= slot.end => (start, slot),
+            _ => return Err(unexpected("a conversion across memslots")),
+        };
+        let joins = |slot: &(u64, Slot)| slot.1.private == private;
+        let part = slots.part;
+        let below = (pages.start == outer_start && !pages.start.is_multiple_of(part))
+            .then(|| slots.around(pages.start - 1))
+            .flatten()
+            .filter(joins);
+        let above = (pages.end == outer.end && !pages.end.is_multiple_of(part))
+            .then(|| slots.around(pages.end))
+            .flatten()
+            .filter(joins);
+        let start = below.map_or(pages.start, |(start, _)| start);
+        let end = above.map_or(pages.end, |(_, slot)| slot.end);
+        for (start, slot) in [Some((outer_start, outer)), below, above].into_iter().flatten() {
+            self.delete_slot(slot.id)?;
+            slots.remove(start);
+        }
+        let rest = [
+            (outer_start, pages.start, outer.private),
+            (pages.end, outer.end, outer.private),
+        ];
+        for (start, end, private) in rest.into_iter().chain([(start, end, private)]) {
+            if start == end {
+                continue;
+            }
+            let id = slots.take().ok_or(io::ErrorKind::StorageFull)?;
+            self.create_slot(id, Pages { start, end }, private)?;
+            slots.at.insert(start, Slot { end, id, private });
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn unexpected(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the bare loop does not know {what}"),
+    )
+}

@@ -1,0 +1,108 @@
+//! The page tables and the GDT that a vCPU needs to start in long mode.
+
+use crate::error::Error;
+use crate::memory::address::{PAGE_SIZE, State};
+use crate::memory::views::Views;
+
+pub(crate) const CODE_SELECTOR: u16 = 0x08;
+pub(crate) const DATA_SELECTOR: u16 = 0x10;
+
+const ENTRY_TABLE: u64 = 0b111;
+const ENTRY_LARGE: u64 = 0b1000_0111;
+const ENTRIES: usize = 512;
+const LARGE_PAGE: u64 = 2 << 20;
+const GIB_SHIFT: u32 = 30;
+const PML4_SHIFT: u32 = 39;
+/// Above this bit a linear address that equals its gpa is not canonical.
+const HIGHEST_IDENTITY_BIT: u32 = 46;
+
+const CODE64_DESCRIPTOR: u64 = 0x00af_9b00_0000_ffff;
+const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
+
+/// The page tables and the GDT of mode "long", and where they belong.
+pub struct Tables {
+    /// Their first byte, without the shared bit.
+    pub gpa: u64,
+    /// Whole pages.
+    pub bytes: Vec<u8>,
+    pub(crate) gdt: u64,
+}
+
+struct Builder {
+    pages: Vec<[u64; ENTRIES]>,
+    base: u64,
+    views: Views,
+}
+
+impl Builder {
+    /// The address of a table's page as the CPU must walk it: a page walk never asks for a conversion.
+    fn address(&self, page: usize) -> u64 {
+        self.views.address(self.base + page as u64 * PAGE_SIZE, State::Shared)
+    }
+
+    /// The table that `entry` of `table` points to, made if need be.
+    fn below(&mut self, table: usize, entry: u64, next: &mut usize) -> usize {
+        let entry = (entry as usize) % ENTRIES;
+        let present = self.pages[table][entry];
+        if present != 0 {
+            return ((present & !0xfff) - self.address(0)) as usize / PAGE_SIZE as usize;
+        }
+        let page = *next;
+        *next += 1;
+        self.pages[table][entry] = self.address(page) | ENTRY_TABLE;
+        page
+    }
+
+    /// Maps the GiB at `at` to itself.
+    fn gib(&mut self, at: u64, next: &mut usize) {
+        let pdpt = self.below(0, at >> PML4_SHIFT, next);
+        let pd = self.below(pdpt, at >> GIB_SHIFT, next);
+        for (i, entry) in self.pages[pd].iter_mut().enumerate() {
+            *entry = ((at >> GIB_SHIFT << GIB_SHIFT) + i as u64 * LARGE_PAGE) | ENTRY_LARGE;
+        }
+    }
+}
+
+/// PML4; PDPT and PD of the private views; PDPT and PD of the shared ones; the GDT last.
+const TABLE_PAGES: usize = 6;
+
+/// Builds the tables for this memory.
+///
+/// # Errors
+/// `Invalid` for memory without room for them, `NotSupported` for a shared bit that long mode cannot map.
+pub fn tables(views: Views) -> Result<Tables, Error> {
+    let bytes = TABLE_PAGES as u64 * PAGE_SIZE;
+    let Some(base) = views.size().checked_sub(bytes) else {
+        let message = format!("mode \"long\" keeps {bytes:#x} bytes of tables at the top of memory; give it more");
+        return Err(Error::Invalid(message));
+    };
+    if views.shared_mask() >> HIGHEST_IDENTITY_BIT > 1 {
+        let message = format!(
+            "mode \"long\" maps the shared views to themselves, so shared_bit is at most {HIGHEST_IDENTITY_BIT}"
+        );
+        return Err(Error::NotSupported(message));
+    }
+    let mut builder = Builder {
+        pages: vec![[0; ENTRIES]; TABLE_PAGES],
+        base,
+        views,
+    };
+    let mut next = 1;
+    builder.gib(0, &mut next);
+    if views.split() {
+        builder.gib(views.shared_mask(), &mut next);
+    }
+    let gdt = TABLE_PAGES - 1;
+    builder.pages[gdt][usize::from(CODE_SELECTOR / 8)] = CODE64_DESCRIPTOR;
+    builder.pages[gdt][usize::from(DATA_SELECTOR / 8)] = DATA_DESCRIPTOR;
+    Ok(Tables {
+        gpa: base,
+        gdt: builder.address(gdt),
+        bytes: builder
+            .pages
+            .iter()
+            .flatten()
+            .flat_map(|entry| entry.to_le_bytes())
+            .collect(),
+    })
+}

@@ -1,0 +1,120 @@
+//! Who answers port IO, and MMIO outside of memory.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+use crate::error::{Error, Failure};
+use crate::hypervisor::exit::{Io, Mmio};
+use crate::hypervisor::hypercall::DOORBELL_PORT;
+use crate::memory::views::Views;
+
+/// Answers port IO. Called on vCPU threads.
+pub trait IoHandler: Send + Sync {
+    /// `data` is what a write wrote, or what a read is to read: `io.len()` bytes.
+    ///
+    /// # Errors
+    /// A failure ends the run.
+    fn io(&self, vcpu: u32, io: &Io, data: &mut [u8]) -> Result<(), Failure>;
+}
+
+/// Answers MMIO. Called on vCPU threads.
+pub trait MmioHandler: Send + Sync {
+    /// `data` is what a store stored, or what a load is to load: `mmio.len` bytes.
+    ///
+    /// # Errors
+    /// A failure ends the run.
+    fn mmio(&self, vcpu: u32, mmio: &Mmio, data: &mut [u8]) -> Result<(), Failure>;
+}
+
+/// Bytes, and who answers there.
+type Region = (u64, Arc<dyn MmioHandler>);
+
+/// The port that a vCPU used last, and who answers there: a guest that uses one does so again.
+#[derive(Default)]
+pub(crate) struct KnownPort {
+    port: u16,
+    version: u64,
+    handler: Option<Arc<dyn IoHandler>>,
+}
+
+#[derive(Default)]
+pub(crate) struct Bus {
+    ports: RwLock<HashMap<u16, Arc<dyn IoHandler>>>,
+    /// Grows with every change of the ports.
+    version: AtomicU64,
+    mmio: RwLock<BTreeMap<u64, Region>>,
+}
+
+impl Bus {
+    /// Who answers a port, through what the calling vCPU remembers.
+    pub(crate) fn port<'a>(&self, port: u16, known: &'a mut KnownPort) -> Option<&'a dyn IoHandler> {
+        // Acquire: a change that is counted is there to be read.
+        let version = self.version.load(Ordering::Acquire);
+        if known.port != port || known.version != version {
+            *known = KnownPort {
+                port,
+                version,
+                handler: self.ports.read().get(&port).cloned(),
+            };
+        }
+        known.handler.as_deref()
+    }
+
+    pub(crate) fn mmio(&self, gpa: u64, len: u64) -> Option<Arc<dyn MmioHandler>> {
+        let regions = self.mmio.read();
+        let (start, (size, handler)) = regions.range(..=gpa).next_back()?;
+        let end = (gpa - start).checked_add(len)?;
+        (end <= *size).then(|| handler.clone())
+    }
+
+    pub(crate) fn on_io(&self, port: u16, handler: Arc<dyn IoHandler>) -> Result<(), Error> {
+        if port == DOORBELL_PORT {
+            let message = format!("port {port:#x} is the doorbell of explicit requests; choose another");
+            return Err(Error::Invalid(message));
+        }
+        match self.ports.write().entry(port) {
+            Entry::Vacant(free) => {
+                free.insert(handler);
+                self.version.fetch_add(1, Ordering::Release);
+                Ok(())
+            }
+            Entry::Occupied(_) => Err(Error::Invalid(format!("port {port:#x} already has a handler"))),
+        }
+    }
+
+    pub(crate) fn on_mmio(
+        &self,
+        gpa: u64,
+        size: u64,
+        views: &Views,
+        handler: Arc<dyn MmioHandler>,
+    ) -> Result<(), Error> {
+        let invalid = |why: &str| Err(Error::Invalid(format!("MMIO range {gpa:#x} + {size:#x} {why}")));
+        let Some(end) = gpa.checked_add(size).filter(|_| size > 0) else {
+            return invalid("is empty or wraps");
+        };
+        let shared = views.shared_mask();
+        let overlaps = |start: u64| gpa < start + views.size() && start < end;
+        if overlaps(0) || overlaps(shared) {
+            return invalid("overlaps guest memory; MMIO lies outside memory and its views");
+        }
+        let mut regions = self.mmio.write();
+        let before = regions.range(..end).next_back();
+        if before.is_some_and(|(start, (size, _))| gpa < start + size) {
+            return invalid("overlaps another handler's");
+        }
+        regions.insert(gpa, (size, handler));
+        Ok(())
+    }
+
+    /// Lets go of all handlers.
+    pub(crate) fn clear(&self) {
+        self.ports.write().clear();
+        self.version.fetch_add(1, Ordering::Release);
+        self.mmio.write().clear();
+    }
+}

@@ -1,0 +1,3 @@
+//! What a guest reaches by port IO and MMIO.
+
+pub mod bus;

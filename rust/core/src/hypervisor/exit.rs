@@ -1,0 +1,293 @@
+//! What a return of KVM_RUN means: from its result and kvm_run to one owned [`Exit`], pure and total.
+//!
+//! `exit_reason` is not always written (early returns leave the previous value), so the caller writes [`SENTINEL`]
+//! before each entry, and kvm_run is ignored unless KVM filled it in, which the errno tells:
+//!
+//! | result | `exit_reason` | |
+//! |---|---|---|
+//! | EINTR, EAGAIN | ignored | nothing happened |
+//! | EFAULT | MEMORY_FAULT | a page in the wrong state |
+//! | EHWPOISON | MEMORY_FAULT | a poisoned page, never a conversion |
+//! | EFAULT | anything else | the host memory behind the guest is broken |
+//! | 0 | dispatched on | |
+
+use std::mem::offset_of;
+
+use kvm_bindings::kvm_run;
+
+use crate::errno::Errno;
+
+/// The byte of kvm_run at which the slice given to [`decode`] begins: `exit_reason`. Other threads may write those before.
+pub const START: usize = offset_of!(kvm_run, exit_reason);
+/// `exit_reason` of an access to a page in the wrong state (KVM_EXIT_MEMORY_FAULT).
+pub const MEMORY_FAULT: u32 = kvm_bindings::KVM_EXIT_MEMORY_FAULT;
+/// What the run loop writes into `exit_reason` before each entry. No exit of KVM has this number.
+pub const SENTINEL: u32 = u32::MAX;
+
+/// Offsets into kvm_run, from [`START`] on.
+pub(crate) mod offset {
+    use std::mem::offset_of;
+
+    use kvm_bindings::{kvm_regs, kvm_run, kvm_run__bindgen_ty_1 as exits, kvm_sync_regs};
+
+    const fn of(offset: usize) -> usize {
+        offset - super::START
+    }
+
+    pub const EXIT_REASON: usize = 0;
+    pub const UNION: usize = of(offset_of!(kvm_run, __bindgen_anon_1));
+    pub const IO_DIRECTION: usize = UNION + offset_of!(exits, io.direction);
+    pub const IO_PORT: usize = UNION + offset_of!(exits, io.port);
+    pub const IO_COUNT: usize = UNION + offset_of!(exits, io.count);
+    pub const IO_DATA_OFFSET: usize = UNION + offset_of!(exits, io.data_offset);
+    pub const MMIO_ADDRESS: usize = UNION + offset_of!(exits, mmio.phys_addr);
+    pub const MMIO_DATA: usize = UNION + offset_of!(exits, mmio.data);
+    pub const MMIO_LEN: usize = UNION + offset_of!(exits, mmio.len);
+    pub const MMIO_IS_WRITE: usize = UNION + offset_of!(exits, mmio.is_write);
+    pub const HYPERCALL_NR: usize = UNION + offset_of!(exits, hypercall.nr);
+    pub const HYPERCALL_ARGS: usize = UNION + offset_of!(exits, hypercall.args);
+    pub const HYPERCALL_RET: usize = UNION + offset_of!(exits, hypercall.ret);
+    pub const MEMORY_FAULT_FLAGS: usize = UNION + offset_of!(exits, memory_fault.flags);
+    pub const MEMORY_FAULT_GPA: usize = UNION + offset_of!(exits, memory_fault.gpa);
+    pub const MEMORY_FAULT_SIZE: usize = UNION + offset_of!(exits, memory_fault.size);
+    pub const INTERNAL_SUBERROR: usize = UNION + offset_of!(exits, internal.suberror);
+    pub const FAIL_ENTRY_REASON: usize = UNION + offset_of!(exits, fail_entry.hardware_entry_failure_reason);
+    pub const SYSTEM_EVENT_TYPE: usize = UNION + offset_of!(exits, system_event.type_);
+    pub const VALID_REGS: usize = of(offset_of!(kvm_run, kvm_valid_regs));
+    pub const DIRTY_REGS: usize = of(offset_of!(kvm_run, kvm_dirty_regs));
+    pub const REGS: usize = of(offset_of!(kvm_run, s)) + offset_of!(kvm_sync_regs, regs);
+    pub const RAX: usize = REGS + offset_of!(kvm_regs, rax);
+}
+
+/// Why KVM_RUN came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A signal, or `immediate_exit`. Nothing is pending.
+    Interrupted,
+    /// EAGAIN: call again.
+    TryAgain,
+    /// ENOMEM. Also a signal that hit KVM's worker creation on the first entry.
+    OutOfMemory,
+    /// An access met a page in the wrong state (errno EFAULT). The instruction will execute again.
+    MemoryFault(MemoryFault),
+    /// An access met a poisoned page (errno EHWPOISON).
+    Poison(MemoryFault),
+    /// EFAULT without annotation: the host mapping behind a slot cannot be faulted in.
+    BadBacking,
+    /// Any other errno.
+    Failed(Errno),
+    /// Port IO.
+    Io(Io),
+    /// An access to an address without a memslot.
+    Mmio(Mmio),
+    /// A hypercall that was enabled to exit.
+    Hypercall(Hypercall),
+    /// HLT.
+    Halt,
+    /// A triple fault.
+    Shutdown,
+    /// KVM could not go on: emulation failed, or worse.
+    InternalError {
+        /// KVM_INTERNAL_ERROR_*: 1 is a failed emulation.
+        suberror: u32,
+    },
+    /// The CPU refused to enter the guest.
+    FailEntry {
+        /// The hardware's reason.
+        reason: u64,
+    },
+    /// The guest wrote CR8, which without an interrupt controller is of no consequence.
+    SetTpr,
+    /// KVM_SYSTEM_EVENT_*.
+    SystemEvent {
+        /// The kind of event.
+        kind: u32,
+    },
+    /// An exit this core does not know, or whose fields make no sense.
+    Unknown {
+        /// The exit reason; [`SENTINEL`] where the kernel wrote none.
+        reason: u32,
+    },
+}
+
+impl Exit {
+    /// Whether KVM waits for an answer in kvm_run, and the instruction will not execute again.
+    pub fn awaits_reply(&self) -> bool {
+        matches!(self, Exit::Io(_) | Exit::Mmio(_) | Exit::Hypercall(_))
+    }
+}
+
+/// `kvm_run.memory_fault`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryFault {
+    /// KVM_MEMORY_EXIT_FLAG_*; only PRIVATE (1 << 3) is known.
+    pub flags: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Bytes; 4096 on x86.
+    pub size: u64,
+}
+
+/// `kvm_run.io`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Io {
+    /// The port.
+    pub port: u16,
+    /// OUT, not IN.
+    pub write: bool,
+    /// Bytes of one access: 1, 2 or 4.
+    pub size: u8,
+    /// Accesses; more than one for string IO.
+    pub count: u32,
+    /// Where its `size * count` bytes of data are, from [`START`] on.
+    pub data: usize,
+}
+
+impl Io {
+    /// Bytes of data; all of them lie in kvm_run.
+    pub fn len(&self) -> usize {
+        usize::from(self.size) * self.count as usize
+    }
+
+    /// Whether there is no data; never true of a decoded exit.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// `kvm_run.mmio`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mmio {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// A store, not a load.
+    pub write: bool,
+    /// Bytes, 1 to 8.
+    pub len: u8,
+    /// What a store stores; the first `len` bytes count.
+    pub data: [u8; 8],
+}
+
+/// `kvm_run.hypercall`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hypercall {
+    /// RAX.
+    pub nr: u64,
+    /// RBX, RCX, RDX.
+    pub args: [u64; 3],
+}
+
+/// Decodes one return of KVM_RUN. `kvm_run` is the structure from [`START`] on.
+#[inline]
+pub fn decode(result: Result<(), Errno>, kvm_run: &[u8]) -> Exit {
+    let reason = u32_at(kvm_run, offset::EXIT_REASON).unwrap_or(SENTINEL);
+    match result {
+        Ok(()) => dispatch(reason, kvm_run).unwrap_or(Exit::Unknown { reason }),
+        Err(errno) => failed(errno, reason, kvm_run),
+    }
+}
+
+#[inline]
+fn dispatch(reason: u32, kvm_run: &[u8]) -> Option<Exit> {
+    Some(match reason {
+        kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(hypercall(kvm_run)?),
+        kvm_bindings::KVM_EXIT_IO => Exit::Io(io(kvm_run)?),
+        kvm_bindings::KVM_EXIT_MMIO => Exit::Mmio(mmio(kvm_run)?),
+        kvm_bindings::KVM_EXIT_HLT => Exit::Halt,
+        kvm_bindings::KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+        kvm_bindings::KVM_EXIT_SET_TPR => Exit::SetTpr,
+        kvm_bindings::KVM_EXIT_INTR => Exit::Interrupted,
+        kvm_bindings::KVM_EXIT_INTERNAL_ERROR => Exit::InternalError {
+            suberror: u32_at(kvm_run, offset::INTERNAL_SUBERROR)?,
+        },
+        kvm_bindings::KVM_EXIT_FAIL_ENTRY => Exit::FailEntry {
+            reason: u64_at(kvm_run, offset::FAIL_ENTRY_REASON)?,
+        },
+        kvm_bindings::KVM_EXIT_SYSTEM_EVENT => Exit::SystemEvent {
+            kind: u32_at(kvm_run, offset::SYSTEM_EVENT_TYPE)?,
+        },
+        _ => return None,
+    })
+}
+
+fn failed(errno: Errno, reason: u32, kvm_run: &[u8]) -> Exit {
+    let fault = || match reason {
+        kvm_bindings::KVM_EXIT_MEMORY_FAULT => memory_fault(kvm_run),
+        _ => None,
+    };
+    match errno.0 {
+        libc::EINTR => Exit::Interrupted,
+        libc::EAGAIN => Exit::TryAgain,
+        libc::ENOMEM => Exit::OutOfMemory,
+        libc::EFAULT => fault().map_or(Exit::BadBacking, Exit::MemoryFault),
+        libc::EHWPOISON => fault().map_or(Exit::Failed(errno), Exit::Poison),
+        _ => Exit::Failed(errno),
+    }
+}
+
+#[inline]
+fn hypercall(kvm_run: &[u8]) -> Option<Hypercall> {
+    Some(Hypercall {
+        nr: u64_at(kvm_run, offset::HYPERCALL_NR)?,
+        args: [
+            u64_at(kvm_run, offset::HYPERCALL_ARGS)?,
+            u64_at(kvm_run, offset::HYPERCALL_ARGS + 8)?,
+            u64_at(kvm_run, offset::HYPERCALL_ARGS + 16)?,
+        ],
+    })
+}
+
+fn memory_fault(kvm_run: &[u8]) -> Option<MemoryFault> {
+    Some(MemoryFault {
+        flags: u64_at(kvm_run, offset::MEMORY_FAULT_FLAGS)?,
+        gpa: u64_at(kvm_run, offset::MEMORY_FAULT_GPA)?,
+        size: u64_at(kvm_run, offset::MEMORY_FAULT_SIZE)?,
+    })
+}
+
+/// `None` where its data does not lie in kvm_run.
+#[inline]
+fn io(kvm_run: &[u8]) -> Option<Io> {
+    let [direction, size] = bytes(kvm_run, offset::IO_DIRECTION)?;
+    let io = Io {
+        write: direction == kvm_bindings::KVM_EXIT_IO_OUT as u8,
+        size,
+        port: bytes(kvm_run, offset::IO_PORT).map(u16::from_le_bytes)?,
+        count: u32_at(kvm_run, offset::IO_COUNT)?,
+        data: usize::try_from(u64_at(kvm_run, offset::IO_DATA_OFFSET)?)
+            .ok()?
+            .checked_sub(START)?,
+    };
+    let end = io.data.checked_add(io.len())?;
+    (matches!(size, 1 | 2 | 4) && io.count > 0 && end <= kvm_run.len()).then_some(io)
+}
+
+fn mmio(kvm_run: &[u8]) -> Option<Mmio> {
+    let len = u32_at(kvm_run, offset::MMIO_LEN)?;
+    let mmio = Mmio {
+        gpa: u64_at(kvm_run, offset::MMIO_ADDRESS)?,
+        data: bytes(kvm_run, offset::MMIO_DATA)?,
+        len: u8::try_from(len).ok()?,
+        write: *kvm_run.get(offset::MMIO_IS_WRITE)? != 0,
+    };
+    (1..=8).contains(&mmio.len).then_some(mmio)
+}
+
+fn bytes<const N: usize>(kvm_run: &[u8], at: usize) -> Option<[u8; N]> {
+    kvm_run.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+pub(crate) fn u32_at(kvm_run: &[u8], at: usize) -> Option<u32> {
+    bytes(kvm_run, at).map(u32::from_le_bytes)
+}
+
+pub(crate) fn u64_at(kvm_run: &[u8], at: usize) -> Option<u64> {
+    bytes(kvm_run, at).map(u64::from_le_bytes)
+}
+
+/// Writes `bytes` into kvm_run. Every caller's offset is inside of it.
+pub(crate) fn put(kvm_run: &mut [u8], at: usize, bytes: &[u8]) {
+    if let Some(place) = kvm_run.get_mut(at..at + bytes.len()) {
+        place.copy_from_slice(bytes);
+    }
+}

@@ -1,0 +1,178 @@
+//! The virtual machine of the fake.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use parking_lot::Mutex;
+use rustix::fs::MemfdFlags;
+
+use super::kernel::{CallName, Entered, Injection, Kernel, Slot};
+use super::script::{Reply, Step};
+use super::vcpu::FakeVcpu;
+use crate::errno::Errno;
+use crate::hypervisor::raw;
+use crate::hypervisor::vm::{Capabilities, FilePart, Hypervisor, Memslot, Vcpu};
+
+/// Bits of a guest-physical address.
+const PHYSICAL_BITS: u32 = 48;
+
+struct Script {
+    steps: Vec<Step>,
+    cycles: u64,
+}
+
+/// A virtual machine that replays scripts.
+pub struct FakeVm {
+    capabilities: Capabilities,
+    kernel: Arc<Kernel>,
+    scripts: Vec<Script>,
+    replies: Vec<Arc<Mutex<Vec<Reply>>>>,
+}
+
+impl FakeVm {
+    /// One script a vCPU, executed `cycles` times; then the vCPU halts. vCPUs without a script halt at once.
+    pub fn new(capabilities: Capabilities, scripts: Vec<Vec<Step>>, cycles: u64) -> Self {
+        Self {
+            capabilities,
+            kernel: Arc::default(),
+            replies: scripts.iter().map(|_| Arc::default()).collect(),
+            scripts: scripts.into_iter().map(|steps| Script { steps, cycles }).collect(),
+        }
+    }
+
+    /// A host like a plain one: guest_memfd, no attributes, room for `memslots` slots.
+    pub fn plain(memslots: u32) -> Capabilities {
+        Capabilities {
+            memslots,
+            vcpus: 1024,
+            private_attribute: false,
+            guest_memfd: true,
+            guest_memfd_flags: 3,
+            pre_fault: true,
+        }
+    }
+
+    /// A host with private memory.
+    pub fn protected(memslots: u32) -> Capabilities {
+        Capabilities {
+            private_attribute: true,
+            guest_memfd_flags: 1,
+            ..Self::plain(memslots)
+        }
+    }
+
+    /// Makes calls fail, counted from now on.
+    pub fn inject(&self, injection: Injection) {
+        self.kernel.inject(injection);
+    }
+
+    /// What the vCPU was answered, in order. Not kept for scripts that repeat.
+    pub fn replies(&self, vcpu: usize) -> Vec<Reply> {
+        self.replies
+            .get(vcpu)
+            .map(|replies| replies.lock().clone())
+            .unwrap_or_default()
+    }
+
+    /// Whether the page at `gpa` carries PRIVATE.
+    pub fn is_private(&self, gpa: u64) -> bool {
+        self.kernel.is_private(gpa)
+    }
+
+    /// The slot at `gpa`: whether a guest_memfd is bound to it.
+    pub fn slot_at(&self, gpa: u64) -> Option<bool> {
+        self.kernel.slot_at(gpa)
+    }
+
+    /// How many slots there are.
+    pub fn slot_count(&self) -> usize {
+        self.kernel.slot_count()
+    }
+
+    /// How many calls of this name were made.
+    pub fn calls(&self, call: CallName) -> u64 {
+        self.kernel.calls(call)
+    }
+}
+
+impl Hypervisor for FakeVm {
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    /// One leaf: the width of guest-physical addresses.
+    fn supported_cpuid(&self) -> Result<CpuId, Errno> {
+        let sizes = kvm_cpuid_entry2 {
+            function: 0x8000_0008,
+            eax: PHYSICAL_BITS,
+            ..Default::default()
+        };
+        CpuId::from_entries(&[sizes]).map_err(|_| Errno(libc::ENOMEM))
+    }
+
+    fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<OwnedFd, Errno> {
+        if size == 0 || !size.is_multiple_of(4096) || flags & !self.capabilities.guest_memfd_flags != 0 {
+            return Err(Errno(libc::EINVAL));
+        }
+        let file = File::from(rustix::fs::memfd_create("fake-guest-memfd", MemfdFlags::CLOEXEC)?);
+        file.set_len(size)?;
+        Ok(file.into())
+    }
+
+    fn create_memslot(&self, slot: &Memslot<'_>) -> Result<(), Errno> {
+        self.kernel.enter(CallName::CreateMemslot).whole()?;
+        if slot.id >= self.capabilities.memslots {
+            return Err(Errno(libc::EINVAL));
+        }
+        let guest_memfd = slot.guest_memfd.is_some();
+        let addresses = slot.gpa..slot.gpa + slot.size;
+        self.kernel.create_slot(slot.id, Slot { addresses, guest_memfd })
+    }
+
+    fn delete_memslot(&self, id: u32) -> Result<(), Errno> {
+        self.kernel.enter(CallName::DeleteMemslot).whole()?;
+        self.kernel.delete_slot(id)
+    }
+
+    fn set_memory_attributes(&self, gpa: u64, size: u64, private: bool) -> Result<(), Errno> {
+        let entered = self.kernel.enter(CallName::SetAttributes);
+        if !self.capabilities.private_attribute {
+            return Err(Errno(libc::EINVAL));
+        }
+        match entered {
+            Entered::Done => {
+                self.kernel.set_private(gpa, size, private);
+                Ok(())
+            }
+            Entered::Failed { errno, half_done } => {
+                if half_done {
+                    self.kernel.set_private(gpa, size / 4096 / 2 * 4096, private);
+                }
+                Err(errno)
+            }
+        }
+    }
+
+    fn punch_hole(&self, part: &FilePart<'_>) -> Result<(), Errno> {
+        self.kernel.enter(CallName::Discard).whole()?;
+        match part.touched {
+            true => raw::punch_hole(part.file, part.offset, part.len),
+            false => Ok(()),
+        }
+    }
+
+    fn has_data(&self, part: &FilePart<'_>) -> Result<bool, Errno> {
+        Ok(part.touched && raw::has_data(part.file, part.offset, part.len)?)
+    }
+
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {
+        let (steps, cycles) = match self.scripts.get(index as usize) {
+            Some(script) => (script.steps.clone(), script.cycles),
+            None => (Vec::new(), 0),
+        };
+        let replies = self.replies.get(index as usize).cloned().unwrap_or_default();
+        Ok(Box::new(FakeVcpu::new(self.kernel.clone(), steps, cycles, replies)))
+    }
+}

@@ -1,0 +1,224 @@
+//! The traits of a virtual machine and of its vCPUs: what KVM does, call by call.
+
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+
+use kvm_bindings::{
+    CpuId, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
+};
+
+use super::exit::{self, SENTINEL};
+use super::mapping::HostAddress;
+use crate::errno::Errno;
+
+/// What one virtual machine can do, asked once when it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Memslots that may exist at once (KVM_CAP_NR_MEMSLOTS).
+    pub memslots: u32,
+    /// vCPUs (KVM_CAP_MAX_VCPUS).
+    pub vcpus: u32,
+    /// Whether KVM_SET_MEMORY_ATTRIBUTES takes PRIVATE on this VM.
+    pub private_attribute: bool,
+    /// Whether a guest_memfd can be made for this VM.
+    pub guest_memfd: bool,
+    /// Flags that KVM_CREATE_GUEST_MEMFD takes on this VM (KVM_CAP_GUEST_MEMFD_FLAGS).
+    pub guest_memfd_flags: u64,
+    /// Whether vCPUs have KVM_PRE_FAULT_MEMORY.
+    pub pre_fault: bool,
+}
+
+/// One memslot as KVM_SET_USER_MEMORY_REGION2 takes it. Addresses and sizes are in bytes, multiples of 4096.
+#[derive(Clone, Copy, Debug)]
+pub struct Memslot<'a> {
+    /// Slot number.
+    pub id: u32,
+    /// The first guest-physical address.
+    pub gpa: u64,
+    /// Bytes, more than 0.
+    pub size: u64,
+    /// The host memory behind the first byte.
+    pub host: HostAddress,
+    /// The guest_memfd, and the offset in it of the slot's first byte.
+    pub guest_memfd: Option<(BorrowedFd<'a>, u64)>,
+}
+
+/// A part of a file that backs guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct FilePart<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// The first byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether this process itself, as opposed to a guest, may have read or written there. The fake has no guest, so it
+    /// makes no system call for the rest.
+    pub touched: bool,
+}
+
+/// A virtual machine.
+pub trait Hypervisor: Send + Sync {
+    /// What this VM can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// KVM_GET_SUPPORTED_CPUID.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn supported_cpuid(&self) -> Result<CpuId, Errno>;
+
+    /// KVM_CREATE_GUEST_MEMFD; the descriptor is close-on-exec.
+    ///
+    /// # Errors
+    /// The kernel's: EINVAL for a bad size or flags, ENOTTY where it is not compiled in.
+    fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<OwnedFd, Errno>;
+
+    /// KVM_SET_USER_MEMORY_REGION2 with a new slot.
+    ///
+    /// # Errors
+    /// The kernel's: EEXIST for an overlap, EINVAL for bad offsets, ENOMEM.
+    fn create_memslot(&self, slot: &Memslot<'_>) -> Result<(), Errno>;
+
+    /// KVM_SET_USER_MEMORY_REGION2 with size 0. Waits for a grace period.
+    ///
+    /// # Errors
+    /// The kernel's: EINVAL where there is no such slot, ENOMEM.
+    fn delete_memslot(&self, id: u32) -> Result<(), Errno>;
+
+    /// KVM_SET_MEMORY_ATTRIBUTES: PRIVATE, or nothing, on these pages. It cannot be interrupted, so the caller bounds the
+    /// range.
+    ///
+    /// # Errors
+    /// ENOMEM changes nothing; EINVAL where the VM has no private memory.
+    fn set_memory_attributes(&self, gpa: u64, size: u64, private: bool) -> Result<(), Errno>;
+
+    /// fallocate(FALLOC_FL_PUNCH_HOLE), in calls of at most 2 MiB: frees a part of a file that backs guest memory; it reads
+    /// as zeroes then.
+    ///
+    /// # Errors
+    /// Those of fallocate(2).
+    fn punch_hole(&self, part: &FilePart<'_>) -> Result<(), Errno>;
+
+    /// lseek(SEEK_DATA): whether anything was written to a part of a memfd since it was last freed.
+    ///
+    /// # Errors
+    /// Those of lseek(2).
+    fn has_data(&self, part: &FilePart<'_>) -> Result<bool, Errno>;
+
+    /// KVM_CREATE_VCPU.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno>;
+}
+
+/// One vCPU. Used by one thread at a time. What is got and set is named after KVM's ioctls, and their errors are the
+/// kernel's.
+pub trait Vcpu: Send {
+    /// KVM_RUN. The caller has written its sentinel into `exit_reason`.
+    ///
+    /// # Errors
+    /// The errno of the ioctl. What it means depends on kvm_run, see [`super::exit`].
+    fn run(&mut self) -> Result<(), Errno>;
+
+    /// KVM_RUN after the sentinel was written: kvm_run as it is then. If KVM_RUN failed, its errno is put into `errno`,
+    /// which is else left alone. (What is returned fits into registers that way.)
+    #[inline]
+    fn enter(&mut self, errno: &mut Errno) -> &mut [u8] {
+        exit::put(self.kvm_run(), exit::offset::EXIT_REASON, &SENTINEL.to_le_bytes());
+        if let Err(error) = self.run() {
+            *errno = error;
+        }
+        self.kvm_run()
+    }
+
+    /// kvm_run from `exit_reason` on, without the first [`exit::START`] bytes, which other threads may write.
+    fn kvm_run(&mut self) -> &mut [u8];
+
+    /// What makes a running or a coming KVM_RUN return EINTR.
+    fn immediate_exit(&self) -> Arc<dyn ImmediateExit>;
+
+    /// Whether kvm_run carries the general registers after an exit, if it is asked to (KVM_CAP_SYNC_REGS).
+    fn syncs_regs(&self) -> bool;
+
+    /// KVM_GET_REGS: the general registers.
+    fn regs(&self) -> Result<kvm_regs, Errno>;
+
+    /// KVM_SET_REGS.
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), Errno>;
+
+    /// KVM_GET_SREGS: segments, tables and control registers.
+    fn sregs(&self) -> Result<kvm_sregs, Errno>;
+
+    /// KVM_SET_SREGS. EINVAL for a combination that no CPU has.
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), Errno>;
+
+    /// KVM_GET_CPUID2: what the guest's CPUID says.
+    fn cpuid(&self) -> Result<CpuId, Errno>;
+
+    /// KVM_SET_CPUID2. EINVAL once the vCPU has run.
+    fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), Errno>;
+
+    /// KVM_GET_MSRS: the values of these. EINVAL for one that KVM does not have.
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Errno>;
+
+    /// KVM_SET_MSRS, in this order. EINVAL for one that KVM does not have or a value that it refuses; those before it
+    /// are set then.
+    fn set_msrs(&mut self, msrs: &[kvm_msr_entry]) -> Result<(), Errno>;
+
+    /// KVM_GET_LAPIC: the registers of the local APIC. EINVAL without an in-kernel irqchip.
+    fn lapic(&self) -> Result<kvm_lapic_state, Errno>;
+
+    /// KVM_SET_LAPIC. EINVAL without an in-kernel irqchip.
+    fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), Errno>;
+
+    /// KVM_GET_XSAVE2, or KVM_GET_XSAVE before Linux 5.17: the FPU and vector registers.
+    fn xsave(&self) -> Result<Xsave, Errno>;
+
+    /// KVM_SET_XSAVE. EINVAL for a component that the vCPU does not have.
+    fn set_xsave(&mut self, xsave: &Xsave) -> Result<(), Errno>;
+
+    /// KVM_GET_XCRS: XCR0.
+    fn xcrs(&self) -> Result<kvm_xcrs, Errno>;
+
+    /// KVM_SET_XCRS. EINVAL for a value that the guest's CPUID does not allow.
+    fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> Result<(), Errno>;
+
+    /// KVM_GET_VCPU_EVENTS: exceptions, interrupts and NMIs that are pending.
+    fn vcpu_events(&self) -> Result<kvm_vcpu_events, Errno>;
+
+    /// KVM_SET_VCPU_EVENTS.
+    fn set_vcpu_events(&mut self, events: &kvm_vcpu_events) -> Result<(), Errno>;
+
+    /// KVM_GET_MP_STATE: runnable, halted, or waiting for INIT or SIPI.
+    fn mp_state(&self) -> Result<kvm_mp_state, Errno>;
+
+    /// KVM_SET_MP_STATE. EINVAL for all but runnable without an in-kernel irqchip.
+    fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), Errno>;
+
+    /// KVM_GET_DEBUGREGS.
+    fn debug_regs(&self) -> Result<kvm_debugregs, Errno>;
+
+    /// KVM_SET_DEBUGREGS.
+    fn set_debug_regs(&mut self, debug_regs: &kvm_debugregs) -> Result<(), Errno>;
+
+    /// KVM_PRE_FAULT_MEMORY, once: how many bytes of the range were mapped. It may write the union of kvm_run.
+    ///
+    /// # Errors
+    /// EINTR, EAGAIN (a slot is being deleted), ENOENT (shared, no slot), EFAULT (private, no slot or guest_memfd),
+    /// and what guest_memfd says: EHWPOISON, ENOMEM.
+    fn pre_fault(&mut self, gpa: u64, size: u64) -> Result<u64, Errno>;
+
+    /// KVM_TRANSLATE: the guest-physical address of a linear one, if it is mapped.
+    fn translate(&self, linear: u64) -> Option<u64>;
+}
+
+/// `immediate_exit` of one vCPU's kvm_run.
+pub trait ImmediateExit: Send + Sync {
+    /// The byte. Any thread may write it: not 0 makes a running or a coming KVM_RUN return EINTR.
+    fn byte(&self) -> &AtomicU8;
+}

@@ -1,0 +1,217 @@
+//! The host memory behind the guest: the shared side and the private side, each one file.
+//!
+//! No references into guest memory are ever made: the shared side is read and written through its file, so a guest that
+//! writes at the same time changes bytes and nothing else, and a poisoned page is an error, not a signal.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::MemfdFlags;
+use vm_memory::VolatileMemory;
+
+use super::address::{PAGE_SIZE, Range, State};
+use crate::errno::Errno;
+use crate::error::Error;
+use crate::hypervisor::mapping::{HostAddress, Mapping};
+use crate::hypervisor::raw;
+use crate::hypervisor::vm::{FilePart, Hypervisor};
+
+/// KVM_CREATE_GUEST_MEMFD: the file can be mapped by the host. Not in kvm-bindings yet.
+pub const GUEST_MEMFD_FLAG_MMAP: u64 = 1;
+/// KVM_CREATE_GUEST_MEMFD: its pages start out accessible to the host. Not in kvm-bindings yet.
+pub const GUEST_MEMFD_FLAG_INIT_SHARED: u64 = 2;
+
+/// A file that backs all of guest memory, offset by gpa, and its mapping where there is one.
+#[derive(Debug)]
+pub struct Backing {
+    file: Arc<File>,
+    /// Of the file; for a guest_memfd that the host cannot map, addresses at which nothing is.
+    mapping: Mapping,
+    kind: BackingKind,
+    touched: Touched,
+}
+
+/// What this process itself read or wrote: all of it lies between the two.
+#[derive(Debug)]
+struct Touched {
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Touched {
+    fn nothing() -> Self {
+        Self {
+            start: AtomicU64::new(u64::MAX),
+            end: AtomicU64::new(0),
+        }
+    }
+
+    fn add(&self, at: u64, len: usize) {
+        self.start.fetch_min(at, Ordering::Relaxed);
+        self.end.fetch_max(at.saturating_add(len as u64), Ordering::Relaxed);
+    }
+
+    fn overlaps(&self, range: Range) -> bool {
+        self.start.load(Ordering::Relaxed) < range.end() && range.gpa() < self.end.load(Ordering::Relaxed)
+    }
+}
+
+/// What kind of file backs a side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingKind {
+    /// memfd_create(2).
+    Memfd,
+    /// A guest_memfd that the host cannot map.
+    GuestMemfd,
+    /// A guest_memfd with MMAP, mapped because KVM's own emulation reaches memory through the mapping.
+    MappedGuestMemfd,
+}
+
+impl Backing {
+    fn memfd(name: &str, size: u64) -> Result<Self, Errno> {
+        let file = Arc::new(File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?));
+        file.set_len(size)?;
+        Ok(Self {
+            mapping: Mapping::of_file(&file, size)?,
+            file,
+            kind: BackingKind::Memfd,
+            touched: Touched::nothing(),
+        })
+    }
+
+    fn guest_memfd(fd: OwnedFd, size: u64, mapped: bool) -> Result<Self, Errno> {
+        let file = Arc::new(File::from(fd));
+        let (mapping, kind) = match mapped {
+            true => (Mapping::of_file(&file, size)?, BackingKind::MappedGuestMemfd),
+            false => (Mapping::inaccessible(size)?, BackingKind::GuestMemfd),
+        };
+        Ok(Self {
+            mapping,
+            file,
+            kind,
+            touched: Touched::nothing(),
+        })
+    }
+
+    /// What kind of file this is.
+    pub fn kind(&self) -> BackingKind {
+        self.kind
+    }
+
+    /// The descriptor to bind a memslot to, for a guest_memfd.
+    pub(crate) fn as_guest_memfd(&self) -> Option<BorrowedFd<'_>> {
+        (self.kind != BackingKind::Memfd).then(|| self.file.as_fd())
+    }
+
+    /// Whether the host can reach these bytes at all.
+    pub(crate) fn is_reachable(&self) -> bool {
+        self.kind != BackingKind::GuestMemfd
+    }
+
+    /// The address of offset `at`, as a memslot takes it.
+    pub(crate) fn host(&self, at: u64) -> HostAddress {
+        self.mapping.address(at)
+    }
+
+    /// A part of the file, to be discarded or searched for data. Whoever asks has the range locked.
+    pub(crate) fn part(&self, range: Range) -> FilePart<'_> {
+        FilePart {
+            file: &self.file,
+            offset: range.gpa(),
+            len: range.size(),
+            touched: self.touched.overlaps(range),
+        }
+    }
+
+    /// Bytes that are resident in memory now; `None` where the kernel does not tell: a guest_memfd is counted by
+    /// cachestat(2) alone, which kernels before 6.5 and some small ones lack.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn resident(&self) -> Result<Option<u64>, Errno> {
+        const BLOCK: u64 = 512;
+        match (raw::cached_pages(self.file.as_raw_fd()), self.kind) {
+            (Ok(pages), _) => Ok(Some(pages * PAGE_SIZE)),
+            (Err(_), BackingKind::Memfd) => Ok(Some(self.file.metadata()?.blocks() * BLOCK)),
+            (Err(_), BackingKind::GuestMemfd | BackingKind::MappedGuestMemfd) => Ok(None),
+        }
+    }
+
+    /// Copies out of this side.
+    ///
+    /// # Errors
+    /// EIO where a page is poisoned, EOPNOTSUPP where the host cannot reach this side.
+    pub fn read(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        match self.kind {
+            BackingKind::Memfd => Ok(self.file.read_exact_at(into, at)?),
+            BackingKind::MappedGuestMemfd => {
+                // Reading a hole through a mapping fills it.
+                self.touched.add(at, into.len());
+                self.mapping.slice(at, into.len())?.as_volatile_slice().copy_to(into);
+                Ok(())
+            }
+            BackingKind::GuestMemfd => Err(Errno(libc::EOPNOTSUPP)),
+        }
+    }
+
+    /// Copies into this side.
+    ///
+    /// # Errors
+    /// As [`Backing::read`], and ENOMEM, ENOSPC.
+    pub fn write(&self, at: u64, from: &[u8]) -> Result<(), Errno> {
+        self.touched.add(at, from.len());
+        match self.kind {
+            BackingKind::Memfd => Ok(self.file.write_all_at(from, at)?),
+            BackingKind::MappedGuestMemfd => {
+                self.mapping.slice(at, from.len())?.as_volatile_slice().copy_from(from);
+                Ok(())
+            }
+            BackingKind::GuestMemfd => Err(Errno(libc::EOPNOTSUPP)),
+        }
+    }
+}
+
+/// Both sides of guest memory. A page's bytes lie in one of them, at its gpa.
+#[derive(Debug)]
+pub struct Sides {
+    /// What the host may see.
+    pub shared: Backing,
+    /// What it may not.
+    pub private: Backing,
+}
+
+impl Sides {
+    /// Makes both sides, empty. The private side is a guest_memfd where the VM has them, else memory that the core refuses
+    /// to read or write. Where the VM has no private attribute, KVM reaches a private page like any other, through a
+    /// mapping: then the guest_memfd is made with MMAP and INIT_SHARED.
+    pub(crate) fn new(size: u64, hypervisor: &dyn Hypervisor) -> Result<Self, Error> {
+        let can = hypervisor.capabilities();
+        let context = |what: &'static str| move |errno| Error::Host { what, errno };
+        let mappable = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+        let mapped = !can.private_attribute;
+        let usable = !mapped || can.guest_memfd_flags & mappable == mappable;
+        let private = if can.guest_memfd && usable {
+            let flags = if mapped { mappable } else { 0 };
+            let fd = hypervisor.create_guest_memfd(size, flags);
+            let fd = fd.map_err(context("create a guest_memfd"))?;
+            Backing::guest_memfd(fd, size, mapped).map_err(context("map a guest_memfd"))?
+        } else {
+            Backing::memfd("pagegate-private", size).map_err(context("create the private memory"))?
+        };
+        Ok(Self {
+            shared: Backing::memfd("pagegate-shared", size).map_err(context("create the shared memory"))?,
+            private,
+        })
+    }
+
+    /// Where the bytes of a page in this state are.
+    pub fn of(&self, state: State) -> &Backing {
+        match state {
+            State::Shared => &self.shared,
+            State::Private => &self.private,
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! A conversion is one transaction: lock the range, have KVM enforce the new state, discard the old side, commit the map.
+//!
+//! A failure before the discard undoes what was done. The discard destroys bytes, so after it there is no way back.
+
+use std::sync::atomic::Ordering;
+
+use super::address::{Range, State};
+use super::enforcement::{Before, Failure as EnforcementFailure};
+use super::guest_memory::{FaultStatus, FaultingAccess, GuestMemory};
+use super::listeners::Changes;
+use super::page_map::Snapshot;
+use super::page_states::{Held, Seen, States};
+use crate::errno::Errno;
+use crate::error::ConvertError;
+use crate::hypervisor::host::EnforcementMode;
+
+/// What became of a conversion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Converted {
+    /// All of the range is in the wanted state; this many bytes were not before.
+    Done {
+        /// Bytes whose state changed.
+        changed: u64,
+    },
+    /// Only a first part of the range was done: the run is ending, or the rest is not as the policy was told.
+    Interrupted {
+        /// Bytes whose state changed.
+        changed: u64,
+        /// How many of the range's bytes, from its start, are in the wanted state now.
+        size: u64,
+    },
+    /// The pages changed meanwhile; nothing was done.
+    Superseded,
+}
+
+/// What is to be converted, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order {
+    pub range: Range,
+    pub to: State,
+    /// The old side keeps its bytes.
+    pub keep: bool,
+    /// Refuse if more bytes than this would be shared then.
+    pub max_shared: Option<u64>,
+}
+
+/// When a conversion is not wanted any more by the time that its pages are locked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Condition<'a> {
+    /// Always carry it out.
+    Always,
+    /// Only if these pages still are as the policy was told, or are in the wanted state already.
+    AsTold(&'a Seen),
+    /// Only if this access would still fault.
+    StillFaulting(FaultingAccess),
+}
+
+impl Condition<'_> {
+    /// Whether it is known with this range locked.
+    #[inline]
+    fn is_about(&self, range: Range) -> bool {
+        match self {
+            Condition::Always => true,
+            Condition::AsTold(told) => told.range == range,
+            Condition::StillFaulting(fault) => fault.page == range,
+        }
+    }
+}
+
+impl GuestMemory {
+    /// The transaction on the host's own account. `keep` leaves the old side as it is.
+    ///
+    /// # Errors
+    /// See [`ConvertError`]: unless it says otherwise, nothing was changed.
+    pub fn convert(&self, gpa: u64, size: u64, to: State, keep: bool) -> Result<Converted, ConvertError> {
+        let order = Order {
+            range: self.range(gpa, size)?,
+            to,
+            keep,
+            max_shared: None,
+        };
+        self.convert_if(&order, Condition::Always, &|| false)
+    }
+
+    /// The transaction, or one after the other for a large range; `cancel` is asked in between.
+    pub(crate) fn convert_if(
+        &self,
+        order: &Order,
+        condition: Condition<'_>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        let range = order.range;
+        let one = order.max_shared.is_none() && self.enforcement.is_one_part(range) && condition.is_about(range);
+        if !one {
+            return self.convert_in_parts(order, condition, cancel);
+        }
+        let (held, states) = self.states.hold_and_lock(range);
+        if !self.is_wanted(order, &condition, range, &states) {
+            return Ok(Converted::Superseded);
+        }
+        let before = states.map().uniform(range);
+        drop(states);
+        let changed = self.transaction(order, range, Some(held), before)?;
+        Ok(Converted::Done { changed })
+    }
+
+    /// Whether the condition holds for the part of the range that is locked.
+    #[inline]
+    fn is_wanted(&self, order: &Order, condition: &Condition<'_>, part: Range, states: &States) -> bool {
+        match condition {
+            Condition::Always => true,
+            Condition::StillFaulting(fault) => self.status(fault, states) == FaultStatus::Request,
+            Condition::AsTold(told) => {
+                let Some(both) = part.intersect(&told.range) else {
+                    return true;
+                };
+                told.is_still_so(both, states.map()) || states.map().uniform(both) == Some(order.to)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn convert_in_parts(
+        &self,
+        order: &Order,
+        condition: Condition<'_>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        let quota = order.max_shared.filter(|_| order.to == State::Shared);
+        // The page that faulted is locked too, so that it cannot change between the look at it and the conversion. What is
+        // not locked whole is locked part by part.
+        let (held, condition) = match (condition, quota) {
+            (Condition::StillFaulting(fault), _) => {
+                let (held, states) = self.states.hold_and_lock(order.range.hull(&fault.page));
+                if self.status(&fault, &states) != FaultStatus::Request {
+                    return Ok(Converted::Superseded);
+                }
+                drop(states);
+                (Some(held), Condition::Always)
+            }
+            (condition, Some(_)) => (Some(self.states.hold(order.range)), condition),
+            (condition, None) => (None, condition),
+        };
+        match quota {
+            Some(max) => self.within_quota(order, max, condition, cancel),
+            None => self.in_parts(order, held.is_none(), condition, cancel),
+        }
+    }
+
+    /// With the range locked: what it adds is known, whatever others add elsewhere.
+    fn within_quota(
+        &self,
+        order: &Order,
+        max: u64,
+        condition: Condition<'_>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        let (gpa, size) = (order.range.gpa(), order.range.size());
+        let mut states = self.states.lock();
+        let private = states.private_in(order.range);
+        if !states.reserve(private, max) {
+            return Err(ConvertError::OverQuota { gpa, size, max });
+        }
+        drop(states);
+        let done = self.in_parts(order, false, condition, cancel);
+        // What became shared was taken from the reservation as it did; the rest will not be.
+        let mut states = self.states.lock();
+        let left = states.private_in(order.range);
+        states.release(left);
+        done
+    }
+
+    /// Each part is a transaction: one that fails is undone, those before it stand.
+    fn in_parts(
+        &self,
+        order: &Order,
+        hold: bool,
+        condition: Condition<'_>,
+        cancel: &dyn Fn() -> bool,
+    ) -> Result<Converted, ConvertError> {
+        let mut changed = 0;
+        let range = order.range;
+        let mut start = range.gpa();
+        while let Some(left) = Range::new(start, range.end() - start) {
+            let done = start - range.gpa();
+            if done > 0 && cancel() {
+                return Ok(Converted::Interrupted { changed, size: done });
+            }
+            let part = self.enforcement.part(left);
+            let held = hold.then(|| self.states.hold(part));
+            let states = self.states.lock();
+            if !self.is_wanted(order, &condition, part, &states) {
+                return Ok(match done {
+                    0 => Converted::Superseded,
+                    size => Converted::Interrupted { changed, size },
+                });
+            }
+            let before = states.map().uniform(part);
+            drop(states);
+            changed += self.transaction(order, part, held, before)?;
+            start = part.end();
+        }
+        Ok(Converted::Done { changed })
+    }
+
+    /// The transaction, for a range that is locked and whose state is known if it is uniform: bytes whose state changed.
+    /// `held` is `None` where the caller has locked more than the range.
+    fn transaction(
+        &self,
+        order: &Order,
+        range: Range,
+        held: Option<Held<'_>>,
+        before: Option<State>,
+    ) -> Result<u64, ConvertError> {
+        let to = order.to;
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(already_broken(range));
+        }
+        if before == Some(to) {
+            return Ok(0);
+        }
+        self.clean_shared_side(order, range)
+            .map_err(|errno| undone(range, errno))?;
+        // Nobody listens as a rule, and then nobody needs to know what exactly changes.
+        let told = match self.listeners.is_empty() {
+            true => None,
+            false => Some(self.prepare(range, to)?),
+        };
+        let runs = |part| self.states.lock().runs_in(part);
+        let states_before = Before {
+            uniform: before,
+            runs: &runs,
+        };
+        if let Err(failure) = self.enforcement.apply(range, to, states_before) {
+            return Err(self.not_enforced(range, to, failure, told));
+        }
+        let discarded = match order.keep {
+            true => Ok(()),
+            false => self.discard_side(to.other(), range),
+        };
+        let changed = match (&told, held) {
+            (None, Some(held)) => self.commit(order, range, held.finish()),
+            // Listeners are told while the range is locked.
+            (_, held) => {
+                let changed = self.commit(order, range, self.states.lock());
+                let heard = told.map_or(Ok(()), |before| self.listeners.commit(&changes(&before, range, to)));
+                drop(held);
+                discarded.map_err(|errno| not_discarded(range, errno))?;
+                heard.map_err(ConvertError::Listener)?;
+                return Ok(changed);
+            }
+        };
+        discarded.map_err(|errno| not_discarded(range, errno))?;
+        Ok(changed)
+    }
+
+    #[inline]
+    fn commit(&self, order: &Order, range: Range, mut states: super::page_states::Locked<'_>) -> u64 {
+        let changed = states.set(range, order.to);
+        if order.max_shared.is_some() && order.to == State::Shared {
+            states.release(changed);
+        }
+        changed
+    }
+
+    /// What changes, for listeners; those who have to agree did.
+    #[cold]
+    fn prepare(&self, range: Range, to: State) -> Result<Box<Snapshot>, ConvertError> {
+        let before = Box::new(self.snapshot());
+        self.listeners.prepare(&changes(&before, range, to))?;
+        Ok(before)
+    }
+
+    #[cold]
+    fn not_enforced(
+        &self,
+        range: Range,
+        to: State,
+        failure: EnforcementFailure,
+        told: Option<Box<Snapshot>>,
+    ) -> ConvertError {
+        self.states.lock().disturb(range);
+        let failure = self.failed(range, failure);
+        let abort = |before: Box<Snapshot>| self.listeners.abort(&changes(&before, range, to)).err();
+        // What KVM enforces matters more than what a listener says of it.
+        told.and_then(abort)
+            .filter(|_| failure.guest_errno().is_some())
+            .map_or(failure, ConvertError::Listener)
+    }
+
+    /// KVM's emulation writes to the shared side, whatever the page's attribute says. Such bytes must not be there when the
+    /// page becomes shared again, and they go before it does: afterwards they might be the guest's.
+    #[inline]
+    fn clean_shared_side(&self, order: &Order, range: Range) -> Result<(), Errno> {
+        if order.keep {
+            self.kept.store(true, Ordering::Relaxed);
+        }
+        let emulated = order.to == State::Shared && self.enforcement.mode() == EnforcementMode::Attributes;
+        if !emulated || self.kept.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        match self.hypervisor.has_data(&self.sides.shared.part(range))? {
+            true => self.discard_emulated(range),
+            false => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn discard_emulated(&self, range: Range) -> Result<(), Errno> {
+        // Of pages that are shared already, the bytes stay.
+        let runs = self.states.lock().runs_in(range);
+        let mut private = runs.iter().filter(|run| run.state == State::Private);
+        private.try_for_each(|run| self.discard_side(State::Shared, run.range))
+    }
+
+    fn failed(&self, range: Range, failure: EnforcementFailure) -> ConvertError {
+        let (gpa, size) = (range.gpa(), range.size());
+        match failure {
+            EnforcementFailure::NoSlots(out) => ConvertError::NoSlots {
+                gpa,
+                size,
+                needed: out.needed,
+                available: out.available,
+            },
+            EnforcementFailure::Kernel { errno, undo: Ok(()) } => undone(range, errno),
+            EnforcementFailure::Kernel { errno, undo: Err(undo) } => {
+                self.broken.store(true, Ordering::SeqCst);
+                ConvertError::Inconsistent { gpa, size, errno, undo }
+            }
+        }
+    }
+}
+
+fn changes(before: &Snapshot, range: Range, to: State) -> Changes<'_> {
+    Changes { before, range, to }
+}
+
+fn undone(range: Range, errno: Errno) -> ConvertError {
+    let (gpa, size) = (range.gpa(), range.size());
+    ConvertError::Undone { gpa, size, errno }
+}
+
+fn not_discarded(range: Range, errno: Errno) -> ConvertError {
+    let (gpa, size) = (range.gpa(), range.size());
+    ConvertError::Discard { gpa, size, errno }
+}
+
+#[cold]
+fn already_broken(range: Range) -> ConvertError {
+    let (gpa, size) = (range.gpa(), range.size());
+    let errno = Errno(libc::EIO);
+    let undo = errno;
+    ConvertError::Inconsistent { gpa, size, errno, undo }
+}

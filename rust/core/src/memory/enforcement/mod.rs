@@ -1,0 +1,154 @@
+//! Making KVM enforce a page's state: by memory attributes, or by memslots.
+
+mod attributes;
+mod failure;
+mod pause;
+mod slot_table;
+mod slots;
+
+use std::sync::Arc;
+
+pub(crate) use failure::{Before, Failure};
+pub(crate) use pause::Pause;
+
+use self::attributes::Attributes;
+use self::slots::{PRIVATE_LAYER, SHARED_LAYER, Slots};
+use super::address::{PAGE_SIZE, Range, Run, State};
+use super::backing::Sides;
+use super::views::Views;
+use crate::hypervisor::host::EnforcementMode;
+use crate::hypervisor::vm::Hypervisor;
+
+/// One transaction is for at most this many bytes, and this many slots of a layer.
+const PART: u64 = 256 << 20;
+const PART_SLOTS: usize = 64;
+
+pub(crate) struct Enforcement {
+    mode: EnforcementMode,
+    views: Views,
+    attributes: Attributes,
+    slots: Slots,
+}
+
+impl Enforcement {
+    /// `borders`: slots never cross these addresses.
+    pub(super) fn new(
+        mode: EnforcementMode,
+        hypervisor: Arc<dyn Hypervisor>,
+        sides: Arc<Sides>,
+        views: Views,
+        borders: Vec<u64>,
+    ) -> Self {
+        let one_view = mode == EnforcementMode::Attributes && !views.split();
+        let pause = mode == EnforcementMode::Memslots;
+        Self {
+            mode,
+            views,
+            attributes: Attributes(hypervisor.clone()),
+            slots: Slots::new(hypervisor, sides, views, borders, one_view, pause),
+        }
+    }
+
+    pub(crate) fn mode(&self) -> EnforcementMode {
+        self.mode
+    }
+
+    /// Where vCPUs wait while slots change, if they have to.
+    pub(crate) fn pause(&self) -> Option<&Pause> {
+        self.slots.pause()
+    }
+
+    /// A number that changes whenever slots do.
+    #[inline]
+    pub(super) fn slot_epoch(&self) -> u64 {
+        self.slots.epoch()
+    }
+
+    /// Waits until no slot is being changed.
+    pub(super) fn settle(&self) {
+        self.slots.settle();
+    }
+
+    /// The slots under `range`, for messages.
+    pub(super) fn describe_slots(&self, range: Range) -> String {
+        self.slots.describe(range)
+    }
+
+    /// Whether attributes alone say which side of a page KVM maps, so that no slot ever changes.
+    fn attributes_alone(&self) -> bool {
+        self.mode == EnforcementMode::Attributes && !self.views.split()
+    }
+
+    /// Sets up all of memory in state `initial`.
+    pub(super) fn start(&self, all: Range, initial: State) -> Result<(), Failure> {
+        let before = Before::all_of(State::Shared);
+        if self.mode == EnforcementMode::Memslots {
+            let layer = match initial {
+                State::Shared => SHARED_LAYER,
+                State::Private => PRIVATE_LAYER,
+            };
+            return self.slots.change(all, &[(layer, true)]);
+        }
+        self.slots.change(all, &[(SHARED_LAYER, true)])?;
+        if self.views.split() {
+            // Private views carry PRIVATE for good; whether a page is in that view is a matter of its slot.
+            self.attributes.set(all, State::Private, before)?;
+        }
+        match initial {
+            State::Shared => Ok(()),
+            State::Private => self.apply(all, State::Private, before),
+        }
+    }
+
+    /// Whether one transaction is enough for `range`, as far as can be told at once.
+    #[inline]
+    pub(super) fn is_one_part(&self, range: Range) -> bool {
+        range.size() <= PAGE_SIZE || range.size() <= PART && self.attributes_alone()
+    }
+
+    /// The part of `range`, from its start, that one transaction is for: a run that ends waits for no more than that.
+    pub(super) fn part(&self, range: Range) -> Range {
+        if self.is_one_part(range) {
+            return range;
+        }
+        let end = match self.attributes_alone() {
+            true => range.end(),
+            false => self.slots.reach(range, PART_SLOTS),
+        };
+        let size = (end - range.gpa()).min(PART);
+        Range::new(range.gpa(), size).unwrap_or(range)
+    }
+
+    /// Makes KVM enforce `to` on all of `range`. What was done before a failure is undone.
+    #[inline]
+    pub(super) fn apply(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+        match self.attributes_alone() {
+            true => self.attributes.set(range, to, before),
+            false => self.apply_by_slots(range, to, before),
+        }
+    }
+
+    fn apply_by_slots(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+        let private = to == State::Private;
+        if self.mode == EnforcementMode::Memslots {
+            let changes = [(SHARED_LAYER, !private), (PRIVATE_LAYER, private)];
+            return self.slots.change(range, &changes);
+        }
+        let shared_view = |range: Range| self.views.view(range, State::Shared);
+        let runs = |view: Range| -> Vec<Run> {
+            let page = |gpa: u64| gpa & !self.views.shared_mask();
+            let runs = Range::new(page(view.gpa()), view.size())
+                .map(|range| before.runs(range))
+                .unwrap_or_default();
+            let seen = |run: Run| Run {
+                range: shared_view(run.range),
+                ..run
+            };
+            runs.into_iter().map(seen).collect()
+        };
+        let before = Before { runs: &runs, ..before };
+        self.attributes.set(shared_view(range), to, before)?;
+        let changed = self.slots.change(range, &[(PRIVATE_LAYER, private)]);
+        changed.map_err(|failure| failure.and_undo(self.attributes.restore(shared_view(range), before)))
+    }
+}

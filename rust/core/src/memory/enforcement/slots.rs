@@ -1,0 +1,153 @@
+//! Memslots: which pages of each view have one, changed while no vCPU can see it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::failure::Failure;
+use super::pause::Pause;
+use super::slot_table::{Layer, LayerChange, Plan, Slot, SlotTable};
+use crate::errno::Errno;
+use crate::hypervisor::vm::{Hypervisor, Memslot};
+use crate::memory::address::{Range, State};
+use crate::memory::backing::Sides;
+use crate::memory::views::Views;
+
+/// The layer of slots at the shared views; without views, of all memory.
+pub(super) const SHARED_LAYER: usize = 0;
+/// The layer of slots at the private views.
+pub(super) const PRIVATE_LAYER: usize = 1;
+
+pub(super) struct Slots {
+    hypervisor: Arc<dyn Hypervisor>,
+    sides: Arc<Sides>,
+    views: Views,
+    table: Mutex<SlotTable>,
+    /// Counts slot changes, begun and ended. While one is under way, a fault says nothing about its page's state.
+    epoch: AtomicU64,
+    /// Where vCPUs wait while slots change, if they have to.
+    pause: Option<Pause>,
+}
+
+impl Slots {
+    /// `both_sides`: the slots of the shared layer have a guest_memfd besides host memory. `pause`: vCPUs are kept out
+    /// of the guest while slots change.
+    pub(super) fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        sides: Arc<Sides>,
+        views: Views,
+        borders: Vec<u64>,
+        both_sides: bool,
+        pause: bool,
+    ) -> Self {
+        let shared = Layer {
+            side: State::Shared,
+            both_sides,
+        };
+        let private = Layer {
+            side: State::Private,
+            both_sides: false,
+        };
+        let table = SlotTable::new(&[shared, private], borders, hypervisor.capabilities().memslots);
+        Self {
+            hypervisor,
+            sides,
+            views,
+            table: Mutex::new(table),
+            epoch: AtomicU64::new(0),
+            pause: pause.then(Pause::default),
+        }
+    }
+
+    pub(super) fn pause(&self) -> Option<&Pause> {
+        self.pause.as_ref()
+    }
+
+    #[inline]
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Waits until no slot is being changed.
+    pub(super) fn settle(&self) {
+        drop(self.table.lock());
+    }
+
+    /// How far from the start of `range` at most `max` slots of each layer go.
+    pub(super) fn reach(&self, range: Range, max: usize) -> u64 {
+        self.table.lock().reach(range, max)
+    }
+
+    /// The slots under `range`, for messages.
+    pub(super) fn describe(&self, range: Range) -> String {
+        let slots = self.table.lock().find(range);
+        let names: Vec<String> = slots
+            .iter()
+            .map(|slot| format!("slot {} {}", slot.id, self.address(slot)))
+            .collect();
+        match names.len() {
+            0 => "no slot".to_owned(),
+            1..=4 => names.join(" or "),
+            n => format!("{} or one of {} more", names[..3].join(", "), n - 3),
+        }
+    }
+
+    /// Gives the pages of `range` slots, or takes them, in each of these layers. What was done before a failure is
+    /// undone.
+    pub(super) fn change(&self, range: Range, changes: &[LayerChange]) -> Result<(), Failure> {
+        let mut table = self.table.lock();
+        let plan = table.plan(range, changes).map_err(Failure::NoSlots)?;
+        let _paused = self.pause.as_ref().map(Pause::pause);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        let done = self.execute(&table, &plan);
+        if done.is_ok() {
+            table.commit(plan);
+        }
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        done
+    }
+
+    fn execute(&self, table: &SlotTable, plan: &Plan) -> Result<(), Failure> {
+        let delete = |slot: &Slot| self.hypervisor.delete_memslot(slot.id);
+        let create = |slot: &Slot| self.create(table.layer(slot.layer), slot);
+        for (i, slot) in plan.delete.iter().enumerate() {
+            if let Err(errno) = delete(slot) {
+                let undo = plan.delete[..i].iter().rev().try_for_each(create);
+                return Err(Failure::Kernel { errno, undo });
+            }
+        }
+        for (i, slot) in plan.create.iter().enumerate() {
+            if let Err(errno) = create(slot) {
+                let undo = plan.create[..i].iter().rev().try_for_each(delete);
+                let undo = undo.and_then(|()| plan.delete.iter().rev().try_for_each(create));
+                return Err(Failure::Kernel { errno, undo });
+            }
+        }
+        Ok(())
+    }
+
+    fn address(&self, slot: &Slot) -> Range {
+        let side = match slot.layer {
+            PRIVATE_LAYER => State::Private,
+            _ => State::Shared,
+        };
+        self.views.view(slot.range, side)
+    }
+
+    fn create(&self, layer: Layer, slot: &Slot) -> Result<(), Errno> {
+        let at = slot.range.gpa();
+        let guest_memfd = match layer.both_sides || layer.side == State::Private {
+            true => self.sides.private.as_guest_memfd(),
+            false => None,
+        };
+        let address = self.address(slot);
+        self.hypervisor.create_memslot(&Memslot {
+            id: slot.id,
+            gpa: address.gpa(),
+            size: address.size(),
+            host: self.sides.of(layer.side).host(at),
+            guest_memfd: guest_memfd.map(|fd| (fd, at)),
+        })
+    }
+}

@@ -1,0 +1,346 @@
+//! Guest memory with the state of each page: what is asked of it, but for conversions.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::address::{PAGE_SIZE, Range, Run, State};
+use super::backing::{Backing, Sides};
+pub(crate) use super::enforcement::Pause;
+use super::enforcement::{Enforcement, Failure as EnforcementFailure};
+use super::listeners::{Listener, Listeners};
+use super::page_map::Snapshot;
+use super::page_states::{PageStates, Seen, States};
+use super::views::{Place, Views};
+use crate::errno::Errno;
+use crate::error::{ConvertError, Error, Failure};
+use crate::hypervisor::host::EnforcementMode;
+use crate::hypervisor::vm::Hypervisor;
+
+/// What guest memory is made of.
+pub(crate) struct Layout {
+    pub views: Views,
+    pub initial: State,
+    pub mode: EnforcementMode,
+    /// No memslot crosses these addresses.
+    pub borders: Vec<u64>,
+    pub vcpus: usize,
+}
+
+/// How much memory a machine's guest occupies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resident {
+    /// Bytes of the shared side.
+    pub shared: u64,
+    /// Bytes of the private side.
+    pub private: u64,
+    /// Whether `private` was counted. Else it is all that may be there: the bytes in state private.
+    pub exact: bool,
+}
+
+/// What a vCPU had seen when it entered the guest; a fault is judged against it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    generation: u64,
+    slot_epoch: u64,
+}
+
+/// An access that faulted: a request, as long as its page is not in the accessed state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FaultingAccess {
+    pub page: Range,
+    /// The state that the page would have to be in.
+    pub access: State,
+    /// Of the vCPU.
+    pub entry: Entry,
+}
+
+/// What a fault is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FaultStatus {
+    /// The page is not in the accessed state: a request.
+    Request,
+    /// The page, or what enforces its state, changed since the vCPU entered: the guest looks again.
+    Spurious,
+    /// The page is in the accessed state and has been all the time: no conversion helps.
+    Unexplained,
+}
+
+/// Guest memory: the states, their enforcement, and the bytes.
+pub struct GuestMemory {
+    views: Views,
+    pub(super) states: PageStates,
+    pub(super) listeners: Listeners,
+    pub(super) enforcement: Enforcement,
+    pub(super) hypervisor: Arc<dyn Hypervisor>,
+    /// What KVM enforces is not known any more.
+    pub(super) broken: AtomicBool,
+    /// Somebody wanted the bytes of an old side back, so none are cleaned away.
+    pub(super) kept: AtomicBool,
+    /// Last, so that it outlives the VM whose memslots point into it.
+    pub(super) sides: Arc<Sides>,
+}
+
+impl GuestMemory {
+    pub(crate) fn new(hypervisor: Arc<dyn Hypervisor>, layout: Layout) -> Result<Self, Error> {
+        let Layout {
+            views, initial, mode, ..
+        } = layout;
+        let sides = Arc::new(Sides::new(views.size(), hypervisor.as_ref())?);
+        let enforcement = Enforcement::new(mode, hypervisor.clone(), sides.clone(), views, layout.borders);
+        let all = Range::new(0, views.size()).ok_or(Error::Busy("memory is empty"))?;
+        enforcement.start(all, initial).map_err(not_set_up)?;
+        Ok(Self {
+            states: PageStates::new(views.size(), initial, layout.vcpus),
+            listeners: Listeners::default(),
+            broken: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
+            views,
+            enforcement,
+            hypervisor,
+            sides,
+        })
+    }
+
+    /// Where memory appears.
+    #[inline]
+    pub fn views(&self) -> Views {
+        self.views
+    }
+
+    /// Bytes of memory.
+    #[inline]
+    pub fn size(&self) -> u64 {
+        self.views.size()
+    }
+
+    /// How states are enforced.
+    pub fn mode(&self) -> EnforcementMode {
+        self.enforcement.mode()
+    }
+
+    /// Where vCPUs wait while memslots change, if they have to.
+    pub(crate) fn pause(&self) -> Option<&Pause> {
+        self.enforcement.pause()
+    }
+
+    /// The memslots, for messages.
+    pub(crate) fn describe_slots(&self) -> String {
+        let all = Range::new(0, self.size());
+        all.map_or_else(String::new, |all| self.enforcement.describe_slots(all))
+    }
+
+    // ---- states. Not for deciding and then acting: only a range lock keeps a state as it is.
+
+    /// The state of the page that holds `gpa`, which lies in memory.
+    pub fn state(&self, gpa: u64) -> State {
+        self.states.lock().map().state(gpa)
+    }
+
+    /// The state of all pages of a range that lies in memory, if they agree.
+    pub fn uniform(&self, range: Range) -> Option<State> {
+        self.states.lock().map().uniform(range)
+    }
+
+    /// "private", "shared" or "mixed".
+    pub fn describe(&self, range: Range) -> &'static str {
+        self.uniform(range).map_or("mixed", State::as_str)
+    }
+
+    /// Bytes that are private.
+    pub fn private_bytes(&self) -> u64 {
+        self.states.lock().map().private_bytes()
+    }
+
+    /// How many conversions changed something.
+    pub fn generation(&self) -> u64 {
+        self.states.lock().changes()
+    }
+
+    /// The states as they are now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.states.lock().snapshot()
+    }
+
+    /// The states of a range, for a policy to be told.
+    #[inline]
+    pub(crate) fn see(&self, range: Range) -> Seen {
+        self.states.lock().see(range)
+    }
+
+    // ---- faults
+
+    /// A vCPU is about to enter the guest.
+    #[inline]
+    pub(crate) fn entry(&self) -> Entry {
+        Entry {
+            generation: self.states.generation(),
+            slot_epoch: self.enforcement.slot_epoch(),
+        }
+    }
+
+    /// What a fault is, as soon as nobody converts its page; and how often the page changed since this vCPU began to watch
+    /// it, which may be now.
+    pub(crate) fn examine(&self, fault: &FaultingAccess, vcpu: u32) -> (FaultStatus, u64) {
+        let mut states = self.states.lock_when_free(fault.page);
+        let status = self.status(fault, &states);
+        let changes = states.watch(vcpu, fault.page.gpa());
+        drop(states);
+        if status != FaultStatus::Unexplained {
+            return (status, changes);
+        }
+        // A slot change under way explains the fault as well as one since.
+        self.enforcement.settle();
+        match self.enforcement.slot_epoch() == fault.entry.slot_epoch {
+            true => (FaultStatus::Unexplained, changes),
+            false => (FaultStatus::Spurious, changes),
+        }
+    }
+
+    /// By the page's state alone.
+    pub(super) fn status(&self, fault: &FaultingAccess, states: &States) -> FaultStatus {
+        let changed = states.changed_since(fault.page, fault.entry.generation);
+        match (states.map().state(fault.page.gpa()) == fault.access, changed) {
+            (true, false) => FaultStatus::Unexplained,
+            (true, true) => FaultStatus::Spurious,
+            // With one view the access has no state of its own: KVM sampled the page's, perhaps before it changed.
+            (false, true) if !self.views.split() => FaultStatus::Spurious,
+            (false, _) => FaultStatus::Request,
+        }
+    }
+
+    /// How often the page at `gpa` changed since this vCPU began to watch it.
+    pub(crate) fn watch(&self, vcpu: u32, gpa: u64) -> u64 {
+        self.states.lock().watch(vcpu, gpa)
+    }
+
+    // ---- bytes
+
+    /// Whether the host can reach the bytes of pages in this state.
+    pub(crate) fn is_reachable(&self, state: State) -> bool {
+        self.sides.of(state).is_reachable()
+    }
+
+    /// Carries out an access that KVM emulates: `data` is written to the page, or read from it. `false` where the page is
+    /// not in the view that was used.
+    pub(crate) fn access_emulated(
+        &self,
+        place: Place,
+        page: Range,
+        write: bool,
+        data: &mut [u8],
+    ) -> Result<bool, Errno> {
+        let (_held, states) = self.states.hold_and_lock(page);
+        let state = states.map().state(page.gpa());
+        drop(states);
+        if place.view.is_some_and(|view| view != state) {
+            return Ok(false);
+        }
+        let side = self.sides.of(state);
+        match write {
+            true => side.write(place.gpa, data)?,
+            false => side.read(place.gpa, data)?,
+        }
+        Ok(true)
+    }
+
+    /// The first private page of the bytes `[gpa, gpa + len)`, with their pages held; else the result of `access` on
+    /// the shared side.
+    pub(crate) fn on_shared<T>(
+        &self,
+        gpa: u64,
+        len: u64,
+        access: impl FnOnce(&Backing) -> T,
+    ) -> Result<Result<T, u64>, ConvertError> {
+        let Some(pages) = self.pages(gpa, len) else {
+            let memory = self.size();
+            return Err(ConvertError::Range { gpa, size: len, memory });
+        };
+        let (_held, states) = self.states.hold_and_lock(pages);
+        let mut runs = states.map().runs_in(pages);
+        let private = runs.find(|run| run.state == State::Private).map(|run| run.range.gpa());
+        drop(runs);
+        drop(states);
+        Ok(match private {
+            Some(gpa) => Err(gpa),
+            None => Ok(access(&self.sides.shared)),
+        })
+    }
+
+    /// Frees pages, poisoned ones among them, in whichever state they are: they read as zeroes.
+    ///
+    /// # Errors
+    /// Those of fallocate(2).
+    pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
+        let (_held, states) = self.states.hold_and_lock(range);
+        let runs: Vec<Run> = states.runs_in(range);
+        drop(states);
+        runs.iter().try_for_each(|run| self.discard_side(run.state, run.range))
+    }
+
+    /// Frees the bytes that pages have on one side.
+    #[inline]
+    pub(super) fn discard_side(&self, state: State, range: Range) -> Result<(), Errno> {
+        self.hypervisor.punch_hole(&self.sides.of(state).part(range))
+    }
+
+    /// Resident bytes of both sides.
+    pub(crate) fn resident(&self) -> Result<Resident, Errno> {
+        let private = self.sides.private.resident()?;
+        Ok(Resident {
+            shared: self.sides.shared.resident()?.unwrap_or_default(),
+            private: private.unwrap_or_else(|| self.private_bytes()),
+            exact: private.is_some(),
+        })
+    }
+
+    // ---- ranges
+
+    /// The pages that hold `[gpa, gpa + len)`, if all of them are memory.
+    pub(crate) fn pages(&self, gpa: u64, len: u64) -> Option<Range> {
+        let start = gpa - gpa % PAGE_SIZE;
+        let end = gpa.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
+        Range::new(start, end.checked_sub(start)?).filter(|range| range.end() <= self.size())
+    }
+
+    /// Validates a range of pages of this guest.
+    pub(crate) fn range(&self, gpa: u64, size: u64) -> Result<Range, ConvertError> {
+        let memory = self.size();
+        let error = ConvertError::Range { gpa, size, memory };
+        self.views.range(gpa, size).ok_or(error)
+    }
+
+    // ---- listeners
+
+    /// Tells a listener the present state and from then on every change, with nothing in between.
+    ///
+    /// # Errors
+    /// The listener's own; then it did not join.
+    pub(crate) fn join(&self, listener: Arc<dyn Listener>) -> Result<(), Failure> {
+        let all = Range::new(0, self.size());
+        let _held = all.map(|all| self.states.hold(all));
+        self.listeners.join(listener, &self.snapshot())
+    }
+
+    /// Tells a listener nothing more. Whether it was one.
+    pub(crate) fn leave(&self, listener: &Arc<dyn Listener>) -> bool {
+        self.listeners.leave(listener)
+    }
+
+    /// Tells no listener anything any more.
+    pub(crate) fn clear_listeners(&self) {
+        self.listeners.clear();
+    }
+}
+
+fn not_set_up(failure: EnforcementFailure) -> Error {
+    match failure {
+        EnforcementFailure::NoSlots(out) => Error::NotSupported(format!(
+            "this host has {} memslots and {} are needed: use fewer parts",
+            out.available, out.needed
+        )),
+        EnforcementFailure::Kernel { errno, .. } => Error::Host {
+            what: "give the guest its memory",
+            errno,
+        },
+    }
+}

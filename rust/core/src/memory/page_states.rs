@@ -1,0 +1,286 @@
+//! The page map with its locks, and what tells a request from a fault that is out of date.
+//!
+//! One mutex protects the map and the queue of range locks, held for a moment at a time; a range lock holds the states of
+//! its pages for as long as a conversion takes. KVM serialises changes of attributes and memslots by the VM's slots_lock
+//! anyway.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::MappedMutexGuard;
+
+use super::address::{PAGE_SIZE, Range, Run, State};
+use super::page_map::{AttributeMap, Snapshot};
+use super::range_lock::{RangeGuard, RangeLocks};
+
+/// How many changes are remembered exactly: as a rule more than a vCPU misses while it is in the guest. For older ones
+/// the map says which 2 MiB blocks changed.
+const REMEMBERED: usize = 64;
+/// The unit in which the map knows when pages changed.
+const BLOCK: u64 = 2 << 20;
+
+/// The state of each page.
+pub(super) struct PageStates {
+    locks: RangeLocks<States>,
+    /// A copy of the map's generation, to be read without the mutex at each entry of a vCPU.
+    generation: AtomicU64,
+}
+
+/// What the mutex protects.
+pub(super) struct States {
+    map: AttributeMap,
+    /// The last changes, each at the place that its generation gives.
+    recent: Box<[Range; REMEMBERED]>,
+    /// For each vCPU, the page that it last faulted on.
+    watches: Vec<Watch>,
+    /// Whether there is any.
+    watched: bool,
+    /// How many of the map's generations are changes that were undone.
+    undone: u64,
+    /// Bytes that are about to become shared, under a quota.
+    reserved: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Watch {
+    gpa: u64,
+    changes: u64,
+}
+
+/// The states of a range at one moment: what a policy is told.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub range: Range,
+    /// `None` where the range has pages of both states.
+    pub state: Option<State>,
+    /// Where it has: which is which.
+    mixed: Option<Box<Snapshot>>,
+}
+
+impl Seen {
+    /// Whether the states of a part of the range are still the same.
+    pub(super) fn is_still_so(&self, part: Range, now: &AttributeMap) -> bool {
+        match &self.mixed {
+            None => now.uniform(part) == self.state,
+            Some(then) => then.runs_in(part).eq(now.runs_in(part)),
+        }
+    }
+}
+
+/// The states for a moment, with the mutex held.
+pub(super) struct Locked<'a> {
+    states: MappedMutexGuard<'a, States>,
+    generation: &'a AtomicU64,
+}
+
+/// A range whose states nobody else changes.
+pub(crate) struct Held<'a> {
+    guard: RangeGuard<'a, States>,
+    generation: &'a AtomicU64,
+}
+
+impl PageStates {
+    pub(super) fn new(memory: u64, initial: State, vcpus: usize) -> Self {
+        #[expect(clippy::expect_used, reason = "a constant range")]
+        let page = Range::new(0, PAGE_SIZE).expect("a page");
+        Self {
+            locks: RangeLocks::new(States {
+                map: AttributeMap::new(memory, initial),
+                recent: Box::new([page; REMEMBERED]),
+                watches: vec![Watch::default(); vcpus],
+                watched: false,
+                undone: 0,
+                reserved: 0,
+            }),
+            generation: AtomicU64::new(0),
+        }
+    }
+
+    /// The map's generation. Whoever reads a change's number finds KVM enforcing it.
+    #[inline]
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The states for a moment, whoever holds what.
+    #[inline]
+    pub(super) fn lock(&self) -> Locked<'_> {
+        Locked {
+            states: self.locks.data(),
+            generation: &self.generation,
+        }
+    }
+
+    /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
+    #[inline]
+    pub(super) fn hold(&self, range: Range) -> Held<'_> {
+        self.hold_and_lock(range).0
+    }
+
+    /// The same, and the states as they are from then on.
+    #[inline]
+    pub(super) fn hold_and_lock(&self, range: Range) -> (Held<'_>, Locked<'_>) {
+        let (guard, states) = self.locks.lock_and_look(range);
+        let generation = &self.generation;
+        (Held { guard, generation }, Locked { states, generation })
+    }
+
+    /// Waits until nobody holds a part of `range`: the states as they are then.
+    #[inline]
+    pub(super) fn lock_when_free(&self, range: Range) -> Locked<'_> {
+        Locked {
+            states: self.locks.look_when_free(range),
+            generation: &self.generation,
+        }
+    }
+}
+
+impl<'a> Held<'a> {
+    /// Lets go of the range: the states, which nobody else sees before these are unlocked.
+    #[inline]
+    pub(super) fn finish(self) -> Locked<'a> {
+        Locked {
+            states: self.guard.finish(),
+            generation: self.generation,
+        }
+    }
+}
+
+impl Locked<'_> {
+    /// Takes a change over: bytes whose state it changed.
+    #[inline]
+    pub(super) fn set(&mut self, range: Range, to: State) -> u64 {
+        let states = &mut *self.states;
+        if states.watched {
+            states.count_for_watches(range, to);
+        }
+        let changed = states.map.set(range, to);
+        if changed > 0 {
+            self.changed(range);
+        }
+        changed
+    }
+
+    /// Takes note of a change that was undone: a fault from in between does not tell which state its vCPU meant.
+    pub(super) fn disturb(&mut self, range: Range) {
+        self.states.map.disturb(range);
+        self.states.undone += 1;
+        self.changed(range);
+    }
+
+    #[inline]
+    fn changed(&mut self, range: Range) {
+        let generation = self.states.map.generation();
+        self.states.recent[generation as usize % REMEMBERED] = range;
+        // Release: whoever finds a change counted enters a guest for which KVM enforces it.
+        self.generation.store(generation, Ordering::Release);
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = States;
+
+    fn deref(&self) -> &States {
+        &self.states
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut States {
+        &mut self.states
+    }
+}
+
+impl States {
+    pub(super) fn map(&self) -> &AttributeMap {
+        &self.map
+    }
+
+    /// How many changes there were, without those that were undone.
+    pub(super) fn changes(&self) -> u64 {
+        self.map.generation() - self.undone
+    }
+
+    #[inline]
+    pub(super) fn see(&self, range: Range) -> Seen {
+        let state = self.map.uniform(range);
+        Seen {
+            range,
+            state,
+            mixed: match state {
+                Some(_) => None,
+                None => Some(Box::new(self.map.snapshot())),
+            },
+        }
+    }
+
+    /// The fewest possible runs of a range, ascending.
+    pub(super) fn runs_in(&self, range: Range) -> Vec<Run> {
+        self.map.runs_in(range).collect()
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        self.map.snapshot()
+    }
+
+    /// Private bytes of a range.
+    pub(super) fn private_in(&self, range: Range) -> u64 {
+        let private = self.map.runs_in(range).filter(|run| run.state == State::Private);
+        private.map(|run| run.range.size()).sum()
+    }
+
+    /// Whether a page of `range` changed after `generation`. Exact for the last 64 changes; else it can say so of a page
+    /// whose 2 MiB block changed.
+    pub(super) fn changed_since(&self, range: Range, generation: u64) -> bool {
+        let now = self.map.generation();
+        if now == generation {
+            return false;
+        }
+        if now - generation <= REMEMBERED as u64 {
+            let mut later = (generation + 1..=now).map(|change| self.recent[change as usize % REMEMBERED]);
+            return later.any(|changed| changed.overlaps(&range));
+        }
+        let blocks = (range.gpa() / BLOCK * BLOCK..range.end()).step_by(BLOCK as usize);
+        blocks
+            .map(|block| block.max(range.gpa()))
+            .any(|gpa| self.map.changed_since(gpa, generation))
+    }
+
+    /// How often the page at `gpa` changed since this vCPU began to watch it, which may be now.
+    pub(super) fn watch(&mut self, vcpu: u32, gpa: u64) -> u64 {
+        let Some(watch) = self.watches.get_mut(vcpu as usize) else {
+            return 0;
+        };
+        if watch.gpa != gpa {
+            *watch = Watch { gpa, changes: 0 };
+        }
+        self.watched = true;
+        watch.changes
+    }
+
+    #[inline(never)]
+    fn count_for_watches(&mut self, range: Range, to: State) {
+        for watch in &mut self.watches {
+            let changes = range.contains(watch.gpa) && self.map.state(watch.gpa) != to;
+            watch.changes += u64::from(changes);
+        }
+    }
+
+    /// Makes room for so many more shared bytes, if no more than `max` are shared with them.
+    pub(super) fn reserve(&mut self, bytes: u64, max: u64) -> bool {
+        let shared = self.map.size() - self.map.private_bytes();
+        let fits = shared.saturating_add(self.reserved).saturating_add(bytes) <= max;
+        if fits {
+            self.reserved += bytes;
+        }
+        fits
+    }
+
+    /// The reserved bytes are shared now, or will not be.
+    pub(super) fn release(&mut self, bytes: u64) {
+        self.reserved -= bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,218 @@
+//! Nobody shares a page, nobody is overtaken, nobody is forgotten.
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::memory::address::PAGE_SIZE;
+
+const PAGES: u64 = 64;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn pages(first: u64, count: u64) -> Range {
+    Range::new(first * PAGE_SIZE, count * PAGE_SIZE).unwrap()
+}
+
+/// Fails if `body` hangs.
+fn within_patience(body: impl FnOnce() + Send + 'static) {
+    let (done, finished) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        body();
+        done.send(()).unwrap();
+    });
+    match finished.recv_timeout(PATIENCE) {
+        Ok(()) => thread.join().unwrap(),
+        Err(mpsc::RecvTimeoutError::Disconnected) => std::panic::resume_unwind(thread.join().unwrap_err()),
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("still waiting for a range after {PATIENCE:?}"),
+    }
+}
+
+/// Numbers without a pattern that matters.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+
+    fn range(&mut self) -> Range {
+        let first = self.below(PAGES);
+        let longest = if self.below(4) == 0 {
+            PAGES - first
+        } else {
+            (PAGES - first).min(4)
+        };
+        pages(first, 1 + self.below(longest))
+    }
+}
+
+/// Waits until this many hold a range or wait for one.
+fn until_queued(locks: &RangeLocks<()>, count: usize) {
+    let begun = Instant::now();
+    while locks.inner.lock().queue.entries.len() < count {
+        assert!(begun.elapsed() < PATIENCE, "nobody queues");
+        std::thread::yield_now();
+    }
+}
+
+/// Waits until this many have gone to sleep.
+fn until_waiting(locks: &RangeLocks<()>, count: usize) {
+    let begun = Instant::now();
+    while locks.inner.lock().queue.waiting < count {
+        assert!(begun.elapsed() < PATIENCE, "nobody waits");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn overlapping_ranges_are_never_held_together() {
+    within_patience(|| {
+        let locks = RangeLocks::new(());
+        let owners: Vec<AtomicU32> = (0..PAGES).map(|_| AtomicU32::new(0)).collect();
+        let locked = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for thread in 1..=6_u32 {
+                let (locks, owners, locked) = (&locks, &owners, &locked);
+                scope.spawn(move || {
+                    let mut random = Random(0x9e37_79b9 * u64::from(thread));
+                    for _ in 0..2000 {
+                        let range = random.range();
+                        let held = locks.lock(range);
+                        let mine = &owners[(range.gpa() / PAGE_SIZE) as usize..(range.end() / PAGE_SIZE) as usize];
+                        for owner in mine {
+                            assert_eq!(
+                                owner.swap(thread, Ordering::SeqCst),
+                                0,
+                                "someone else holds a page of {range}"
+                            );
+                        }
+                        if random.below(8) == 0 {
+                            std::thread::yield_now();
+                        }
+                        for owner in mine {
+                            assert_eq!(
+                                owner.swap(0, Ordering::SeqCst),
+                                thread,
+                                "someone took a page of {range}"
+                            );
+                        }
+                        drop(held);
+                        locked.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        // Nobody was lost, and nothing stays behind.
+        assert_eq!(locked.into_inner(), 6 * 2000);
+        let queue = &locks.inner.lock().queue;
+        assert_eq!((queue.entries.len(), queue.waiting), (0, 0));
+    });
+}
+
+#[test]
+fn disjoint_ranges_do_not_wait() {
+    within_patience(|| {
+        let locks = RangeLocks::new(());
+        let low = locks.lock(pages(0, 4));
+        std::thread::scope(|scope| {
+            // Joined while the neighbours are held.
+            let neighbour = scope.spawn(|| drop(locks.lock(pages(4, 4))));
+            neighbour.join().unwrap();
+        });
+        drop(low);
+    });
+}
+
+#[test]
+fn a_large_range_is_not_overtaken_by_what_it_waits_with() {
+    within_patience(|| {
+        let locks = RangeLocks::new(());
+        let order = Mutex::new(Vec::new());
+        let first = locks.lock(pages(0, 1));
+        std::thread::scope(|scope| {
+            let take = |name: &'static str, range: Range, queued: usize| {
+                let (locks, order) = (&locks, &order);
+                scope.spawn(move || {
+                    let _held = locks.lock(range);
+                    order.lock().push(name);
+                });
+                until_queued(locks, queued);
+            };
+            take("large", pages(0, PAGES), 2);
+            // Free as far as holders go, but the large range came first.
+            take("small", pages(5, 1), 3);
+            take("smaller", pages(5, 1), 4);
+            until_waiting(&locks, 3);
+            assert!(order.lock().is_empty());
+            drop(first);
+        });
+        assert_eq!(*order.lock(), ["large", "small", "smaller"]);
+    });
+}
+
+#[test]
+fn a_large_range_gets_its_turn_while_small_ones_keep_coming() {
+    within_patience(|| {
+        let locks = Arc::new(RangeLocks::new(()));
+        let over = AtomicBool::new(false);
+        let small = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (locks, over, small) = (&locks, &over, &small);
+                scope.spawn(move || {
+                    let mut random = Random(thread + 1);
+                    while !over.load(Ordering::SeqCst) {
+                        // Always held by someone: the next one asks before this one lets go.
+                        let first = random.below(PAGES / 2);
+                        let _held = locks.lock(pages(2 * first + thread % 2, 1));
+                        small.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+            }
+            while small.load(Ordering::SeqCst) < 10 {
+                std::thread::yield_now();
+            }
+            for _ in 0..200 {
+                drop(locks.lock(pages(0, PAGES)));
+            }
+            over.store(true, Ordering::SeqCst);
+        });
+    });
+}
+
+#[test]
+fn first_come_first_served_on_one_page() {
+    within_patience(|| {
+        let locks = RangeLocks::new(());
+        let order = Mutex::new(Vec::new());
+        let held = locks.lock(pages(7, 1));
+        std::thread::scope(|scope| {
+            for i in 0..8_usize {
+                let (locks, order) = (&locks, &order);
+                scope.spawn(move || {
+                    let _held = locks.lock(pages(7, 1));
+                    order.lock().push(i);
+                });
+                until_queued(locks, i + 2);
+            }
+            drop(held);
+        });
+        assert_eq!(*order.lock(), Vec::from_iter(0..8));
+    });
+}
+
+#[test]
+fn a_range_is_free_again_after_a_panic() {
+    let locks = RangeLocks::new(());
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _held = locks.lock(pages(0, PAGES));
+        std::panic::resume_unwind(Box::new(()));
+    }));
+    assert!(caught.is_err());
+    drop(locks.lock(pages(0, 1)));
+}

@@ -1,0 +1,74 @@
+//! How often.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::chain::Link;
+use super::decision::Decision;
+use super::hooks::Policy;
+use super::request::Request;
+use crate::errno::Errno;
+use crate::error::Failure;
+
+/// Lets `per_second` requests through on average, and `burst` at once. An explicit request above that finds EAGAIN; an
+/// implicit one waits, which slows its vCPU down and nobody else.
+pub struct RateLimit {
+    per_second: f64,
+    burst: f64,
+    bucket: Mutex<Bucket>,
+    then: Arc<dyn Policy>,
+}
+
+struct Bucket {
+    tokens: f64,
+    /// Nanoseconds.
+    filled: u64,
+}
+
+impl RateLimit {
+    /// `per_second` is positive and finite, `burst` at least 1; else `None`.
+    pub fn new(per_second: f64, burst: u32, then: Arc<dyn Policy>) -> Option<Self> {
+        let valid = per_second.is_finite() && per_second > 0.0 && burst > 0;
+        valid.then(|| Self {
+            per_second,
+            burst: burst.into(),
+            bucket: Mutex::new(Bucket {
+                tokens: burst.into(),
+                filled: 0,
+            }),
+            then,
+        })
+    }
+
+    /// Takes a token, or tells how long there will be none.
+    fn take(&self, now: u64) -> Result<(), Duration> {
+        let mut bucket = self.bucket.lock();
+        // Requests of several vCPUs come in an order that is not quite that of their times.
+        let now = now.max(bucket.filled);
+        let filled = Duration::from_nanos(now - bucket.filled).as_secs_f64() * self.per_second;
+        bucket.tokens = (bucket.tokens + filled).min(self.burst);
+        bucket.filled = now;
+        if bucket.tokens < 1.0 {
+            let missing = (1.0 - bucket.tokens) / self.per_second;
+            return Err(Duration::try_from_secs_f64(missing).unwrap_or(Duration::MAX));
+        }
+        bucket.tokens -= 1.0;
+        Ok(())
+    }
+}
+
+impl Link for RateLimit {
+    fn then(&self) -> &dyn Policy {
+        self.then.as_ref()
+    }
+
+    fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
+        match (self.take(request.time()), request) {
+            (Ok(()), request) => self.then().judge(request),
+            (Err(_), Request::Explicit(_)) => Ok(Decision::Deny(Errno(libc::EAGAIN))),
+            (Err(wait), Request::Implicit(_)) => Ok(Decision::Wait(wait)),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Asking a policy without a machine: its decisions are carried out on a map of states.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::decision::{Convert, Decision};
+use super::hooks::Policy;
+use super::request::{ExplicitRequest, ImplicitRequest, Request};
+use crate::errno::{EINVAL, Errno};
+use crate::error::{Error, Failure, Site};
+use crate::memory::address::{PAGE_SIZE, Range, Run, State};
+use crate::memory::page_map::AttributeMap;
+
+/// The most memory of a trial: 4 PiB.
+const MOST_MEMORY: u64 = 1 << 52;
+
+/// What a policy can be asked about.
+#[derive(Clone, Copy, Debug)]
+pub enum Question {
+    /// An implicit request.
+    Implicit(ImplicitRequest),
+    /// An explicit request.
+    Explicit(ExplicitRequest),
+    /// A poisoned page.
+    Poison(ImplicitRequest),
+}
+
+impl Question {
+    /// The pages.
+    pub fn range(&self) -> Range {
+        match self {
+            Question::Implicit(fault) | Question::Poison(fault) => fault.range,
+            Question::Explicit(call) => call.range,
+        }
+    }
+
+    fn site(&self) -> Site {
+        let (vcpu, state, rip) = match self {
+            Question::Implicit(fault) | Question::Poison(fault) => (fault.vcpu, Some(fault.state), fault.rip),
+            Question::Explicit(call) => (call.vcpu, call.state, 0),
+        };
+        Site {
+            vcpu,
+            gpa: Some(self.range().gpa()),
+            state: Some(state.map_or("mixed", State::as_str)),
+            rip,
+        }
+    }
+}
+
+/// A policy, and the states that its decisions lead to.
+pub struct Trial {
+    policy: Arc<dyn Policy>,
+    /// Not locked while the policy is asked: it may look at the states.
+    model: Mutex<Model>,
+}
+
+impl Trial {
+    /// Asks `policy` as in a machine with this much memory, all of it in state `initial`.
+    ///
+    /// # Errors
+    /// `Invalid` for a size that is no positive multiple of 4096, or above 4 PiB.
+    pub fn new(policy: Arc<dyn Policy>, memory: u64, initial: State) -> Result<Self, Error> {
+        if Range::new(0, memory).is_none() || memory > MOST_MEMORY {
+            return Err(Error::Invalid(format!(
+                "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 4 PiB"
+            )));
+        }
+        Ok(Self::of(policy, Model::new(memory, initial)))
+    }
+
+    /// With states as they are already.
+    pub(crate) fn of(policy: Arc<dyn Policy>, model: Model) -> Self {
+        Self {
+            policy,
+            model: Mutex::new(model),
+        }
+    }
+
+    /// Bytes of memory.
+    pub fn memory(&self) -> u64 {
+        self.model.lock().map.size()
+    }
+
+    /// What the policy decides; what it converts is converted in the map.
+    ///
+    /// # Errors
+    /// `Invalid` for a request outside of memory; `Hook` with what the policy raised, or for an answer that a machine would
+    /// not accept.
+    pub fn judge(&self, question: &Question) -> Result<Decision, Error> {
+        let range = question.range();
+        self.range(range.gpa(), range.size())?;
+        let carried = self.carry_out(question, true);
+        carried.map(|carried| carried.decision).map_err(|failure| Error::Hook {
+            site: question.site(),
+            failure,
+        })
+    }
+
+    /// Asks, and carries the decision out unless `carry_out` is false: then whatever is decided changes nothing.
+    pub(crate) fn carry_out(&self, question: &Question, carry_out: bool) -> Result<Carried, Failure> {
+        let request = match question {
+            Question::Poison(poison) => return Ok(Carried::nothing(self.poison(poison)?)),
+            Question::Implicit(fault) => Request::Implicit(fault),
+            Question::Explicit(call) => Request::Explicit(call),
+        };
+        let decision = self.policy.judge(request)?;
+        match carry_out {
+            true => self.model.lock().carry_out(request, decision),
+            false => Ok(Carried::nothing(decision)),
+        }
+    }
+
+    fn poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
+        match self.policy.memory_poison(poison)? {
+            Decision::Convert(_) => Err(POISON_IS_NOT_CONVERTED.into()),
+            decision => Ok(decision),
+        }
+    }
+
+    /// Puts a range that lies in memory into a state.
+    pub(crate) fn set(&self, range: Range, to: State) {
+        self.model.lock().set(range, to);
+    }
+
+    /// The state of a range, if its pages agree.
+    ///
+    /// # Errors
+    /// `Invalid` for what is no page-aligned part of memory.
+    pub fn state(&self, gpa: u64, size: u64) -> Result<Option<State>, Error> {
+        let range = self.range(gpa, size)?;
+        Ok(self.model.lock().map.uniform(range))
+    }
+
+    /// The states of all memory, as the fewest possible runs, ascending.
+    pub fn runs(&self) -> Vec<Run> {
+        self.model.lock().map.runs().collect()
+    }
+
+    /// Bytes that are shared.
+    pub fn shared_bytes(&self) -> u64 {
+        self.model.lock().shared_bytes()
+    }
+
+    fn range(&self, gpa: u64, size: u64) -> Result<Range, Error> {
+        let memory = self.memory();
+        let range = Range::new(gpa, size).filter(|range| range.end() <= memory);
+        range.ok_or_else(|| {
+            let message = format!("{gpa:#x} + {size:#x} is no page-aligned part of {memory:#x} bytes of memory");
+            Error::Invalid(message)
+        })
+    }
+}
+
+/// States, and decisions carried out on them.
+pub(crate) struct Model {
+    map: AttributeMap,
+}
+
+/// A decision that was carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Carried {
+    /// The decision; a conversion above its quota is a refusal.
+    pub decision: Decision,
+    /// What was converted, and to what.
+    pub done: Option<(Range, State)>,
+    /// Bytes whose state changed.
+    pub changed: u64,
+}
+
+impl Model {
+    /// All of memory, a positive multiple of 4096 bytes, in state `initial`.
+    pub(crate) fn new(memory: u64, initial: State) -> Self {
+        Self {
+            map: AttributeMap::new(memory, initial),
+        }
+    }
+
+    /// The states.
+    pub(crate) fn map(&self) -> &AttributeMap {
+        &self.map
+    }
+
+    /// Bytes that are shared.
+    pub(crate) fn shared_bytes(&self) -> u64 {
+        self.map.size() - self.map.private_bytes()
+    }
+
+    /// The range, if it lies in memory.
+    pub(crate) fn range(&self, gpa: u64, size: u64) -> Option<Range> {
+        Range::new(gpa, size).filter(|range| range.end() <= self.map.size())
+    }
+
+    /// Puts a range that lies in memory into a state: bytes whose state changed.
+    pub(crate) fn set(&mut self, range: Range, to: State) -> u64 {
+        self.map.set(range, to)
+    }
+
+    /// Carries out a decision on a request for pages. Fails where a machine would not accept the decision.
+    fn carry_out(&mut self, request: Request<'_>, decision: Decision) -> Result<Carried, Failure> {
+        let convert = match decision {
+            Decision::Convert(convert) => convert,
+            Decision::Discard => return Err(DISCARD_IS_FOR_POISON.into()),
+            Decision::Remember(_) => return Err(NOBODY_REMEMBERS.into()),
+            decision => return Ok(Carried::nothing(decision)),
+        };
+        let (start, end, to) = request.target(&convert);
+        let size = end - start;
+        let range = self.range(start, size).ok_or_else(|| {
+            let memory = self.map.size();
+            format!("Convert: {start:#x} + {size:#x} is no page-aligned part of {memory:#x} bytes of memory")
+        })?;
+        if self.above_quota(range, to, &convert) {
+            return Ok(Carried::nothing(Decision::Deny(Errno(EINVAL))));
+        }
+        Ok(Carried {
+            changed: self.set(range, to),
+            decision: Decision::Convert(convert),
+            done: Some((range, to)),
+        })
+    }
+
+    fn above_quota(&self, range: Range, to: State, convert: &Convert) -> bool {
+        let Some(most) = convert.max_shared.filter(|_| to == State::Shared) else {
+            return false;
+        };
+        let private = self.map.runs_in(range).filter(|run| run.state == State::Private);
+        self.shared_bytes() + private.map(|run| run.range.size()).sum::<u64>() > most
+    }
+}
+
+impl Carried {
+    /// A decision that converts nothing.
+    pub(crate) fn nothing(decision: Decision) -> Self {
+        Self {
+            decision,
+            done: None,
+            changed: 0,
+        }
+    }
+}
+
+/// Why Convert is no answer to poison.
+pub(crate) const POISON_IS_NOT_CONVERTED: &str =
+    "memory_poison cannot answer Convert: a convert does not repair a poisoned page";
+/// Why Discard is no answer to a request.
+pub(crate) const DISCARD_IS_FOR_POISON: &str = "Discard() is an answer to memory_poison only";
+/// Why a decision with a region is no answer.
+pub(crate) const NOBODY_REMEMBERS: &str = "a decision can be remembered only by a Remember around its policy";

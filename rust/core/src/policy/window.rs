@@ -1,0 +1,39 @@
+//! Where sharing is allowed.
+
+use std::sync::Arc;
+
+use super::chain::Link;
+use super::decision::Decision;
+use super::hooks::Policy;
+use super::request::Request;
+use crate::errno::Errno;
+use crate::error::Failure;
+use crate::memory::address::{Range, State};
+
+/// Lets pages become shared inside these ranges only, wherever `then` wants them: a swiotlb window, a ring. What becomes
+/// private is up to `then` alone.
+pub struct Window {
+    /// Where pages may be shared.
+    pub ranges: Vec<Range>,
+    /// Who is asked first.
+    pub then: Arc<dyn Policy>,
+}
+
+impl Link for Window {
+    fn then(&self) -> &dyn Policy {
+        self.then.as_ref()
+    }
+
+    fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
+        let decision = self.then().judge(request)?;
+        let Decision::Convert(conversion) = &decision else {
+            return Ok(decision);
+        };
+        let (start, end, to) = request.target(conversion);
+        let inside = |window: &Range| window.gpa() <= start && end <= window.end();
+        Ok(match to == State::Shared && !self.ranges.iter().any(inside) {
+            true => Decision::Deny(Errno(libc::EINVAL)),
+            false => decision,
+        })
+    }
+}

@@ -1,0 +1,187 @@
+//! Explicit requests: KVM_HC_MAP_GPA_RANGE, by hypercall or by the doorbell.
+
+use super::request::conversion_failed;
+use super::running::{RunningVcpu, hook_failed};
+use crate::error::{ConvertError, Error, Failure, Site};
+use crate::events::event::{Asked, Kind, Outcome};
+use crate::hypervisor::exit::{Hypercall, offset, put};
+use crate::hypervisor::hypercall::{KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
+use crate::memory::address::State;
+use crate::memory::conversion::{Condition, Converted};
+use crate::policy::decision::Decision;
+use crate::policy::map_gpa_range::{MapGpaRange, parse};
+use crate::policy::request::ExplicitRequest;
+use crate::policy::trial::DISCARD_IS_FOR_POISON;
+
+/// A request is put to the policy again this often at most, if its pages change each time while the policy judges.
+const ASKED_AGAIN_BOUND: u32 = 16;
+
+/// The hypercall: answered in kvm_run, which becomes RAX with the next KVM_RUN.
+#[inline]
+pub(super) fn hypercall(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<(), Error> {
+    let answer = request(vcpu, call)?.to_le_bytes();
+    put(vcpu.state.hv.kvm_run(), offset::HYPERCALL_RET, &answer);
+    vcpu.state.reply_due = true;
+    Ok(())
+}
+
+/// The hypercall by port: the same registers, the answer in RAX.
+pub(super) fn doorbell(vcpu: &mut RunningVcpu<'_>) -> Result<(), Error> {
+    let regs = vcpu.state.regs().map_err(|errno| vcpu.no_registers(errno))?;
+    let call = Hypercall {
+        nr: regs.rax,
+        args: [regs.rbx, regs.rcx, regs.rdx],
+    };
+    let answer = request(vcpu, &call)?;
+    let answered = vcpu.state.answer(answer as u64);
+    answered.map_err(|errno| vcpu.no_registers(errno))?;
+    vcpu.state.reply_due = true;
+    Ok(())
+}
+
+/// What RAX becomes: 0, or an errno; negative for a hypercall that is none of ours.
+fn request(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<i64, Error> {
+    vcpu.note_time();
+    if call.nr != KVM_HC_MAP_GPA_RANGE {
+        vcpu.tally.malformed += 1;
+        return Ok(-KVM_ENOSYS);
+    }
+    let wanted = match parse(call, &vcpu.context.memory.views()) {
+        Ok(wanted) => wanted,
+        Err(errno) => {
+            vcpu.tally.malformed += 1;
+            return Ok(errno.0.into());
+        }
+    };
+    vcpu.tally.hypercalls += 1;
+    let mut asked_again = 0;
+    loop {
+        if let Some(errno) = judge(vcpu, &wanted)? {
+            return Ok(errno.into());
+        }
+        if asked_again == ASKED_AGAIN_BOUND || vcpu.context.control.leaving() {
+            break;
+        }
+        // The pages changed while the policy judged, so it is asked again. It stays one request, with one row in the log:
+        // that of the decision that counts.
+        asked_again += 1;
+        vcpu.state.log.forget();
+    }
+    vcpu.tally.retries += 1;
+    vcpu.close_as(Outcome::Retried, libc::EAGAIN);
+    Ok(libc::EAGAIN.into())
+}
+
+/// The errno for the guest, 0 for success; `None` where the pages are not as the policy was told any more.
+#[inline]
+fn judge(vcpu: &mut RunningVcpu<'_>, wanted: &MapGpaRange) -> Result<Option<i32>, Error> {
+    let seen = vcpu.context.memory.see(wanted.range);
+    let request = ExplicitRequest {
+        vcpu: vcpu.state.index,
+        range: wanted.range,
+        to: wanted.to,
+        page_size: wanted.page_size,
+        raw: wanted.raw,
+        state: seen.state,
+        time: vcpu.exited,
+        memory: vcpu.context.memory.size(),
+    };
+    vcpu.open_request(&about(&request));
+    let convert = match vcpu.context.policy.get(&mut vcpu.policy).map_gpa_range(&request) {
+        Ok(Decision::Convert(convert)) => convert,
+        decision => return not_converted(vcpu, decision, &request).map(Some),
+    };
+    let order = match vcpu.order(&convert, request.range, request.to) {
+        Ok(order) => order,
+        Err(failure) => return Err(hook_failed(site(vcpu, &request), failure)),
+    };
+    let control = vcpu.context.control;
+    let converted = vcpu
+        .context
+        .memory
+        .convert_if(&order, Condition::AsTold(&seen), &|| control.leaving());
+    match converted {
+        Ok(Converted::Superseded) => Ok(None),
+        Ok(converted) => {
+            let errno = vcpu.converted(&order, converted);
+            if convert.prefault {
+                vcpu.prefault(order.range, order.to);
+            }
+            Ok(Some(errno))
+        }
+        Err(source) => refused(vcpu, source, &request).map(Some),
+    }
+}
+
+/// Any decision but Convert: the errno for the guest.
+fn not_converted(
+    vcpu: &mut RunningVcpu<'_>,
+    decision: Result<Decision, Failure>,
+    request: &ExplicitRequest,
+) -> Result<i32, Error> {
+    match vcpu.decided(decision, request.range, request.to)? {
+        Decision::Deny(errno) => {
+            vcpu.tally.denied += 1;
+            vcpu.close_as(Outcome::Denied, errno.0);
+            Ok(errno.0)
+        }
+        Decision::Retry | Decision::Wait(_) => {
+            vcpu.tally.retries += 1;
+            vcpu.close_as(Outcome::Retried, libc::EAGAIN);
+            Ok(libc::EAGAIN)
+        }
+        // Nothing was done, so a guest that goes on later has to ask again.
+        Decision::Stop(reason) => {
+            vcpu.close_as(Outcome::Stopped, libc::EAGAIN);
+            vcpu.context.control.finish(Ok(reason));
+            Ok(libc::EAGAIN)
+        }
+        Decision::Discard | Decision::Convert(_) | Decision::Remember(_) => {
+            Err(hook_failed(site(vcpu, request), DISCARD_IS_FOR_POISON.into()))
+        }
+    }
+}
+
+/// A conversion that failed: the errno for the guest, where the run can go on.
+#[cold]
+fn refused(vcpu: &mut RunningVcpu<'_>, source: ConvertError, request: &ExplicitRequest) -> Result<i32, Error> {
+    if matches!(source, ConvertError::OverQuota { .. }) {
+        vcpu.over_quota();
+        return Ok(libc::EINVAL);
+    }
+    let errno = source.guest_errno();
+    vcpu.close_as(Outcome::Failed, errno.map_or(0, |errno| errno.0));
+    match errno {
+        Some(errno) => Ok(errno.0),
+        None => Err(conversion_failed(site(vcpu, request), source)),
+    }
+}
+
+/// Where it was made, with the pages as they were then.
+fn site(vcpu: &mut RunningVcpu<'_>, request: &ExplicitRequest) -> Site {
+    Site {
+        vcpu: request.vcpu,
+        gpa: Some(request.range.gpa()),
+        state: Some(request.state.map_or("mixed", State::as_str)),
+        rip: vcpu.rip(),
+    }
+}
+
+/// For the log.
+#[inline]
+fn about(request: &ExplicitRequest) -> Asked {
+    Asked {
+        time: request.time,
+        kind: Kind::Explicit,
+        gpa: request.range.gpa(),
+        size: request.range.size(),
+        to: request.to,
+        state: request.state,
+        // Both have passed the parser: a hint of at most 1 GiB, and five bits.
+        page_size: request.page_size as u32,
+        raw: request.raw as u32,
+        flags: 0,
+        rip: 0,
+        repeats: 0,
+    }
+}

@@ -1,0 +1,125 @@
+//! The loop of a vCPU: enter the guest, dispatch the exit, resume.
+
+use super::kick::Kick;
+use super::running::{Context, Flow, RunningVcpu};
+use super::state::VcpuState;
+use super::tally::Tally;
+use super::{device_io, explicit, implicit, poison};
+use crate::errno::Errno;
+use crate::error::Error;
+use crate::hypervisor::exit::{Exit, SENTINEL};
+use crate::hypervisor::hypercall::DOORBELL_PORT;
+
+/// EAGAIN or ENOMEM in a row, from KVM_RUN itself, after which it will not get better.
+const KVM_RUN_BOUND: u32 = 1000;
+
+/// Runs one vCPU until it or the run ends.
+pub(crate) fn run(context: Context<'_>, state: &mut VcpuState, kick: &Kick) -> Tally {
+    let mut vcpu = RunningVcpu::new(context, state, kick);
+    let mut refused = 0;
+    while let Some(exit) = next_exit(&mut vcpu) {
+        let handled = dispatch(&mut vcpu, &exit, &mut refused);
+        if !goes_on(&mut vcpu, exit, handled) {
+            break;
+        }
+    }
+    vcpu.close_request();
+    vcpu.state.settle(kick, context.memory.pause());
+    vcpu.tally
+}
+
+/// Enters the guest, and returns when it leaves; `None` when the run ends.
+#[inline]
+fn next_exit(vcpu: &mut RunningVcpu<'_>) -> Option<Exit> {
+    if vcpu.must_leave() {
+        return None;
+    }
+    if vcpu.state.pending.is_some() {
+        return vcpu.state.pending.take();
+    }
+    vcpu.close_request();
+    vcpu.entry = vcpu.context.memory.entry();
+    Some(vcpu.state.enter(vcpu.kick, vcpu.context.memory.pause()))
+}
+
+/// `refused`: how often KVM_RUN itself failed in a row.
+fn dispatch(vcpu: &mut RunningVcpu<'_>, exit: &Exit, refused: &mut u32) -> Result<Flow, Error> {
+    match exit {
+        Exit::TryAgain | Exit::OutOfMemory => *refused += 1,
+        _ => *refused = 0,
+    }
+    match exit {
+        Exit::Hypercall(call) => explicit::hypercall(vcpu, call).map(|()| Flow::Resume),
+        Exit::Io(io) if io.port == DOORBELL_PORT && io.write && io.len() == 1 => {
+            explicit::doorbell(vcpu).map(|()| Flow::Resume)
+        }
+        Exit::Io(io) => device_io::port_io(vcpu, io).map(|()| Flow::Resume),
+        Exit::Mmio(mmio) => match implicit::in_memory(vcpu, mmio) {
+            Some(place) => implicit::emulated_access(vcpu, mmio, place),
+            None => device_io::mmio(vcpu, mmio).map(|()| Flow::Resume),
+        },
+        Exit::MemoryFault(fault) => implicit::memory_fault(vcpu, fault),
+        Exit::Poison(fault) => poison::poison(vcpu, fault),
+        Exit::InternalError { suberror } => implicit::internal_error(vcpu, *suberror),
+        Exit::Interrupted | Exit::SetTpr => Ok(Flow::Resume),
+        Exit::TryAgain => try_again(vcpu, Errno(libc::EAGAIN), *refused),
+        Exit::OutOfMemory => try_again(vcpu, Errno(libc::ENOMEM), *refused),
+        Exit::Halt => Ok(Flow::Halt),
+        Exit::Shutdown => Ok(Flow::Shutdown),
+        Exit::BadBacking => Err(bad_backing(vcpu)),
+        Exit::Failed(errno) => Err(vcpu.failed(format!("KVM_RUN failed with {errno}"))),
+        Exit::FailEntry { reason } => Err(vcpu.failed(format!(
+            "the CPU refused to enter the guest, hardware reason {reason:#x}"
+        ))),
+        Exit::SystemEvent { kind } => Err(vcpu.failed(format!("KVM reported system event {kind}"))),
+        Exit::Unknown { reason: SENTINEL } => Err(vcpu.failed("KVM_RUN returned without an exit reason".to_owned())),
+        Exit::Unknown { reason } => Err(vcpu.failed(format!("exit reason {reason} is not one this core handles"))),
+    }
+}
+
+/// Whether this vCPU does, after an exit was handled.
+#[inline]
+fn goes_on(vcpu: &mut RunningVcpu<'_>, exit: Exit, handled: Result<Flow, Error>) -> bool {
+    let control = vcpu.context.control;
+    match handled {
+        Ok(Flow::Resume) => {}
+        Ok(Flow::Postpone(exit)) => vcpu.state.pending = Some(exit),
+        Ok(Flow::Leave(reason, pending)) => {
+            vcpu.state.pending = pending;
+            control.finish(Ok(reason));
+        }
+        Ok(Flow::Halt) => {
+            control.halted();
+            return false;
+        }
+        Ok(Flow::Shutdown) => {
+            vcpu.state.started = false;
+            control.stop("shutdown");
+        }
+        Err(error) => {
+            if exit.awaits_reply() {
+                // Nobody answered it, so it is the first thing to do should the run go on.
+                vcpu.state.pending = Some(exit);
+                vcpu.state.reply_due = false;
+            }
+            control.finish(Err(error));
+        }
+    }
+    true
+}
+
+fn try_again(vcpu: &mut RunningVcpu<'_>, errno: Errno, times: u32) -> Result<Flow, Error> {
+    if times > KVM_RUN_BOUND {
+        return Err(vcpu.failed(format!("KVM_RUN failed with {errno} {times} times in a row")));
+    }
+    vcpu.back_off(times);
+    Ok(Flow::Resume)
+}
+
+fn bad_backing(vcpu: &mut RunningVcpu<'_>) -> Error {
+    let slot = vcpu.context.memory.describe_slots();
+    Error::BadBacking {
+        site: vcpu.site(None),
+        slot,
+    }
+}

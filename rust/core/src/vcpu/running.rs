@@ -1,0 +1,214 @@
+//! What a vCPU's thread works with during a run: the machine's parts that it needs, and its own counts.
+
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::control::Control;
+use super::kick::{Kick, kicked};
+use super::state::VcpuState;
+use super::tally::Tally;
+use crate::devices::bus::{Bus, KnownPort};
+use crate::errno::Errno;
+use crate::error::{Error, Failure, Site};
+use crate::events::event::{Asked, Event, Outcome};
+use crate::events::log::EventLog;
+use crate::hypervisor::exit::Exit;
+use crate::memory::address::{Range, State};
+use crate::memory::guest_memory::{Entry, GuestMemory};
+use crate::policy::current::{CurrentPolicy, KnownPolicy};
+
+/// Identical faults, with no change in between, after which a vCPU is not getting anywhere.
+pub const LIVELOCK_BOUND: u32 = 1000;
+/// Repeats before a vCPU that tries again begins to wait in between.
+const EAGER_REPEATS: u32 = 16;
+const LONGEST_WAIT: Duration = Duration::from_millis(1);
+
+/// The parts of a machine that its vCPUs' loops need.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub memory: &'a GuestMemory,
+    pub bus: &'a Bus,
+    pub policy: &'a CurrentPolicy,
+    pub events: &'a EventLog,
+    pub control: &'a Control,
+    /// Whether there is KVM_PRE_FAULT_MEMORY.
+    pub pre_fault: bool,
+}
+
+/// What to do after an exit was handled.
+pub(crate) enum Flow {
+    /// Enter the guest.
+    Resume,
+    /// End the run with this reason; the exit, if any, is still to be answered when it goes on.
+    Leave(String, Option<Exit>),
+    /// The run is ending; this exit is still to be answered when it goes on.
+    Postpone(Exit),
+    /// This vCPU is at rest.
+    Halt,
+    /// This vCPU cannot go on.
+    Shutdown,
+}
+
+/// How often a fault came in a row.
+#[derive(Default)]
+pub(crate) struct Repeats {
+    last: Option<(u64, State)>,
+    /// How often the page had changed by then.
+    changes: u64,
+    count: u32,
+}
+
+/// One vCPU, in its thread, for one run.
+pub(crate) struct RunningVcpu<'a> {
+    pub context: Context<'a>,
+    pub state: &'a mut VcpuState,
+    pub kick: &'a Kick,
+    /// When it last entered the guest.
+    pub entry: Entry,
+    repeats: Repeats,
+    pub policy: KnownPolicy,
+    pub port: KnownPort,
+    pub tally: Tally,
+    /// When the exit that is being handled was seen, if it can be a request: nanoseconds of CLOCK_MONOTONIC.
+    pub exited: u64,
+    /// The same of the request that is open.
+    since: u64,
+}
+
+impl<'a> RunningVcpu<'a> {
+    pub(crate) fn new(context: Context<'a>, state: &'a mut VcpuState, kick: &'a Kick) -> Self {
+        state.log.forget();
+        Self {
+            context,
+            state,
+            kick,
+            entry: context.memory.entry(),
+            repeats: Repeats::default(),
+            policy: context.policy.known(),
+            port: KnownPort::default(),
+            tally: Tally::default(),
+            exited: 0,
+            since: 0,
+        }
+    }
+
+    /// Whether the run ends. Whoever has a reason for that kicks.
+    #[inline]
+    pub(crate) fn must_leave(&self) -> bool {
+        kicked(self.kick.immediate_exit()) && self.context.control.leaving()
+    }
+
+    pub(crate) fn rip(&mut self) -> u64 {
+        self.state.rip()
+    }
+
+    // ---- the record of a request
+
+    /// The exit that is being handled can be a request.
+    #[inline]
+    pub(crate) fn note_time(&mut self) {
+        self.exited = monotonic();
+    }
+
+    #[inline]
+    pub(crate) fn open_request(&mut self, asked: &Asked) {
+        self.close_request();
+        self.since = self.exited;
+        self.state.log.begin(asked);
+    }
+
+    /// What came of the open request, where nothing was converted.
+    pub(crate) fn close_as(&mut self, outcome: Outcome, errno: i32) {
+        self.state.log.ended_with_nothing(outcome, errno);
+    }
+
+    /// The request that is open, if any, is over: the guest resumes, or the run ends.
+    #[inline]
+    pub(crate) fn close_request(&mut self) {
+        if self.state.log.is_open() {
+            let latency = monotonic().saturating_sub(self.since);
+            self.tally.latency.saturating_record(latency.max(1));
+            self.context.events.publish(&mut self.state.log, latency);
+        }
+    }
+
+    // ---- trying again
+
+    /// How often this fault came before without a change of its page.
+    pub(crate) fn repeats(&mut self, page: Range, access: State, changes: u64) -> u32 {
+        let key = Some((page.gpa(), access));
+        let repeats = &mut self.repeats;
+        if repeats.last == key && repeats.changes == changes {
+            repeats.count = repeats.count.saturating_add(1);
+        } else {
+            *repeats = Repeats {
+                last: key,
+                changes,
+                count: 0,
+            };
+        }
+        repeats.count
+    }
+
+    /// Waits a little, if this happened many times in a row.
+    pub(crate) fn back_off(&self, repeats: u32) {
+        if let Some(waits) = repeats.checked_sub(EAGER_REPEATS) {
+            let wait = (Duration::from_micros(10) * waits).min(LONGEST_WAIT);
+            self.context.control.pause(wait);
+        }
+    }
+
+    // ---- errors
+
+    pub(crate) fn site(&mut self, pages: Option<Range>) -> Site {
+        Site {
+            vcpu: self.state.index,
+            gpa: pages.map(|range| range.gpa()),
+            state: pages.map(|range| self.context.memory.describe(range)),
+            rip: self.rip(),
+        }
+    }
+
+    /// KVM came back in a way that a run cannot go on from.
+    pub(crate) fn failed(&mut self, what: String) -> Error {
+        let site = self.site(None);
+        Error::Exit { site, what }
+    }
+
+    pub(crate) fn no_registers(&mut self, errno: Errno) -> Error {
+        self.failed(format!("the registers cannot be reached: {errno}"))
+    }
+
+    pub(crate) fn livelock(&mut self, page: Range, access: State, repeats: u32) -> Error {
+        let events = self.context.events.about(page.gpa(), 8);
+        let line = |event: &Event| {
+            let (kind, to, outcome) = (event.kind.as_str(), event.to, event.outcome.as_str());
+            format!(
+                "\n  event {}: vCPU {} {kind} to {to}: {outcome}",
+                event.sequence, event.vcpu
+            )
+        };
+        let lines: String = events.iter().map(line).collect();
+        Error::Livelock {
+            site: self.site(Some(page)),
+            access: access.as_str(),
+            repeats,
+            history: match lines.is_empty() {
+                true => "; no earlier request was about this page".to_owned(),
+                false => format!("; the last requests about this page:{lines}"),
+            },
+        }
+    }
+}
+
+pub(crate) fn hook_failed(site: Site, failure: Failure) -> Error {
+    Error::Hook { site, failure }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC: the clock of the kernel's traces and of Python's `time.monotonic_ns()`.
+#[inline]
+fn monotonic() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}

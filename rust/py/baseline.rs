@@ -1,0 +1,79 @@
+//! The bare loop that requests are measured against.
+
+use std::time::Duration;
+
+use pagegate_baseline::{Measured, Mode, Plan, Start, Work};
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::interpreter::arguments;
+
+/// Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
+///
+/// ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
+/// where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
+/// ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for
+/// ``Vm``.
+///
+/// Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
+#[pyfunction]
+#[pyo3(signature = (memory, vcpus, *, enforcement, marks, memslots = 1, shared_bit = None, doorbell = false, block = 4096,
+                    work = "all", timeout = None))]
+#[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
+pub(crate) fn bare_loop(
+    py: Python<'_>,
+    #[pyo3(from_py_with = arguments::integer)] memory: u64,
+    vcpus: Vec<(u64, Vec<u8>, u64)>,
+    enforcement: &str,
+    #[pyo3(from_py_with = arguments::integer)] marks: u16,
+    #[pyo3(from_py_with = arguments::integer)] memslots: u32,
+    #[pyo3(from_py_with = arguments::optional)] shared_bit: Option<u32>,
+    doorbell: bool,
+    #[pyo3(from_py_with = arguments::integer)] block: u64,
+    work: &str,
+    timeout: Option<f64>,
+) -> PyResult<(u64, u64, u64)> {
+    let modes = [("attributes", Mode::Attributes), ("memslots", Mode::Memslots)];
+    let parts = [
+        ("nothing", Work::Nothing),
+        ("enforce", Work::Enforce),
+        ("discard", Work::Discard),
+        ("all", Work::All),
+    ];
+    let plan = Plan {
+        memory,
+        memslots: memslots.into(),
+        mode: arguments::choose(enforcement, "enforcement", modes)?,
+        shared_bit,
+        doorbell,
+        block,
+        marks,
+        vcpus: vcpus
+            .into_iter()
+            .map(|(at, image, argument)| Start { at, image, argument })
+            .collect(),
+        work: arguments::choose(work, "work", parts)?,
+    };
+    if !plan.is_sound() {
+        return Err(PyValueError::new_err("the bare loop cannot run such a machine"));
+    }
+    let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let mut raised = None;
+    let mut interrupt = || {
+        raised = Python::attach(|py| py.check_signals()).err();
+        raised.is_some()
+    };
+    let measured = py.detach(|| pagegate_baseline::run(&plan, timeout, &mut interrupt));
+    match (measured, raised) {
+        (_, Some(error)) => Err(error),
+        (Err(error), None) => Err(PyOSError::new_err(format!("the bare loop: {error}"))),
+        (
+            Ok(Measured {
+                time,
+                requests,
+                port_io,
+            }),
+            None,
+        ) => Ok((time.as_nanos() as u64, requests, port_io)),
+    }
+}

@@ -1,0 +1,4 @@
+//! Requests as events, and tables of them.
+
+pub(crate) mod arrow;
+pub(crate) mod event;

@@ -1,0 +1,293 @@
+//! Python handlers for port IO and MMIO.
+
+use std::cell::Cell;
+use std::thread::LocalKey;
+
+use pagegate_core::devices::bus::{IoHandler, MmioHandler};
+use pagegate_core::error::Failure;
+use pagegate_core::hypervisor::exit::{Io, Mmio};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::PyBytes;
+
+use crate::interpreter::attach::attached;
+use crate::interpreter::errors;
+use crate::interpreter::fields::Field;
+use crate::interpreter::reuse::{self, HookArgument, Spare};
+
+/// Bytes of an access that is no string IO, in one word; of a read there are none yet.
+struct Data {
+    word: Field<u64>,
+    len: Field<u32>,
+}
+
+/// The most that a [`Data`] has.
+const WORD: usize = 8;
+
+impl Data {
+    fn of(data: &[u8]) -> (u64, u32) {
+        let mut word = [0; WORD];
+        let len = data.len().min(WORD);
+        word[..len].copy_from_slice(&data[..len]);
+        (u64::from_le_bytes(word), len as u32)
+    }
+
+    fn new((word, len): (u64, u32)) -> Self {
+        let (word, len) = (word.into(), len.into());
+        Self { word, len }
+    }
+
+    fn set(&self, (word, len): (u64, u32)) {
+        self.word.set(word);
+        self.len.set(len);
+    }
+
+    fn bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let word = self.word.get().to_le_bytes();
+        PyBytes::new(py, &word[..word.len().min(self.len.get() as usize)])
+    }
+}
+
+/// One port IO exit. String IO keeps its access size and count.
+#[pyclass(name = "Io", module = "pagegate", frozen)]
+pub(crate) struct PyIo {
+    #[pyo3(get)]
+    vcpu: Field<u32>,
+    #[pyo3(get)]
+    port: Field<u16>,
+    /// OUT, not IN.
+    #[pyo3(get)]
+    write: Field<bool>,
+    /// Bytes of one access: 1, 2 or 4.
+    #[pyo3(get)]
+    size: Field<u8>,
+    /// Accesses.
+    #[pyo3(get)]
+    count: Field<u32>,
+    data: Data,
+    /// What string IO wrote.
+    long: Option<Vec<u8>>,
+}
+
+/// A port IO exit, and what was written.
+pub(crate) struct PortIo {
+    vcpu: u32,
+    io: Io,
+    data: (u64, u32),
+}
+
+impl PyIo {
+    fn new(question: &PortIo, long: Option<Vec<u8>>) -> Self {
+        let io = &question.io;
+        Self {
+            vcpu: question.vcpu.into(),
+            port: io.port.into(),
+            write: io.write.into(),
+            size: io.size.into(),
+            count: io.count.into(),
+            data: Data::new(question.data),
+            long,
+        }
+    }
+}
+
+impl HookArgument for PyIo {
+    type Question = PortIo;
+
+    fn make<'py>(py: Python<'py>, question: &PortIo) -> PyResult<Bound<'py, Self>> {
+        Bound::new(py, Self::new(question, None))
+    }
+
+    fn set(&self, question: &PortIo) {
+        let io = &question.io;
+        self.vcpu.set(question.vcpu);
+        self.port.set(io.port);
+        self.write.set(io.write);
+        self.size.set(io.size);
+        self.count.set(io.count);
+        self.data.set(question.data);
+    }
+
+    fn spare() -> &'static LocalKey<Spare<Self>> {
+        thread_local! {
+            static SPARE: Spare<PyIo> = const { Cell::new(None) };
+        }
+        &SPARE
+    }
+}
+
+#[pymethods]
+impl PyIo {
+    /// What was written, ``size * count`` bytes; empty for a read.
+    #[getter]
+    fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        match &self.long {
+            Some(long) => PyBytes::new(py, long),
+            None => self.data.bytes(py),
+        }
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let (vcpu, port, size, count) = (self.vcpu.get(), self.port.get(), self.size.get(), self.count.get());
+        let (write, data) = (python_bool(self.write.get()), self.data(py).repr()?);
+        Ok(format!(
+            "Io(vcpu={vcpu}, port={port:#x}, write={write}, size={size}, count={count}, data={data})"
+        ))
+    }
+}
+
+/// One access to an address outside memory.
+#[pyclass(name = "Mmio", module = "pagegate", frozen)]
+pub(crate) struct PyMmio {
+    #[pyo3(get)]
+    vcpu: Field<u32>,
+    #[pyo3(get)]
+    gpa: Field<u64>,
+    /// A store, not a load.
+    #[pyo3(get)]
+    write: Field<bool>,
+    /// Bytes, 1 to 8.
+    #[pyo3(get)]
+    size: Field<u8>,
+    data: Data,
+}
+
+/// An MMIO exit, and what was stored.
+pub(crate) struct DeviceMmio {
+    vcpu: u32,
+    mmio: Mmio,
+    data: (u64, u32),
+}
+
+impl HookArgument for PyMmio {
+    type Question = DeviceMmio;
+
+    fn make<'py>(py: Python<'py>, question: &DeviceMmio) -> PyResult<Bound<'py, Self>> {
+        let mmio = &question.mmio;
+        let access = Self {
+            vcpu: question.vcpu.into(),
+            gpa: mmio.gpa.into(),
+            write: mmio.write.into(),
+            size: mmio.len.into(),
+            data: Data::new(question.data),
+        };
+        Bound::new(py, access)
+    }
+
+    fn set(&self, question: &DeviceMmio) {
+        let mmio = &question.mmio;
+        self.vcpu.set(question.vcpu);
+        self.gpa.set(mmio.gpa);
+        self.write.set(mmio.write);
+        self.size.set(mmio.len);
+        self.data.set(question.data);
+    }
+
+    fn spare() -> &'static LocalKey<Spare<Self>> {
+        thread_local! {
+            static SPARE: Spare<PyMmio> = const { Cell::new(None) };
+        }
+        &SPARE
+    }
+}
+
+#[pymethods]
+impl PyMmio {
+    /// What was stored; empty for a load.
+    #[getter]
+    fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        self.data.bytes(py)
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let (vcpu, gpa, size) = (self.vcpu.get(), self.gpa.get(), self.size.get());
+        let (write, data) = (python_bool(self.write.get()), self.data(py).repr()?);
+        Ok(format!(
+            "Mmio(vcpu={vcpu}, gpa={gpa:#x}, write={write}, size={size}, data={data})"
+        ))
+    }
+}
+
+fn python_bool(value: bool) -> &'static str {
+    if value { "True" } else { "False" }
+}
+
+/// Frees what a thread keeps for asking handlers. For its end.
+pub(crate) fn forget_accesses(_attached: Python<'_>) {
+    reuse::forget::<PyIo>();
+    reuse::forget::<PyMmio>();
+}
+
+/// A Python callable that answers accesses.
+pub(crate) struct Handler(pub(crate) Py<PyAny>);
+
+/// Takes what a handler answered to a read. `access` is made for the message alone.
+fn take<'py>(
+    answer: &Bound<'py, PyAny>,
+    data: &mut [u8],
+    access: impl FnOnce() -> PyResult<Bound<'py, PyAny>>,
+) -> PyResult<()> {
+    let py = answer.py();
+    if let Ok(bytes) = answer.cast_exact::<PyBytes>()
+        && bytes.as_bytes().len() == data.len()
+    {
+        data.copy_from_slice(bytes.as_bytes());
+        return Ok(());
+    }
+    let wrong = |what: String| {
+        let len = data.len();
+        let access = access()
+            .and_then(|access| access.repr())
+            .map(|repr| repr.to_string())
+            .unwrap_or_default();
+        let message = format!("the handler of {access} must return {len} bytes, not {what}");
+        errors::policy_error(py, message)
+    };
+    match answer.extract::<PyBackedBytes>() {
+        Ok(bytes) if bytes.len() == data.len() => data.copy_from_slice(&bytes),
+        Ok(bytes) => return Err(wrong(bytes.len().to_string())),
+        Err(_) => return Err(wrong(answer.repr()?.to_string())),
+    }
+    Ok(())
+}
+
+impl IoHandler for Handler {
+    fn io(&self, vcpu: u32, io: &Io, data: &mut [u8]) -> Result<(), Failure> {
+        attached(|py| {
+            let handler = self.0.bind(py);
+            let written = if io.write { &*data } else { &[] };
+            let question = PortIo {
+                vcpu,
+                io: *io,
+                data: Data::of(written),
+            };
+            let answer = match written.len() > WORD {
+                true => handler.call1((PyIo::new(&question, Some(written.to_vec())),))?,
+                false => reuse::call::<PyIo>(handler, &question)?,
+            };
+            match io.write {
+                true => Ok(()),
+                false => take(&answer, data, || Ok(PyIo::make(py, &question)?.into_any())),
+            }
+        })
+        .map_err(errors::failure)
+    }
+}
+
+impl MmioHandler for Handler {
+    fn mmio(&self, vcpu: u32, mmio: &Mmio, data: &mut [u8]) -> Result<(), Failure> {
+        attached(|py| {
+            let question = DeviceMmio {
+                vcpu,
+                mmio: *mmio,
+                data: Data::of(if mmio.write { data } else { &[] }),
+            };
+            let answer = reuse::call::<PyMmio>(self.0.bind(py), &question)?;
+            match mmio.write {
+                true => Ok(()),
+                false => take(&answer, data, || Ok(PyMmio::make(py, &question)?.into_any())),
+            }
+        })
+        .map_err(errors::failure)
+    }
+}

@@ -1,0 +1,102 @@
+//! Python objects that are told of conversions.
+
+use pagegate_core::error::Failure;
+use pagegate_core::memory::listeners::{Change, Listener};
+use pyo3::prelude::*;
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::interpreter::errors;
+
+/// Pages that change hands, all of them from the one state to the other.
+#[pyclass(name = "Change", module = "pagegate", frozen, get_all)]
+pub(crate) struct PyChange {
+    /// Start in bytes, shared bit stripped.
+    gpa: u64,
+    /// Bytes.
+    size: u64,
+    /// What they become.
+    to: &'static str,
+    /// They are that already: this is what a listener that joins is told first.
+    initial: bool,
+}
+
+#[pymethods]
+impl PyChange {
+    fn __repr__(&self) -> String {
+        let Self { gpa, size, to, .. } = self;
+        let initial = if self.initial { ", initial=True" } else { "" };
+        format!("Change(gpa={gpa:#x}, size={size:#x}, to={to:?}{initial})")
+    }
+}
+
+type Method = Option<Py<PyAny>>;
+
+/// A listener's methods, found once.
+pub(crate) struct PyListener {
+    object: Py<PyAny>,
+    prepare: Method,
+    committed: Method,
+    aborted: Method,
+}
+
+impl PyListener {
+    pub(crate) fn resolve(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let resolve = object.py().import("pagegate.hooks")?.getattr("resolve_listener")?;
+        let (prepare, committed, aborted) = resolve.call1((object,))?.extract()?;
+        Ok(Self {
+            object: object.clone().unbind(),
+            prepare,
+            committed,
+            aborted,
+        })
+    }
+
+    pub(crate) fn is(&self, object: &Bound<'_, PyAny>) -> bool {
+        self.object.is(object)
+    }
+
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.object)?;
+        let methods = [&self.prepare, &self.committed, &self.aborted];
+        methods.into_iter().flatten().try_for_each(|method| visit.call(method))
+    }
+}
+
+/// Calls a method, if there is one: whether it did anything but return `False`.
+fn tell(method: &Method, change: &Change) -> Result<bool, Failure> {
+    let Some(method) = method else {
+        return Ok(true);
+    };
+    Python::attach(|py| {
+        let change = PyChange {
+            gpa: change.range.gpa(),
+            size: change.range.size(),
+            to: change.to.as_str(),
+            initial: change.initial,
+        };
+        let answer = method.bind(py).call1((Bound::new(py, change)?,))?;
+        if answer.is_none() {
+            return Ok(true);
+        }
+        answer.extract::<bool>().map_err(|_| {
+            let answer = answer.repr().map(|repr| repr.to_string()).unwrap_or_default();
+            let message = format!("a listener answered {answer}: it returns True or None, or False to refuse");
+            errors::policy_error(py, message)
+        })
+    })
+    .map_err(errors::failure)
+}
+
+impl Listener for PyListener {
+    fn prepare(&self, change: &Change) -> Result<bool, Failure> {
+        tell(&self.prepare, change)
+    }
+
+    fn committed(&self, change: &Change) -> Result<(), Failure> {
+        tell(&self.committed, change).map(drop)
+    }
+
+    fn aborted(&self, change: &Change) -> Result<(), Failure> {
+        tell(&self.aborted, change).map(drop)
+    }
+}

@@ -1,0 +1,13 @@
+//! The machine, what belongs to it, and what it calls.
+
+pub(crate) mod attributes;
+pub(crate) mod device_io;
+pub(crate) mod event_log;
+pub(crate) mod host;
+pub(crate) mod listener;
+pub(crate) mod marks;
+pub(crate) mod parts;
+pub(crate) mod policy_handle;
+pub(crate) mod report;
+pub(crate) mod vcpu;
+pub(crate) mod vm;

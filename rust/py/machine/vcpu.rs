@@ -1,0 +1,92 @@
+//! One vCPU.
+
+use pagegate_core::boot::start::CpuMode;
+use pagegate_core::x86::registers::{self, REGISTERS, SYSTEM_REGISTERS};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use pyo3::{PyTraverseError, PyVisit};
+
+use super::parts::OfVm;
+use crate::interpreter::{arguments, errors};
+
+/// One vCPU.
+#[pyclass(name = "Vcpu", module = "pagegate", frozen)]
+pub(crate) struct PyVcpu {
+    pub(super) vm: OfVm,
+    #[pyo3(get)]
+    pub(super) index: usize,
+}
+
+#[pymethods]
+impl PyVcpu {
+    /// Sets all registers for the next run.
+    ///
+    /// Those not named are 0, but ``rsp`` in mode "long": it has a page for each vCPU, below the tables. Any general
+    /// register can be named; cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base; and segments, by selector.
+    ///
+    /// "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, the
+    /// first GiB and its shared views mapped to themselves by tables in the top six pages of memory, which become
+    /// shared. There is no IDT: an exception ends the run as "shutdown".
+    ///
+    /// With a shared bit, ``rip`` is taken at the shared view where its page is shared: an instruction cannot be
+    /// fetched from the view that its page is not in.
+    ///
+    /// Raises TypeError for a register that does not exist, ValueError for a value that does not fit, PagegateError
+    /// while the vCPU runs.
+    #[pyo3(signature = (*, mode = "long", **registers))]
+    fn start(&self, py: Python<'_>, mode: &str, registers: Option<&Bound<'_, PyDict>>) -> PyResult<()> {
+        let modes = [
+            ("real", CpuMode::Real),
+            ("protected", CpuMode::Protected),
+            ("long", CpuMode::Long),
+        ];
+        let mode = arguments::choose(mode, "mode", modes)?;
+        let given: Vec<(String, u64)> = match registers {
+            Some(registers) => registers.iter().map(register).collect::<PyResult<_>>()?,
+            None => Vec::new(),
+        };
+        let machine = self.vm.machine(py)?;
+        py.detach(|| machine.start(self.index, mode, &given))
+            .map_err(|error| errors::raise(py, error))
+    }
+
+    /// The general registers by name, between runs.
+    fn regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let machine = self.vm.machine(py)?;
+        let mut regs = machine.regs(self.index).map_err(|error| errors::raise(py, error))?;
+        let dict = PyDict::new(py);
+        for name in REGISTERS {
+            dict.set_item(name, registers::register(&mut regs, name).copied())?;
+        }
+        Ok(dict)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<pagegate.Vcpu {}>", self.index)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.vm.traverse(&visit)
+    }
+}
+
+fn register((name, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)) -> PyResult<(String, u64)> {
+    let name: String = name.extract()?;
+    let known: Vec<&str> = REGISTERS.into_iter().chain(SYSTEM_REGISTERS).collect();
+    if !known.contains(&name.as_str()) {
+        let known = known.join(", ");
+        return Err(PyTypeError::new_err(format!(
+            "there is no register {name:?}; there are {known}"
+        )));
+    }
+    let value = arguments::integer(&value).map_err(|error| {
+        // Which of the registers is not in the error of the value.
+        let message = format!("{name}: {}", error.value(value.py()));
+        match error.is_instance_of::<PyTypeError>(value.py()) {
+            true => PyTypeError::new_err(message),
+            false => PyValueError::new_err(message),
+        }
+    })?;
+    Ok((name, value))
+}

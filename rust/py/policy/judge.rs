@@ -1,0 +1,97 @@
+//! From a Python object to a policy of the core.
+
+use std::sync::Arc;
+
+use pagegate_core::policy::hooks::Policy;
+use pagegate_core::policy::remember::Remember;
+use pagegate_core::policy::simple::Allow;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use pyo3::{PyTraverseError, PyVisit};
+
+use super::hooks::PyPolicy;
+
+/// Whatever judges, as the core takes it, and what of Python that refers to.
+pub(crate) struct Judge {
+    pub(crate) policy: Arc<dyn Policy>,
+    /// Whether a request may enter Python.
+    pub(crate) enters_python: bool,
+    held: Held,
+}
+
+/// What keeps a judge's Python objects alive: each is one reference, visited by one owner.
+enum Held {
+    Nothing,
+    Hooks(Arc<Remember<PyPolicy>>),
+    Builtin(Py<PyBuiltin>),
+}
+
+impl Judge {
+    /// Of a built-in policy, of any object with hooks, or of nothing, which leaves all to the defaults.
+    pub(crate) fn of(policy: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let Some(policy) = policy else {
+            return Ok(Self::native(Arc::new(Allow)));
+        };
+        if let Ok(builtin) = policy.cast::<PyBuiltin>() {
+            let judge = &builtin.get().0;
+            return Ok(Self {
+                policy: judge.policy.clone(),
+                enters_python: judge.enters_python,
+                held: Held::Builtin(builtin.clone().unbind()),
+            });
+        }
+        let hooks = Arc::new(Remember::new(PyPolicy::resolve(policy)?));
+        let enters_python = hooks.policy().hooks().next().is_some();
+        Ok(Self {
+            policy: hooks.clone(),
+            enters_python,
+            held: Held::Hooks(hooks),
+        })
+    }
+
+    fn native(policy: Arc<dyn Policy>) -> Self {
+        Self {
+            policy,
+            enters_python: false,
+            held: Held::Nothing,
+        }
+    }
+
+    /// The Python policy that is asked at the end of the chain, if there is one.
+    pub(crate) fn hooks(&self) -> Option<&Arc<Remember<PyPolicy>>> {
+        match &self.held {
+            Held::Nothing => None,
+            Held::Hooks(hooks) => Some(hooks),
+            Held::Builtin(builtin) => builtin.get().0.hooks(),
+        }
+    }
+
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.held {
+            Held::Nothing => Ok(()),
+            Held::Hooks(hooks) => hooks.policy().hooks().try_for_each(|hook| visit.call(hook)),
+            Held::Builtin(builtin) => visit.call(builtin),
+        }
+    }
+}
+
+/// What all built-in policies are.
+#[pyclass(name = "Builtin", module = "pagegate.policies", frozen, subclass)]
+pub(crate) struct PyBuiltin(pub(crate) Judge);
+
+#[pymethods]
+impl PyBuiltin {
+    /// The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison.
+    #[getter]
+    fn hooks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let hooks = self
+            .0
+            .hooks()
+            .map_or_else(Default::default, |hooks| hooks.policy().cloned(py));
+        PyTuple::new(py, hooks)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.0.traverse(&visit)
+    }
+}

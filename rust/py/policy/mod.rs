@@ -1,0 +1,7 @@
+//! Policies: what hooks are asked and answer, and the built-in ones.
+
+pub(crate) mod builtin;
+pub(crate) mod decision;
+pub(crate) mod hooks;
+pub(crate) mod judge;
+pub(crate) mod request;

@@ -1,0 +1,387 @@
+//! What a hook is asked.
+
+use std::cell::Cell;
+use std::thread::LocalKey;
+
+use pagegate_core::errno::{EFAULT, EHWPOISON, Errno};
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::policy::map_gpa_range;
+use pagegate_core::policy::request::{ExplicitRequest, ImplicitRequest};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::interpreter::arguments;
+use crate::interpreter::fields::{Field, RangeState};
+use crate::interpreter::reuse::{HookArgument, Spare};
+
+/// KVM_MEMORY_EXIT_FLAG_PRIVATE.
+const FLAG_PRIVATE: u64 = 1 << 3;
+
+/// What only tests and replays need: those of the machine are in order.
+fn pages(gpa: u64, size: u64) -> PyResult<Range> {
+    Range::new(gpa, size).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "gpa {gpa:#x} and size {size:#x} must be multiples of {PAGE_SIZE}, size above 0, and their sum below 2^64"
+        ))
+    })
+}
+
+fn positive(errno: i32) -> PyResult<Errno> {
+    match errno {
+        1..=4095 => Ok(Errno(errno)),
+        _ => Err(PyValueError::new_err(format!(
+            "errno is {errno}: it must be in 1..=4095"
+        ))),
+    }
+}
+
+fn accessed(private: bool) -> State {
+    match private {
+        true => State::Private,
+        false => State::Shared,
+    }
+}
+
+/// An implicit request: an access met a page that is not in the accessed state (KVM_EXIT_MEMORY_FAULT).
+///
+/// One can be made, to try a policy on it. ``flags`` are by default those of the access, ``state`` is the opposite of
+/// what was accessed. ``gpa`` and ``size`` are multiples of 4096. Raises ValueError.
+#[pyclass(name = "MemoryFault", module = "pagegate", frozen, get_all, subclass)]
+pub(crate) struct PyMemoryFault {
+    /// Index of the vCPU.
+    vcpu: Field<u32>,
+    /// The page, in bytes, shared bit stripped.
+    gpa: Field<u64>,
+    /// Bytes: 4096 on x86.
+    size: Field<u64>,
+    /// Whether the access was to the private side.
+    private: Field<bool>,
+    /// KVM_MEMORY_EXIT_FLAG_* as KVM reported them; PRIVATE is 8.
+    flags: Field<u64>,
+    /// EFAULT; EHWPOISON for poison.
+    errno: Field<i32>,
+    /// The page's present state.
+    state: Field<RangeState>,
+    /// The guest's instruction pointer.
+    rip: Field<u64>,
+    /// How often this very fault came before with no change of its page in between; 0 the first time.
+    repeats: Field<u32>,
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
+    time: Field<u64>,
+}
+
+impl From<&ImplicitRequest> for PyMemoryFault {
+    fn from(fault: &ImplicitRequest) -> Self {
+        Self {
+            vcpu: fault.vcpu.into(),
+            gpa: fault.range.gpa().into(),
+            size: fault.range.size().into(),
+            private: (fault.access == State::Private).into(),
+            flags: fault.flags.into(),
+            errno: fault.errno.0.into(),
+            state: RangeState::from(fault.state).into(),
+            rip: fault.rip.into(),
+            repeats: fault.repeats.into(),
+            time: fault.time.into(),
+        }
+    }
+}
+
+impl HookArgument for PyMemoryFault {
+    type Question = ImplicitRequest;
+
+    fn make<'py>(py: Python<'py>, fault: &ImplicitRequest) -> PyResult<Bound<'py, Self>> {
+        Bound::new(py, Self::from(fault))
+    }
+
+    fn set(&self, fault: &ImplicitRequest) {
+        self.vcpu.set(fault.vcpu);
+        self.gpa.set(fault.range.gpa());
+        self.size.set(fault.range.size());
+        self.private.set(fault.access == State::Private);
+        self.flags.set(fault.flags);
+        self.errno.set(fault.errno.0);
+        self.state.set(fault.state.into());
+        self.rip.set(fault.rip);
+        self.repeats.set(fault.repeats);
+        self.time.set(fault.time);
+    }
+
+    fn spare() -> &'static LocalKey<Spare<Self>> {
+        thread_local!(static SPARE: Spare<PyMemoryFault> = const { Cell::new(None) });
+        &SPARE
+    }
+}
+
+impl PyMemoryFault {
+    /// What the core would ask about, in a machine with so much memory.
+    pub(crate) fn fault(&self, memory: u64) -> PyResult<ImplicitRequest> {
+        Ok(ImplicitRequest {
+            vcpu: self.vcpu.get(),
+            range: pages(self.gpa.get(), self.size.get())?,
+            access: accessed(self.private.get()),
+            flags: self.flags.get(),
+            errno: Errno(self.errno.get()),
+            state: self.state.get().state().unwrap_or(State::Shared),
+            rip: self.rip.get(),
+            repeats: self.repeats.get(),
+            time: self.time.get(),
+            memory,
+        })
+    }
+}
+
+#[pymethods]
+impl PyMemoryFault {
+    #[new]
+    #[pyo3(signature = (gpa, *, private = false, vcpu = 0, size = PAGE_SIZE, flags = None, errno = EFAULT,
+                        state = None, rip = 0, repeats = 0, time = 0),
+           text_signature = "(gpa, *, private=False, vcpu=0, size=4096, flags=None, errno=14, state=None, rip=0, \
+                             repeats=0, time=0)")]
+    #[expect(clippy::too_many_arguments, reason = "one for each field")]
+    fn new(
+        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
+        private: bool,
+        #[pyo3(from_py_with = arguments::integer)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        #[pyo3(from_py_with = arguments::optional)] flags: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer)] errno: i32,
+        state: Option<&str>,
+        #[pyo3(from_py_with = arguments::integer)] rip: u64,
+        #[pyo3(from_py_with = arguments::integer)] repeats: u32,
+        #[pyo3(from_py_with = arguments::integer)] time: u64,
+    ) -> PyResult<Self> {
+        let range = pages(gpa, size)?;
+        let access = accessed(private);
+        let state = state.map_or(Ok(access.other()), |state| arguments::state(state, "state"))?;
+        Ok(Self {
+            vcpu: vcpu.into(),
+            gpa: range.gpa().into(),
+            size: range.size().into(),
+            private: private.into(),
+            flags: flags.unwrap_or(if private { FLAG_PRIVATE } else { 0 }).into(),
+            errno: positive(errno)?.0.into(),
+            state: RangeState::from(state).into(),
+            rip: rip.into(),
+            repeats: repeats.into(),
+            time: time.into(),
+        })
+    }
+
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let Self {
+            vcpu,
+            gpa,
+            size,
+            private,
+            flags,
+            errno,
+            state,
+            rip,
+            repeats,
+            time,
+        } = slf.get();
+        let class = slf.get_type().name()?;
+        let private = if private.get() { "True" } else { "False" };
+        Ok(format!(
+            "{class}(vcpu={}, gpa={:#x}, size={:#x}, private={private}, flags={:#x}, errno={}, state={:?}, rip={:#x}, \
+             repeats={}, time={})",
+            vcpu.get(),
+            gpa.get(),
+            size.get(),
+            flags.get(),
+            errno.get(),
+            state.get().as_str(),
+            rip.get(),
+            repeats.get(),
+            time.get()
+        ))
+    }
+}
+
+/// An access met a poisoned page (EHWPOISON). No conversion repairs that: ``Convert`` is no answer here.
+///
+/// One can be made, as a ``MemoryFault``; ``state`` is by default what was accessed.
+#[pyclass(name = "MemoryPoison", module = "pagegate", frozen, extends = PyMemoryFault)]
+pub(crate) struct PyMemoryPoison;
+
+impl PyMemoryPoison {
+    pub(crate) fn of(fault: &ImplicitRequest) -> PyClassInitializer<Self> {
+        PyClassInitializer::from(PyMemoryFault::from(fault)).add_subclass(Self)
+    }
+}
+
+#[pymethods]
+impl PyMemoryPoison {
+    #[new]
+    #[pyo3(signature = (gpa, *, private = false, vcpu = 0, size = PAGE_SIZE, flags = None, errno = EHWPOISON,
+                        state = None, rip = 0, repeats = 0, time = 0),
+           text_signature = "(gpa, *, private=False, vcpu=0, size=4096, flags=None, errno=133, state=None, rip=0, \
+                             repeats=0, time=0)")]
+    #[expect(clippy::too_many_arguments, reason = "one for each field")]
+    fn new(
+        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
+        private: bool,
+        #[pyo3(from_py_with = arguments::integer)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        #[pyo3(from_py_with = arguments::optional)] flags: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer)] errno: i32,
+        state: Option<&str>,
+        #[pyo3(from_py_with = arguments::integer)] rip: u64,
+        #[pyo3(from_py_with = arguments::integer)] repeats: u32,
+        #[pyo3(from_py_with = arguments::integer)] time: u64,
+    ) -> PyResult<PyClassInitializer<Self>> {
+        let state = state.or(Some(accessed(private).as_str()));
+        let fault = PyMemoryFault::new(gpa, private, vcpu, size, flags, errno, state, rip, repeats, time)?;
+        Ok(PyClassInitializer::from(fault).add_subclass(Self))
+    }
+}
+
+/// An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE. Malformed ones find EINVAL and reach no policy.
+///
+/// One can be made, to try a policy on it. ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
+/// ``state`` is by default the opposite of ``to``. Raises ValueError.
+#[pyclass(name = "MapGpaRange", module = "pagegate", frozen, get_all)]
+pub(crate) struct PyMapGpaRange {
+    /// Index of the vCPU.
+    vcpu: Field<u32>,
+    /// Start in bytes, shared bit stripped; a multiple of 4096.
+    gpa: Field<u64>,
+    /// Bytes; a multiple of 4096. The whole range lies in memory.
+    size: Field<u64>,
+    /// What the guest wants the pages to be.
+    to: Field<RangeState>,
+    /// The guest's hint: 4096, 2 MiB or 1 GiB.
+    page_size: Field<u64>,
+    /// RDX: bits 3:0 are the hint, bit 4 is "encrypted".
+    raw: Field<u64>,
+    /// The state of the range. If it is another when its turn comes, the policy is asked again, up to 16 times.
+    state: Field<RangeState>,
+    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
+    time: Field<u64>,
+}
+
+impl From<&ExplicitRequest> for PyMapGpaRange {
+    fn from(call: &ExplicitRequest) -> Self {
+        Self {
+            vcpu: call.vcpu.into(),
+            gpa: call.range.gpa().into(),
+            size: call.range.size().into(),
+            to: RangeState::from(call.to).into(),
+            page_size: call.page_size.into(),
+            raw: call.raw.into(),
+            state: RangeState::from(call.state).into(),
+            time: call.time.into(),
+        }
+    }
+}
+
+impl HookArgument for PyMapGpaRange {
+    type Question = ExplicitRequest;
+
+    fn make<'py>(py: Python<'py>, call: &ExplicitRequest) -> PyResult<Bound<'py, Self>> {
+        Bound::new(py, Self::from(call))
+    }
+
+    fn set(&self, call: &ExplicitRequest) {
+        self.vcpu.set(call.vcpu);
+        self.gpa.set(call.range.gpa());
+        self.size.set(call.range.size());
+        self.to.set(call.to.into());
+        self.page_size.set(call.page_size);
+        self.raw.set(call.raw);
+        self.state.set(call.state.into());
+        self.time.set(call.time);
+    }
+
+    fn spare() -> &'static LocalKey<Spare<Self>> {
+        thread_local!(static SPARE: Spare<PyMapGpaRange> = const { Cell::new(None) });
+        &SPARE
+    }
+}
+
+impl PyMapGpaRange {
+    /// What the core would ask about, in a machine with so much memory.
+    pub(crate) fn call(&self, memory: u64) -> PyResult<ExplicitRequest> {
+        Ok(ExplicitRequest {
+            vcpu: self.vcpu.get(),
+            range: pages(self.gpa.get(), self.size.get())?,
+            to: self.to.get().state().unwrap_or(State::Shared),
+            page_size: self.page_size.get(),
+            raw: self.raw.get(),
+            state: self.state.get().state(),
+            time: self.time.get(),
+            memory,
+        })
+    }
+}
+
+fn standing(word: &str) -> PyResult<RangeState> {
+    let all = [RangeState::Shared, RangeState::Private, RangeState::Mixed];
+    arguments::choose(word, "state", all.map(|standing| (standing.as_str(), standing)))
+}
+
+#[pymethods]
+impl PyMapGpaRange {
+    #[new]
+    #[pyo3(signature = (gpa, size = PAGE_SIZE, *, to, vcpu = 0, page_size = PAGE_SIZE, raw = None, state = None,
+                        time = 0),
+           text_signature = "(gpa, size=4096, *, to, vcpu=0, page_size=4096, raw=None, state=None, time=0)")]
+    #[expect(clippy::too_many_arguments, reason = "one for each field")]
+    fn new(
+        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        to: &str,
+        #[pyo3(from_py_with = arguments::integer)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer)] page_size: u64,
+        #[pyo3(from_py_with = arguments::optional)] raw: Option<u64>,
+        state: Option<&str>,
+        #[pyo3(from_py_with = arguments::integer)] time: u64,
+    ) -> PyResult<Self> {
+        let range = pages(gpa, size)?;
+        let to = arguments::state(to, "to")?;
+        let state = state.map_or(Ok(to.other().into()), standing)?;
+        let implied = map_gpa_range::attributes(to, page_size).ok_or_else(|| {
+            PyValueError::new_err(format!("page_size is {page_size:#x}: it must be 4 KiB, 2 MiB or 1 GiB"))
+        })?;
+        if raw.is_some_and(|raw| raw != implied) {
+            return Err(PyValueError::new_err(format!(
+                "raw contradicts to and page_size, which make {implied:#x}"
+            )));
+        }
+        Ok(Self {
+            vcpu: vcpu.into(),
+            gpa: range.gpa().into(),
+            size: range.size().into(),
+            to: RangeState::from(to).into(),
+            page_size: page_size.into(),
+            raw: implied.into(),
+            state: state.into(),
+            time: time.into(),
+        })
+    }
+
+    fn __repr__(&self) -> String {
+        let Self {
+            vcpu,
+            gpa,
+            size,
+            to,
+            page_size,
+            raw,
+            state,
+            time,
+        } = self;
+        format!(
+            "MapGpaRange(vcpu={}, gpa={:#x}, size={:#x}, to={:?}, page_size={:#x}, raw={:#x}, state={:?}, time={})",
+            vcpu.get(),
+            gpa.get(),
+            size.get(),
+            to.get().as_str(),
+            page_size.get(),
+            raw.get(),
+            state.get().as_str(),
+            time.get()
+        )
+    }
+}

@@ -1,0 +1,238 @@
+//! The fake hypervisor, for tests of machines and policies without KVM.
+
+use std::sync::Arc;
+
+use pagegate_core::hypervisor::fake::{CallName, FakeVm, Injection, Reply, Step};
+use pagegate_core::hypervisor::vm::Hypervisor;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::interpreter::arguments;
+
+/// What a vCPU of a Fake does next.
+#[pyclass(name = "Step", module = "pagegate.testing", frozen, from_py_object)]
+#[derive(Clone)]
+pub(crate) struct PyStep(Step);
+
+#[pymethods]
+impl PyStep {
+    /// KVM_RUN fails and writes nothing.
+    #[staticmethod]
+    fn fail(errno: i32) -> Self {
+        Self(Step::Fail(errno))
+    }
+
+    /// KVM_RUN ends with this exit_reason, these first words of the union, and this errno.
+    #[staticmethod]
+    #[pyo3(signature = (reason, words = (0, 0, 0), *, errno = 0), text_signature = "(reason, words=(0, 0, 0), *, errno=0)")]
+    fn exit(reason: u32, words: (u64, u64, u64), errno: i32) -> Self {
+        Self(Step::Exit {
+            errno,
+            reason,
+            words: [words.0, words.1, words.2],
+        })
+    }
+
+    /// KVM_EXIT_MEMORY_FAULT, once.
+    #[staticmethod]
+    #[pyo3(signature = (gpa, *, flags = 8, size = 4096, errno = 14))]
+    fn memory_fault(gpa: u64, flags: u64, size: u64, errno: i32) -> Self {
+        Self(Step::Exit {
+            errno,
+            reason: pagegate_core::hypervisor::exit::MEMORY_FAULT,
+            words: [flags, gpa, size],
+        })
+    }
+
+    /// An access, as KVM would treat it with its slots and attributes; again after a fault.
+    #[staticmethod]
+    #[pyo3(signature = (gpa, *, write = false))]
+    fn access(gpa: u64, write: bool) -> Self {
+        Self(Step::Access { gpa, write })
+    }
+
+    /// KVM_EXIT_HYPERCALL. Reply: RAX.
+    #[staticmethod]
+    #[pyo3(signature = (gpa, pages, attributes, *, nr = 12))]
+    fn hypercall(gpa: u64, pages: u64, attributes: u64, nr: u64) -> Self {
+        Self(Step::Hypercall([nr, gpa, pages, attributes]))
+    }
+
+    /// The same by port. Reply: RAX.
+    #[staticmethod]
+    #[pyo3(signature = (gpa, pages, attributes, *, nr = 12))]
+    fn doorbell(gpa: u64, pages: u64, attributes: u64, nr: u64) -> Self {
+        Self(Step::Doorbell([nr, gpa, pages, attributes]))
+    }
+
+    /// OUT, or OUTS of several.
+    #[staticmethod]
+    #[pyo3(signature = (port, data, *, size = 1))]
+    fn io_write(port: u16, data: Vec<u8>, size: u8) -> PyResult<Self> {
+        io(port, true, size, data)
+    }
+
+    /// IN, or INS of several. Reply: the data.
+    #[staticmethod]
+    #[pyo3(signature = (port, *, size = 1, count = 1))]
+    fn io_read(port: u16, size: u8, count: usize) -> PyResult<Self> {
+        io(
+            port,
+            false,
+            size,
+            vec![0; usize::from(size).saturating_mul(count).min(MAX_IO + 1)],
+        )
+    }
+
+    /// KVM_RUN does not return until it is kicked.
+    #[staticmethod]
+    fn block() -> Self {
+        Self(Step::Block)
+    }
+
+    #[staticmethod]
+    fn halt() -> Self {
+        Self(Step::Halt)
+    }
+
+    #[staticmethod]
+    fn shutdown() -> Self {
+        Self(Step::Shutdown)
+    }
+
+    #[staticmethod]
+    fn internal_error(suberror: u32) -> Self {
+        Self(Step::InternalError(suberror))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Step.{:?}", self.0)
+    }
+}
+
+const MAX_IO: usize = 4096;
+
+fn io(port: u16, write: bool, size: u8, data: Vec<u8>) -> PyResult<PyStep> {
+    if !matches!(size, 1 | 2 | 4) || data.is_empty() || data.len() > MAX_IO || !data.len().is_multiple_of(size.into()) {
+        let message = format!("IO is 1, 2 or 4 bytes at a time and at most {MAX_IO} in all");
+        return Err(PyValueError::new_err(message));
+    }
+    Ok(PyStep(Step::Io {
+        port,
+        write,
+        size,
+        data,
+    }))
+}
+
+/// What a vCPU of a Fake found as the answer to a step.
+#[pyclass(name = "Reply", module = "pagegate.testing", frozen)]
+pub(crate) struct PyReply(Reply);
+
+#[pymethods]
+impl PyReply {
+    /// Index of the step.
+    #[getter]
+    fn step(&self) -> usize {
+        self.0.step
+    }
+
+    #[getter]
+    fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.value)
+    }
+
+    /// ``data`` as a signed word, where it is eight bytes.
+    #[getter]
+    fn value(&self) -> Option<i64> {
+        Some(i64::from_le_bytes(self.0.value.as_slice().try_into().ok()?))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Reply(step={}, data={:x?})", self.0.step, self.0.value)
+    }
+}
+
+/// A hypervisor that replays one script a vCPU, ``cycles`` times, and then halts.
+///
+/// ``private_memory``: like a host with attributes, or like one without. ``memslots``: how many there are.
+#[pyclass(name = "Fake", module = "pagegate.testing", frozen)]
+pub(crate) struct PyFake(Arc<FakeVm>);
+
+impl PyFake {
+    pub(crate) fn vm(&self) -> Arc<dyn Hypervisor> {
+        self.0.clone()
+    }
+}
+
+fn call(name: &str) -> PyResult<CallName> {
+    let calls = [
+        ("set_attributes", CallName::SetAttributes),
+        ("create_memslot", CallName::CreateMemslot),
+        ("delete_memslot", CallName::DeleteMemslot),
+        ("discard", CallName::Discard),
+        ("pre_fault", CallName::PreFault),
+    ];
+    arguments::choose(name, "call", calls)
+}
+
+#[pymethods]
+impl PyFake {
+    #[new]
+    #[pyo3(signature = (*scripts, private_memory = true, memslots = 32764, cycles = 1))]
+    fn new(scripts: Vec<Vec<PyStep>>, private_memory: bool, memslots: u32, cycles: u64) -> Self {
+        let capabilities = match private_memory {
+            true => FakeVm::protected(memslots),
+            false => FakeVm::plain(memslots),
+        };
+        let steps = |script: Vec<PyStep>| script.into_iter().map(|step| step.0).collect();
+        Self(Arc::new(FakeVm::new(
+            capabilities,
+            scripts.into_iter().map(steps).collect(),
+            cycles,
+        )))
+    }
+
+    /// Makes a call fail, after ``after`` more that go well; all the later ones too if ``forever``.
+    ///
+    /// ``half_done``: it does its work on the first half of its range all the same.
+    #[pyo3(signature = (call, errno, *, after = 0, half_done = false, forever = false))]
+    fn inject(&self, call: &str, errno: i32, after: u64, half_done: bool, forever: bool) -> PyResult<()> {
+        self.0.inject(Injection {
+            call: self::call(call)?,
+            after,
+            errno,
+            half_done,
+            forever,
+        });
+        Ok(())
+    }
+
+    /// The answers so far; none are kept with ``cycles`` above 1.
+    #[pyo3(signature = (vcpu = 0))]
+    fn replies(&self, vcpu: usize) -> Vec<PyReply> {
+        self.0.replies(vcpu).into_iter().map(PyReply).collect()
+    }
+
+    /// Whether the page carries PRIVATE.
+    fn is_private(&self, gpa: u64) -> bool {
+        self.0.is_private(gpa)
+    }
+
+    /// ``None`` without a slot; else whether a guest_memfd is bound to it.
+    fn slot_at(&self, gpa: u64) -> Option<bool> {
+        self.0.slot_at(gpa)
+    }
+
+    /// How many slots there are.
+    #[getter]
+    fn slots(&self) -> usize {
+        self.0.slot_count()
+    }
+
+    /// How many calls were made.
+    fn calls(&self, call: &str) -> PyResult<u64> {
+        Ok(self.0.calls(self::call(call)?))
+    }
+}

@@ -1,0 +1,5 @@
+//! Recorded requests.
+
+pub(crate) mod recorded;
+pub(crate) mod recorder;
+pub(crate) mod replay;

@@ -1,0 +1,211 @@
+//! Traces: read, made up, and written.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pagegate_core::memory::address::{PAGE_SIZE, State};
+use pagegate_core::trace::about::About;
+use pagegate_core::trace::data::{Trace, TraceError};
+use pagegate_core::trace::synthetic::synthetic;
+use pyo3::exceptions::{PyIndexError, PyOSError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyCapsule;
+
+use crate::events::arrow;
+use crate::events::event::PyEvent;
+use crate::interpreter::arguments;
+
+/// Some 15 GB of them.
+const MOST_SYNTHETIC: u64 = 100_000_000;
+
+pub(crate) fn failed(error: TraceError) -> PyErr {
+    match error {
+        TraceError::File { path, source } => match source.raw_os_error() {
+            Some(errno) => PyOSError::new_err((errno, strerror(&source), path)),
+            None => PyOSError::new_err(format!("{path}: {source}")),
+        },
+        error @ TraceError::Encoding { .. } => PyOSError::new_err(error.to_string()),
+        error @ (TraceError::Format(_) | TraceError::Invalid(_)) => PyValueError::new_err(error.to_string()),
+    }
+}
+
+/// Without the number, which an OSError shows by itself.
+fn strerror(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+/// What the caller says of the machine, in place of the trace.
+fn about(memory: Option<u64>, initial: Option<&str>) -> PyResult<Option<About>> {
+    let initial = initial.map(|state| arguments::state(state, "initial")).transpose()?;
+    match (memory, initial) {
+        (None, None) => Ok(None),
+        (Some(memory), initial) => About::new(memory, initial.unwrap_or(State::Shared))
+            .map(Some)
+            .ok_or_else(|| {
+                PyValueError::new_err(format!(
+                    "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 4 PiB"
+                ))
+            }),
+        (None, Some(_)) => Err(PyValueError::new_err("initial goes with memory: pass both")),
+    }
+}
+
+/// Requests that were recorded, or made up, and the machine they were made in: a sequence, and an Arrow table.
+///
+/// A table by ``__arrow_c_stream__``, as ``vm.events``.
+#[pyclass(name = "Trace", module = "pagegate.trace", frozen)]
+pub(crate) struct PyTrace(pub(super) Arc<Trace>);
+
+#[pymethods]
+impl PyTrace {
+    /// Bytes of guest memory.
+    #[getter]
+    fn memory(&self) -> u64 {
+        self.0.about.memory()
+    }
+
+    /// Bytes that were shared when the trace began.
+    #[getter]
+    fn shared_bytes(&self) -> u64 {
+        self.0.about.shared_bytes()
+    }
+
+    /// It was read from an IPC stream that ends in the middle: whoever wrote it was killed.
+    #[getter]
+    fn truncated(&self) -> bool {
+        self.0.truncated
+    }
+
+    /// Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
+    ///
+    /// Raises OSError, and ValueError for another name.
+    fn write(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        py.detach(|| self.0.write(&path)).map_err(failed)
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.events.len()
+    }
+
+    fn __getitem__(&self, index: isize) -> PyResult<PyEvent> {
+        let events = &self.0.events;
+        let at = if index < 0 {
+            index + events.len() as isize
+        } else {
+            index
+        };
+        let event = usize::try_from(at).ok().and_then(|at| events.get(at));
+        event
+            .map(|event| PyEvent::from(*event))
+            .ok_or_else(|| PyIndexError::new_err("there is no such event"))
+    }
+
+    fn __iter__(&self) -> PyTraceIterator {
+        PyTraceIterator {
+            trace: self.0.clone(),
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    #[pyo3(signature = (requested_schema = None))]
+    fn __arrow_c_stream__<'py>(
+        &self,
+        py: Python<'py>,
+        requested_schema: Option<Bound<'py, PyCapsule>>,
+    ) -> PyResult<Bound<'py, PyCapsule>> {
+        let trace = self.0.clone();
+        let schema = trace.about.schema();
+        let batches: Vec<_> = py.detach(|| trace.batches().collect());
+        arrow::stream(py, &schema, batches.into_iter(), requested_schema)
+    }
+
+    fn __arrow_c_schema__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyCapsule>> {
+        arrow::schema(py, &self.0.about.schema())
+    }
+
+    fn __repr__(&self) -> String {
+        let (events, memory) = (self.0.events.len(), self.0.about.memory());
+        format!("<Trace of {events} requests in {memory:#x} bytes of memory>")
+    }
+}
+
+/// One event after the other.
+#[pyclass(name = "TraceIterator", module = "pagegate.trace", frozen)]
+pub(crate) struct PyTraceIterator {
+    trace: Arc<Trace>,
+    next: AtomicUsize,
+}
+
+#[pymethods]
+impl PyTraceIterator {
+    fn __iter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __next__(&self) -> Option<PyEvent> {
+        let at = self.next.fetch_add(1, Ordering::Relaxed);
+        self.trace.events.get(at).map(|event| PyEvent::from(*event))
+    }
+}
+
+/// Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
+///
+/// ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
+/// metadata, which tell both. Of an IPC stream that ends in the middle what is there is read, and ``truncated`` says
+/// so. Raises OSError, and ValueError for what is no trace.
+#[pyfunction]
+#[pyo3(signature = (source, *, memory = None, initial = None))]
+pub(crate) fn read_trace(
+    py: Python<'_>,
+    source: &Bound<'_, PyAny>,
+    #[pyo3(from_py_with = arguments::optional)] memory: Option<u64>,
+    initial: Option<&str>,
+) -> PyResult<PyTrace> {
+    let about = about(memory, initial)?;
+    if let Ok(trace) = source.cast::<PyTrace>() {
+        let trace = trace.get().0.clone();
+        return Ok(PyTrace(match about {
+            Some(about) => Arc::new(Trace {
+                about,
+                events: trace.events.clone(),
+                truncated: trace.truncated,
+            }),
+            None => trace,
+        }));
+    }
+    let trace = if source.hasattr("__arrow_c_stream__")? || source.hasattr("__arrow_c_array__")? {
+        arrow::trace(source, about)?
+    } else {
+        let path: PathBuf = source
+            .extract()
+            .map_err(|_| PyTypeError::new_err("source must be a path, a Trace, vm.events, or an Arrow table"))?;
+        py.detach(|| Trace::read(&path, about))
+    };
+    Ok(PyTrace(Arc::new(trace.map_err(failed)?)))
+}
+
+/// A trace of ``requests`` requests that no guest made: a busy guest of 1 GiB that starts out private.
+///
+/// Each is converted as asked. The same arguments give the same trace. Of a hundred requests about 60 share bounce
+/// buffers of 256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages
+/// privately and shared in turn (implicit), and 5 are for 2 MiB blocks (explicit).
+#[pyfunction]
+#[pyo3(signature = (requests = 1_000_000, *, seed = 0, vcpus = 1))]
+pub(crate) fn synthetic_trace(
+    py: Python<'_>,
+    #[pyo3(from_py_with = arguments::integer)] requests: u64,
+    #[pyo3(from_py_with = arguments::integer)] seed: u64,
+    #[pyo3(from_py_with = arguments::integer)] vcpus: u32,
+) -> PyResult<PyTrace> {
+    if vcpus == 0 {
+        return Err(PyValueError::new_err("vcpus is 0: it must be at least 1"));
+    }
+    if requests > MOST_SYNTHETIC {
+        return Err(PyValueError::new_err(format!(
+            "requests is {requests}: it must be at most {MOST_SYNTHETIC}, for they are made in memory"
+        )));
+    }
+    Ok(PyTrace(Arc::new(py.detach(|| synthetic(requests, seed, vcpus)))))
+}
