@@ -8,6 +8,7 @@ from pagegate import Vm
 from pagegate.testing import Fake
 
 MEMORY = 64 * 4096
+BIT = 40
 
 Pair = tuple[Vm, Fake]
 Make = Callable[..., Pair]
@@ -15,10 +16,36 @@ Make = Callable[..., Pair]
 # enforcement and shared bit: every way to hold a page in its state
 WAYS = [
     pytest.param(("attributes", None), id="attributes"),
-    pytest.param(("attributes", 40), id="attributes-shared-bit"),
+    pytest.param(("attributes", BIT), id="attributes-shared-bit"),
     pytest.param(("memslots", None), id="memslots"),
-    pytest.param(("memslots", 40), id="memslots-shared-bit"),
+    pytest.param(("memslots", BIT), id="memslots-shared-bit"),
 ]
+
+# What the fake KVM has for a page in each state. For its gpa, and then for its shared view: whether the attribute says
+# private, and the slot: None for no slot, True for one with a guest_memfd.
+ENFORCED = {
+    ("attributes", None): {(True, True, False, None): "private", (False, True, False, None): "shared"},
+    ("attributes", BIT): {(True, True, True, False): "private", (True, None, False, False): "shared"},
+    ("memslots", None): {(False, True, False, None): "private", (False, False, False, None): "shared"},
+    ("memslots", BIT): {(False, True, False, None): "private", (False, None, False, False): "shared"},
+}
+
+
+def enforced(vm: Vm, fake: Fake, gpa: int) -> Any:
+    """The state that the fake KVM enforces for a page; if that is neither of the two, what it has for the page."""
+    view = gpa | 1 << BIT
+    found = (fake.is_private(gpa), fake.slot_at(gpa), fake.is_private(view), fake.slot_at(view))
+    return ENFORCED[vm.enforcement, vm.shared_bit].get(found, found)
+
+
+def mapped(vm: Vm) -> list[str]:
+    """Each page's state as the map has it."""
+    return [state for _, size, state in vm.attributes.runs() for _ in range(size // 4096)]
+
+
+def assert_one_truth(vm: Vm, fake: Fake) -> None:
+    """KVM enforces for every page what the map says."""
+    assert [enforced(vm, fake, gpa) for gpa in range(0, vm.memory, 4096)] == mapped(vm)
 
 
 @pytest.fixture(params=WAYS)
@@ -33,20 +60,19 @@ def make() -> Iterator[Make]:
 
     def make(
         *scripts: list[Any],
-        private_memory: bool = True,
+        way: tuple[str, int | None] = ("attributes", None),
         memslots: int = 32764,
         cycles: int = 1,
         memory: int = MEMORY,
         **kwargs: Any,
     ) -> Pair:
-        way = kwargs.pop("way", None)
-        if way is not None:
-            kwargs["enforcement"], kwargs["shared_bit"] = way
-            private_memory = way[0] == "attributes"
+        enforcement, shared_bit = way
         slots = kwargs.pop("divided", 1)
-        fake = Fake(*scripts, private_memory=private_memory, memslots=memslots, cycles=cycles)
-        vm = Vm(memory, vcpus=max(1, len(scripts)), hypervisor=fake, memslots=slots, **kwargs)
+        # The VM takes what the fake has.
+        fake = Fake(*scripts, private_memory=enforcement == "attributes", memslots=memslots, cycles=cycles)
+        vm = Vm(memory, vcpus=max(1, len(scripts)), hypervisor=fake, shared_bit=shared_bit, memslots=slots, **kwargs)
         vms.append(vm)
+        assert vm.enforcement == enforcement
         for vcpu in vm.vcpus:
             vcpu.start(mode="long", rip=0x1000)
         return vm, fake

@@ -216,18 +216,21 @@ class Odd(BaseException):
     pass
 
 
+# With what KVM hands to the guest in the end: RAX, or the word that an emulated load reads.
 ASKED_AGAIN = [
-    pytest.param(Step.hypercall(8 * PAGE, 2, PRIVATE), None, id="hypercall"),
-    pytest.param(Step.doorbell(8 * PAGE, 2, PRIVATE), None, id="doorbell"),
-    pytest.param(Step.access(8 * PAGE), ("memslots", 40), id="mmio"),
-    pytest.param(Step.access(8 * PAGE, write=True), ("memslots", 40), id="mmio-write"),
-    pytest.param(Step.access(8 * PAGE), ("attributes", 40), id="fault"),
+    pytest.param(Step.hypercall(8 * PAGE, 2, PRIVATE), ("attributes", None), [0], id="hypercall"),
+    pytest.param(Step.doorbell(8 * PAGE, 2, PRIVATE), ("attributes", None), [0], id="doorbell"),
+    pytest.param(Step.access(8 * PAGE), ("memslots", 40), [0], id="mmio"),
+    pytest.param(Step.access(8 * PAGE, write=True), ("memslots", 40), [], id="mmio-write"),
+    pytest.param(Step.access(8 * PAGE), ("attributes", 40), [], id="fault"),
 ]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Odd, StopIteration])
-@pytest.mark.parametrize(("step", "way"), ASKED_AGAIN)
-def test_what_a_hook_raises_is_raised_once_and_the_request_asked_again(make, recorder, error, step, way) -> None:
+@pytest.mark.parametrize(("step", "way", "replies"), ASKED_AGAIN)
+def test_what_a_hook_raises_is_raised_once_and_the_request_asked_again(
+    make, recorder, error, step, way, replies
+) -> None:
     raised = error("from the hook")
 
     def fail(_):
@@ -252,7 +255,7 @@ def test_what_a_hook_raises_is_raised_once_and_the_request_asked_again(make, rec
     assert (first.gpa, first.size, first.state) == (second.gpa, second.size, second.state)
     assert vm.attributes.is_private(8 * PAGE)
     values = [reply.value for reply in fake.replies() if reply.value is not None]
-    assert values in ([0], [])
+    assert values == replies
 
 
 def test_the_traceback_leads_into_the_hook(make, recorder) -> None:

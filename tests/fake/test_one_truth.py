@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import errno
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagegate import Convert, Deny, PagegateError, Retry, Vm
 from pagegate.testing import Fake, Step
 
+from .conftest import enforced, mapped
+
 PAGE = 4096
 PAGES = 24
 # Beside those, the top of memory holds the page tables of mode "long".
 MEMORY = (PAGES + 8) * PAGE
-BIT = 40
 MARK = 0x77
 FAILING = {
     "attributes": ["set_attributes", "discard", "create_memslot", "delete_memslot"],
@@ -66,7 +66,7 @@ class Model:
     """One state a page, and after each operation a comparison of everything with everything."""
 
     def __init__(self, mode: str, bit: int | None, plan: list[Operation]) -> None:
-        self.mode, self.bit, self.plan = mode, bit, plan
+        self.bit, self.plan = bit, plan
         self.states = ["shared"] * (MEMORY // PAGE)
         self.current: Operation | None = None
         self.converting: tuple[int, int, str] | None = None
@@ -76,7 +76,8 @@ class Model:
         for operation in plan:
             steps += [self.step(operation), Step.io_write(MARK, b"!")]
         self.fake = Fake([Step.io_write(MARK, b"!"), *steps], private_memory=mode == "attributes")
-        self.vm = Vm(MEMORY, policy=self, hypervisor=self.fake, enforcement=mode, shared_bit=bit)
+        self.vm = Vm(MEMORY, policy=self, hypervisor=self.fake, shared_bit=bit)
+        assert self.vm.enforcement == mode
         self.vm.on_io(MARK, self.between)
         self.vm.vcpus[0].start(mode="long")
 
@@ -188,21 +189,8 @@ class Model:
         if self.converting is None:
             assert self.vm.attributes.runs() == expected
             assert self.vm.attributes.private_bytes == self.states.count("private") * PAGE
-        states = [state for _, size, state in self.vm.attributes.runs() for _ in range(size // PAGE)]
-        for page, state in enumerate(states):
-            assert self.enforced(page * PAGE) == state, f"page {page}"
-
-    def enforced(self, gpa: int):
-        fake = self.fake
-        shared = gpa | (1 << BIT)
-        seen = (fake.is_private(gpa), fake.slot_at(gpa), fake.is_private(shared), fake.slot_at(shared))
-        private_way, shared_way = {
-            ("attributes", None): ((True, True, False, None), (False, True, False, None)),
-            ("attributes", BIT): ((True, True, True, False), (True, None, False, False)),
-            ("memslots", None): ((False, True, False, None), (False, False, False, None)),
-            ("memslots", BIT): ((False, True, False, None), (False, None, False, False)),
-        }[self.mode, self.bit]
-        return {private_way: "private", shared_way: "shared"}.get(seen, seen)
+        for page, state in enumerate(mapped(self.vm)):
+            assert enforced(self.vm, self.fake, page * PAGE) == state, f"page {page}"
 
     def run(self) -> None:
         with self.vm:
@@ -219,9 +207,9 @@ class Model:
             self.compare()
 
 
-@pytest.mark.parametrize("bit", [None, BIT], ids=["one-view", "shared-bit"])
-@pytest.mark.parametrize("mode", ["attributes", "memslots"])
-def test_map_and_kvm_and_a_naive_model_agree(mode, bit) -> None:
+def test_map_and_kvm_and_a_naive_model_agree(way) -> None:
+    mode, bit = way
+
     @given(plan=st.lists(operations(mode), min_size=1, max_size=12))
     @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
     def check(plan) -> None:

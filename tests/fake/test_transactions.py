@@ -8,32 +8,12 @@ import pytest
 from pagegate import Convert, MemoryFault, PagegateError, Policy
 from pagegate.testing import Step
 
+from .conftest import assert_one_truth, mapped
+
 PAGE = 4096
 PAGES = 64
 MEMORY = PAGES * PAGE
 PRIVATE, SHARED = 16, 0
-BIT = 1 << 40
-
-
-def enforced(vm, fake, page):
-    """What the fake would let a guest do: the page's state, or what is wrong with it."""
-    gpa = page * PAGE
-    seen = (fake.is_private(gpa), fake.slot_at(gpa), fake.is_private(gpa | BIT), fake.slot_at(gpa | BIT))
-    meaning = {
-        ("attributes", False): {(True, True, False, None): "private", (False, True, False, None): "shared"},
-        ("attributes", True): {(True, True, True, False): "private", (True, None, False, False): "shared"},
-        ("memslots", False): {(False, True, False, None): "private", (False, False, False, None): "shared"},
-        ("memslots", True): {(False, True, False, None): "private", (False, None, False, False): "shared"},
-    }
-    return meaning[vm.enforcement, vm.shared_bit is not None].get(seen, seen)
-
-
-def mapped(vm):
-    return [state for _, size, state in vm.attributes.runs() for _ in range(size // PAGE)]
-
-
-def assert_one_truth(vm, fake) -> None:
-    assert [enforced(vm, fake, page) for page in range(PAGES)] == mapped(vm)
 
 
 # Pages 4-7, 12-15, 20-23 and 28-31 are private at first, and 9-26 are asked for: some of these are, some not.
@@ -261,7 +241,7 @@ def test_the_stale_side_is_discarded_both_ways(make, way) -> None:
 
 def test_running_out_of_slots_is_enospc_and_nothing_is_lost(make) -> None:
     script = [Step.doorbell(page * PAGE, 1, PRIVATE) for page in range(0, 40, 2)]
-    vm, fake = make(script, private_memory=False, memslots=9)
+    vm, fake = make(script, way=("memslots", None), memslots=9)
     vm.run(timeout=10)
     answers = [reply.value for reply in fake.replies()]
     assert answers == [0] * answers.index(errno.ENOSPC) + [errno.ENOSPC] * (20 - answers.index(errno.ENOSPC))
@@ -272,7 +252,7 @@ def test_running_out_of_slots_is_enospc_and_nothing_is_lost(make) -> None:
 
 
 def test_running_out_of_slots_says_what_to_do(make) -> None:
-    vm, fake = make([], private_memory=False, memslots=5)
+    vm, fake = make([], way=("memslots", None), memslots=5)
     vm.convert(2 * PAGE, PAGE, to="private")
     vm.convert(6 * PAGE, PAGE, to="private")
     before = mapped(vm)
@@ -407,7 +387,7 @@ def test_a_fault_from_before_a_change_that_was_undone_is_looked_at_again(make) -
                 undone.append(caught.value)
             return Convert()
 
-    vm, fake = make([Step.memory_fault(page)], policy=Host(), enforcement="attributes")
+    vm, fake = make([Step.memory_fault(page)], policy=Host())
     report = vm.run(timeout=10)
     assert (report.reason, len(undone)) == ("halt", 1)
     assert (report.faults, report.stale, report.conversions) == (1, 1, 0)
