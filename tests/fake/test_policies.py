@@ -120,7 +120,7 @@ def test_no_two_vcpus_slip_under_a_quota(make) -> None:
     vm.add_listener(Listen())
     shared = most = vm.memory - vm.attributes.private_bytes
     vm.run(timeout=30)
-    assert most <= 7 * PAGE
+    assert most == 7 * PAGE
 
 
 def test_a_quota_refuses_nobody_who_stays_within_it(make) -> None:
