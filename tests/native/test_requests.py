@@ -246,24 +246,36 @@ ROUNDS = 100 if os.environ.get("PAGEGATE_TESTBED") else 1000
 
 
 def ping_pong_code() -> bytes:
-    """RDI, RSI: the shared and the private view. RBP: rounds. RBX: what is written next, a word a page."""
+    """RDI, RSI: the shared and the private view. RBP: rounds. RBX: what is written next, a word a page.
+
+    R10: where in each page; the word moves on with each round, so that one that was not discarded is still there.
+    """
     each = b"\x49\x81\xc0\x00\x10\x00\x00\x48\xff\xc3\x48\xff\xc9"  # add r8, 4096; inc rbx; dec rcx
     pages = b"\x48\xc7\xc1" + struct.pack("<I", PAGES)  # mov rcx, PAGES
+    shared, private = b"\x4e\x8d\x04\x17", b"\x4e\x8d\x04\x16"  # lea r8, [rdi + r10]; lea r8, [rsi + r10]
+    again = b"\x48\x83\xeb" + bytes([PAGES])  # sub rbx, PAGES
+    or_fail = b"\x74\x02\x0f\x0b"  # je over ud2, which is a shutdown
 
-    def write(start: bytes) -> bytes:
-        body = b"\x49\x89\x18" + each  # mov [r8], rbx
+    def for_each_page(start: bytes, what: bytes) -> bytes:
+        body = what + each
         return pages + start + body + b"\x75" + struct.pack("<b", -len(body) - 2)
 
-    # sub rbx, PAGES; then cmp [r8], rbx; jne to ud2 for each page
-    body = b"\x49\x39\x18\x74\x02\x0f\x0b" + each
-    verify = (
-        b"\x48\x83\xeb" + bytes([PAGES]) + pages + b"\x49\x89\xf0" + body + b"\x75" + struct.pack("<b", -len(body) - 2)
-    )
-    code = write(b"\x49\x89\xf8") + b"\xe6\x80" + write(b"\x49\x89\xf0") + verify + b"\xe6\x81" + b"\x48\xff\xcd"
+    write = b"\x49\x89\x18"  # mov [r8], rbx
+    take = b"\x49\x39\x18" + or_fail + b"\x49\xc7\x00" + bytes(4)  # cmp [r8], rbx; mov qword ptr [r8], 0
+    # mov r9, rdi; mov rdi, rsi; mov rcx, words; xor eax, eax; repe scasq; mov rdi, r9
+    all_zero = b"\x49\x89\xf9\x48\x89\xf7\x48\xc7\xc1" + struct.pack("<I", PAGES * PAGE // 8)
+    all_zero += b"\x31\xc0\xf3\x48\xaf" + or_fail + b"\x4c\x89\xcf"
+    code = for_each_page(shared, write) + b"\xe6\x80" + for_each_page(private, write)
+    # Every byte of the private pages: the words are there, without them all is zero, and they are put back.
+    code += again + for_each_page(private, take) + all_zero + again + for_each_page(private, write) + b"\xe6\x81"
+    # add r10, 8; and r10d, 4095; dec rbp; jnz
+    code += b"\x49\x83\xc2\x08\x41\x81\xe2\xff\x0f\x00\x00\x48\xff\xcd"
     return code + b"\x0f\x85" + struct.pack("<i", -len(code) - 6) + HLT
 
 
 def test_64_pages_ping_pong_between_the_views_1000_times(make, shared_bit) -> None:
+    """After each conversion every byte of the page is looked at: by the host in the shared view, by the guest in the
+    private one."""
     vm = make(shared_bit=shared_bit)
     first = 0x1122_3344_0000_0000
     seen = {0x80: 0, 0x81: 0}
@@ -280,10 +292,13 @@ def test_64_pages_ping_pong_between_the_views_1000_times(make, shared_bit) -> No
 
     def shared_now(_io) -> None:
         begin = first + seen[0x80] * 2 * PAGES
+        before = seen[0x80] * 8 % PAGE
         seen[0x80] += 1
-        expected = b"".join(struct.pack("<Q", begin + page) + bytes(PAGE - 8) for page in range(PAGES))
+        words = [struct.pack("<Q", begin + page) for page in range(PAGES)]
+        expected = b"".join(bytes(before) + word + bytes(PAGE - 8 - before) for word in words)
         assert vm.read(DATA, PAGES * PAGE) == expected
         assert vm.attributes.runs() == runs("shared")
+        vm.write(DATA, b"\x5a" * (PAGES * PAGE))
 
     def private_now(_io) -> None:
         seen[0x81] += 1
