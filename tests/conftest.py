@@ -12,6 +12,7 @@ import hypothesis
 import pagegate
 import pytest
 from pagegate import Convert, Policy, Vm
+from pagegate.guests import _RECORD, _RESULT_OFFSET, Script
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,6 +95,37 @@ class Recorder(Policy):
 @pytest.fixture
 def recorder() -> type[Recorder]:
     return Recorder
+
+
+class Expecting(Script):
+    """A script that ends where a result is not as expected: the next round of a loop would write over it.
+
+    It is started at 0x1000, where its own table is for it to look at.
+    """
+
+    def __init__(self, *, shared_bit: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._own_table = self.image()[1] | (0 if shared_bit is None else 1 << shared_bit)
+        # Always jumps over the end, since the first word of the table is this operation's number.
+        self.goto_unless(self._own_table, 0, 2)
+        self._end = self.halt()
+
+    def result_at(self, operation: int) -> int:
+        """The address of an operation's result, for the guest."""
+        return self._own_table + operation * _RECORD.size + _RESULT_OFFSET
+
+    def expect(self, operation: int, result: int = 0) -> int:
+        """Ends the script here unless this is the operation's result. Returns the operation."""
+        self.goto_unless(self.result_at(operation), result, self._end)
+        return operation
+
+    def start(self, vm: Vm, vcpu: int = 0) -> int:
+        return super().start(vm, vcpu)
+
+
+@pytest.fixture
+def expecting() -> type[Expecting]:
+    return Expecting
 
 
 class Running:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -27,6 +26,8 @@ LOOP = b"\xeb\xfe"
 # A hypercall that some hosts never complete; where one does, the loop behind it is as endless.
 HYPERCALL = {"vmcall": b"\x0f\x01\xc1", "vmmcall": b"\x0f\x01\xd9"}
 STARTED = b"\xe6\x80"  # out 0x80, al
+INSIDE = 0x8000
+COUNTED = b"\xf0\x48\xff\x04\x25" + INSIDE.to_bytes(4, "little")  # lock inc qword ptr [INSIDE]
 
 
 @pytest.fixture(params=["loop", "hypercall"])
@@ -34,15 +35,20 @@ def endless(request):
     return LOOP if request.param == "loop" else HYPERCALL[hypercall_instruction()] + LOOP
 
 
-def start(vm, code) -> threading.Semaphore:
-    """Starts all vCPUs; each that reached the code releases the semaphore."""
-    begun = threading.Semaphore(0)
-    vm.on_io(0x80, lambda _: begun.release())
-    vm.load(STARTED + code, at=0x1000)
+def start(vm, code) -> None:
+    """Starts all vCPUs; each counts before it comes to the code."""
+    vm.load(COUNTED + code, at=0x1000)
     for vcpu in vm.vcpus:
         # MAP_GPA_RANGE of no pages, which is refused by whoever sees it.
         vcpu.start(rip=0x1000, rax=12, rbx=0, rcx=0, rdx=0)
-    return begun
+
+
+def wait_until_inside(vm) -> None:
+    """Until all vCPUs execute the guest's code."""
+    end = time.monotonic() + 10
+    while vm.read(INSIDE, 8) != len(vm.vcpus).to_bytes(8, "little"):
+        assert time.monotonic() < end, "the guest does not begin"
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
@@ -60,11 +66,9 @@ def test_timeout_brings_every_vcpu_out(make, endless, vcpus) -> None:
 @pytest.mark.parametrize("vcpus", [1, 2])
 def test_stop_from_another_thread_brings_every_vcpu_out(make, in_background, endless, vcpus) -> None:
     vm = make(vcpus=vcpus)
-    started = start(vm, endless)
+    start(vm, endless)
     run = in_background(vm)
-    for _ in range(vcpus):
-        assert started.acquire(timeout=10)
-    time.sleep(0.05)  # from the handler's return into the guest
+    wait_until_inside(vm)
     begun = time.monotonic()
     vm.stop()
     assert run.join().reason == "stopped"
@@ -102,10 +106,9 @@ def test_a_script_whose_hypercall_never_returns_times_out_or_is_answered(make) -
 def test_the_host_converts_under_an_endless_guest(make, in_background, endless) -> None:
     # Swapping slots needs every vCPU out of the guest for a moment.
     vm = make(vcpus=2)
-    started = start(vm, endless)
+    start(vm, endless)
     run = in_background(vm)
-    for _ in range(2):
-        assert started.acquire(timeout=10)
+    wait_until_inside(vm)
     for i in range(20):
         begun = time.monotonic()
         vm.convert(0x30_0000, PAGE, to=["private", "shared"][i % 2])
@@ -115,19 +118,17 @@ def test_the_host_converts_under_an_endless_guest(make, in_background, endless) 
 
 
 CTRL_C = """
-    import sys, time
+    import sys, threading, time
     from pagegate import Policy, Vm
 
     code, vcpus, policy = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "python"
     with Vm(16 << 20, vcpus=vcpus, policy=Policy() if policy else None) as vm:
-        reached = []
+        def wait():
+            while vm.read(0x8000, 8)[0] < vcpus:
+                time.sleep(0.001)
+            print("started", flush=True)
 
-        def started(_):
-            reached.append(1)
-            if len(reached) == vcpus:
-                print("started", flush=True)
-
-        vm.on_io(0x80, started)
+        threading.Thread(target=wait, daemon=True).start()
         vm.load(code, at=0x1000)
         for vcpu in vm.vcpus:
             vcpu.start(rip=0x1000, rax=12, rbx=0, rcx=0, rdx=0)
@@ -142,12 +143,11 @@ CTRL_C = """
 
 @pytest.mark.parametrize("vcpus", [1, 2])
 def test_ctrl_c_brings_every_vcpu_out(endless, vcpus) -> None:
-    arguments = [sys.executable, "-c", textwrap.dedent(CTRL_C), (STARTED + endless).hex(), str(vcpus), "python"]
+    arguments = [sys.executable, "-c", textwrap.dedent(CTRL_C), (COUNTED + endless).hex(), str(vcpus), "python"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == "started\n"
-            time.sleep(0.05)  # from the handler's return into the guest
             begun = time.monotonic()
             child.send_signal(signal.SIGINT)
             assert child.stdout.readline() == "interrupted\n"

@@ -18,11 +18,11 @@ COUNTER = 0x40_0000
 WORDS = 0x50_0000
 
 
-def test_the_host_converts_under_the_only_vcpu(make, in_background) -> None:
-    vm = make(enforcement="memslots", vm_type="default")
-    script = Script()
+def test_the_host_converts_under_the_only_vcpu(make, in_background, expecting) -> None:
+    vm = make(enforcement="memslots")
+    script = expecting()
     begin = script.fill(WORDS, 4 * PAGE, 0x5A)
-    wrong = script.check(WORDS, 4 * PAGE, 0x5A)
+    wrong = script.expect(script.check(WORDS, 4 * PAGE, 0x5A))
     script.touch(WORDS, 16)
     script.add(COUNTER, 1)
     rounds = script.count()
@@ -93,7 +93,7 @@ def test_a_barrier_keeps_two_in_step_round_after_round(make) -> None:
 
 def test_an_instruction_that_crosses_into_the_other_view_is_a_request(make, recorder, shared_bit) -> None:
     policy = recorder(Deny())
-    vm = make(enforcement="memslots", vm_type="default", shared_bit=shared_bit, policy=policy)
+    vm = make(enforcement="memslots", shared_bit=shared_bit, policy=policy)
     code = b"\x48\xb8" + bytes(range(1, 9)) + b"\xf4"  # mov rax, imm64; hlt
     vm.load(code, at=2 * PAGE - 4)
     vm.convert(2 * PAGE, PAGE, to="private")
