@@ -576,11 +576,23 @@ def test_a_service_that_does_not_accept_converts_nothing(asks, where) -> None:
 
 
 def test_a_late_answer_is_nobodys(asks, misbehave) -> None:
-    """The answer to the first request arrives when the second is asked."""
-    misbehave(answers_late)
+    """The answer to the first request arrives before the second is asked, which gets none."""
+    denied, sent = threading.Event(), threading.Event()
+
+    def behave(connection, done):
+        connection.recv(4096)
+        if not sent.is_set() and denied.wait(10):
+            try:
+                connection.sendall(CONVERT)
+            finally:
+                sent.set()
+        done.wait(10)
+
+    misbehave(behave)
     tester = PolicyTester(asks())
     assert tester.call(0, to="shared") == Deny(11)
-    time.sleep(2 * LIMIT)
+    denied.set()
+    assert sent.wait(10)
     assert tester.call(0, to="shared") == Deny(11)
 
 

@@ -81,7 +81,8 @@ def test_a_name_picks_a_class_or_an_object(write):
 @pytest.mark.parametrize("made", ["Two()", "Two", "policies.Quota(4096, Two())"])
 def test_what_the_file_calls_policy_is_it(write, made):
     policy = load(write(textwrap.dedent(TWO) + f"from pagegate import policies\npolicy = {made}\n"))
-    assert type(policy).__name__ == "Two" or isinstance(policy, policies.Quota)
+    assert isinstance(policy, policies.Quota) == made.startswith("policies.Quota")
+    assert isinstance(policy, policies.Quota) or type(policy).__name__ == "Two"
 
 
 ANSWERS = "from pagegate import Deny\ndef memory_fault(fault): return Deny("
