@@ -157,7 +157,8 @@ def test_where_events_cannot_be_written(folder) -> None:
 def test_a_run_that_is_ended_leaves_a_whole_trace(folder, number, status) -> None:
     # The same request; then out 0xe9, al with AL = '!', and a loop.
     (folder / "spin.bin").write_bytes(bytes.fromhex("b80c000000bb00001000b901000000ba10000000e6e6b021e6e9ebfe"))
-    command = [sys.executable, "-m", "pagegate", "run", "-p", "allow.py", "spin.bin", "--events", "e.parquet"]
+    run = ["run", "-p", "allow.py", "spin.bin", "--events", "e.parquet", "--timeout", "60"]
+    command = [sys.executable, "-m", "pagegate", *run]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(1) == b"!"
         process.send_signal(number)

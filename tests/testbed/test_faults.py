@@ -68,17 +68,18 @@ def test_the_slot_goes_while_the_vcpu_reads() -> None:
     policy = Recorder(Deny())
     with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
         vm.convert(AT, PAGE, to="private")
+        rounds = 2 * AT
         script = Script()
-        begin = script.out(0xE9, 1)
-        script.touch(AT, 1 << 16, 0)
-        script.loop(begin, 1 << 30)
+        begin = script.add(SHARED | rounds, 1)
+        script.touch(AT, 1 << 12, 0)
+        script.loop(begin, 1 << 40)
         script.start(vm)
-        reading = threading.Event()
-        vm.on_io(0xE9, lambda io: reading.set())
 
         def take_away() -> None:
-            reading.wait()
-            time.sleep(0.2)
+            end = time.monotonic() + 50
+            while int.from_bytes(vm.read(rounds, 8), "little") < 3:
+                assert time.monotonic() < end, "the guest does not read"
+                time.sleep(0.001)
             vm.convert(AT, PAGE, to="shared")
 
         thread = threading.Thread(target=take_away)
@@ -91,28 +92,32 @@ def test_the_slot_goes_while_the_vcpu_reads() -> None:
         assert (fault.private, fault.state) == (True, "shared")
 
 
-def test_shared_bit_ten_thousand_conversions() -> None:
+def test_shared_bit_ten_thousand_conversions(expecting) -> None:
     policy = Recorder()
     pages, rounds = 4, 1250
     with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
-        script = Script()
+        script = expecting(shared_bit=BIT)
         begin = len(script)
         wrong = []
+
+        def check(address: int, byte: int) -> None:
+            wrong.append(script.expect(script.check(address, PAGE, byte)))
+
         for page in range(pages):
             gpa = AT + page * PAGE
-            wrong.append(script.check(gpa, PAGE, 0))  # private again: zeroes
+            check(gpa, 0)  # private again: zeroes
             script.fill(gpa, PAGE, 0x50 + page)
-            wrong.append(script.check(gpa, PAGE, 0x50 + page))
-            wrong.append(script.check(SHARED | gpa, PAGE, 0))  # shared again: zeroes, nothing of the private bytes
+            check(gpa, 0x50 + page)
+            check(SHARED | gpa, 0)  # shared again: zeroes, nothing of the private bytes
             script.fill(SHARED | gpa, PAGE, 0x60 + page)
         script.loop(begin, rounds)
         script.start(vm)
         report = vm.run(timeout=250)
         assert report.reason == "halt"
+        assert [script.result(vm, operation) for operation in wrong] == [0] * len(wrong)
         assert (report.faults, report.conversions) == (2 * pages * rounds, 2 * pages * rounds)
         assert len(policy.faults) == 10_000
         assert {fault.private for fault in policy.faults} == {True, False}
-        assert [script.result(vm, operation) for operation in wrong] == [0] * len(wrong)
         for page in range(pages):
             assert vm.read(AT + page * PAGE, PAGE) == bytes([0x60 + page]) * PAGE
 
@@ -124,24 +129,26 @@ def test_poison_is_no_conversion_and_discarding_heals() -> None:
     caught: list[int] = []
     previous = signal.signal(signal.SIGBUS, lambda number, frame: caught.append(number))
     try:
-        with Vm(MEMORY, policy=policy, vm_type="default", enforcement="memslots") as vm:
+        with Vm(MEMORY, policy=policy, enforcement="memslots") as vm:
             vm.convert(AT, 16 * PAGE, to="private")
             script = Script()
             script.fill(AT, 2 * PAGE, 0x77)
-            poisoned = script.out(0xE9, 1)
+            script.out(0xE9, 1)
             word = script.read(AT)
             neighbour = script.check(AT + PAGE, PAGE, 0x77)
-            assert poisoned
+            poisoned: list[int] = []
 
             def poison(io) -> None:
                 address = mapping("kvm-gmem") if descriptors("kvm-gmem") else mapping("guest_memfd")
                 result = LIBC.madvise(address + AT, PAGE, madv_hwpoison)
                 assert result == 0 or ctypes.get_errno() == errno.EBUSY
+                poisoned.append(AT)
 
             vm.on_io(0xE9, poison)
             script.start(vm)
             report = vm.run(timeout=60)
             assert report.reason == "halt"
+            assert poisoned == [AT]
             assert report.poisons == 1
             (found,) = policy.poisons
             assert (found.gpa, found.size, found.errno, found.state) == (AT, PAGE, EHWPOISON, "private")
