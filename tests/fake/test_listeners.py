@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from pagegate import Change, Convert, Listener, PagegateError, PolicyError, Vm
@@ -96,20 +97,25 @@ def test_nothing_is_lost_or_doubled_while_one_joins(vm) -> None:
         turn = 0
         while not stop.is_set():
             turn += 1
-            vm.convert((turn * 7 % 60) * PAGE, PAGE, to=["private", "shared"][turn % 2])
+            # An odd number of pages, so that each is made private and shared in turn.
+            vm.convert((turn * 7 % 61) * PAGE, PAGE, to=["private", "shared"][turn % 2])
 
     threads = [threading.Thread(target=flip) for _ in range(2)]
     for thread in threads:
         thread.start()
-    logs = []
+    logs, end = [], time.monotonic() + 30
     for _ in range(50):
         log = Log()
         vm.add_listener(log)
         logs.append(log)
+        # The next one joins while pages are converted, and so has this one.
+        while not log.told and time.monotonic() < end:
+            time.sleep(0.001)
     stop.set()
     for thread in threads:
         thread.join()
     final = vm.attributes.runs()
+    assert all(log.told for log in logs)
     for log in logs:
         pages = {}
         for gpa, size, state in log.initial:

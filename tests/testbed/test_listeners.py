@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 from pagegate import Listener, Vm
@@ -106,13 +107,16 @@ def test_one_that_joins_while_the_guest_converts_misses_nothing() -> None:
                 script.map(AT + (vcpu * 64 + page) * PAGE, PAGE, to="shared")
             script.loop(begin, 1 << 40)
             script.start(vm, vcpu, at=0x1000 + vcpu * MIB)
-        devices = []
+        devices, end = [], time.monotonic() + 60
 
         def join() -> None:
             for _ in range(20):
                 device = Device()
                 vm.add_listener(device)
                 devices.append(device)
+                # The next one joins while pages are converted, and so has this one.
+                while not device.let_go and time.monotonic() < end:
+                    time.sleep(0.001)
             vm.stop()
 
         thread = threading.Thread(target=join)
@@ -122,5 +126,6 @@ def test_one_that_joins_while_the_guest_converts_misses_nothing() -> None:
         assert report.reason == "stopped"
         assert report.conversions > 20
         for device in devices:
+            assert device.let_go
             assert device.mapped == shared_pages(vm)
             assert device.doubled == 0
