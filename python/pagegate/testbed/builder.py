@@ -21,18 +21,10 @@ from pathlib import Path
 from typing import IO, cast
 
 from pagegate.errors import TestbedError
+from pagegate.testbed.apt import ELSEWHERE, apt_for, choose_source
 from pagegate.testbed.kernel import IMAGE, Source, cache_directory, cache_errors, fragment, kernel_directory, publish
 from pagegate.testbed.machine import stopped_by_signals
 from pagegate.testbed.progress import Reporter, Silent
-
-OLDEST = (6, 12)
-"""The oldest series whose software-protected VMs the testbed is for."""
-
-PREFERRED = (7, 3)
-"""The series that is taken if it is offered; else it is the newest."""
-
-_MIRROR = "http://deb.debian.org/debian"
-_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 _ABOUT_FILES = 95_000
 _ABOUT_OBJECTS = 1_900
@@ -76,9 +68,9 @@ def build(jobs: int | None = None, *, suite: str | None = None, reporter: Report
     """
     report = reporter or Silent()
     require_tools()
-    source = choose_source(suite)
-    directory = kernel_directory(source)
     with locked(report):
+        source = choose_source(suite)
+        directory = kernel_directory(source)
         if (directory / IMAGE).exists():
             return directory / IMAGE
         tree = unpacked_source(source, suite, report)
@@ -109,6 +101,14 @@ _MAKE_ENVIRONMENT = {
 }
 
 
+def missing_packages() -> list[str]:
+    """Return the packages, by their names in Debian and Ubuntu, that compiling a kernel needs and this host lacks."""
+    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    # Without a compiler nobody can tell which headers are there; to install a package twice does no harm.
+    no_compiler = "gcc" in missing
+    return missing + [package for header, package in _HEADERS.items() if no_compiler or not _has_header(header)]
+
+
 def require_tools() -> None:
     """Make sure that what compiles a kernel is here.
 
@@ -116,15 +116,13 @@ def require_tools() -> None:
         TestbedError: it names every package that is missing.
 
     """
-    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
-    if "gcc" not in missing:
-        missing += [package for header, package in _HEADERS.items() if not _has_header(header)]
+    missing = missing_packages()
     if missing:
         raise TestbedError(f"building the kernel needs {_enumerated(missing)}: apt-get install {' '.join(missing)}")
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise TestbedError(
-            "the kernel is built from Debian's source packages, and this host has no apt to get them with: build it on "
-            "a Debian or Ubuntu machine, and name the image with --kernel"
+            "the kernel is built from Debian's package linux-source, and this host has no apt to get it with: "
+            f"{ELSEWHERE}"
         )
 
 
@@ -137,93 +135,6 @@ def _has_header(header: str) -> bool:
 
 def _enumerated(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def choose_source(suite: str | None = None, series: tuple[int, int] | None = None) -> Source:
-    """Return the kernel source to build from: of that series, or else the preferred or the newest that is offered.
-
-    Raises:
-        TestbedError: none is offered.
-
-    """
-    with _apt(suite) as options:
-        offered: dict[tuple[int, int], str] = {}
-        for line in _apt_output(
-            ["apt-cache", *options, "search", "--names-only", "^linux-source-[0-9]+[.][0-9]+$"]
-        ).splitlines():
-            package = line.split(" ", 1)[0]
-            major, _, minor = package.removeprefix("linux-source-").partition(".")
-            if package.startswith("linux-source-") and major.isdigit() and minor.isdigit():
-                offered[int(major), int(minor)] = package
-        place = f"Debian's {suite}" if suite else "apt"
-        remedy = "run apt-get update, or take it from another suite: --suite trixie-backports"
-        if series is not None:
-            chosen = series
-            if series not in offered:
-                raise TestbedError(f"{place} offers no linux-source-{series[0]}.{series[1]}: {remedy}")
-        else:
-            fitting = [one for one in offered if one >= OLDEST]
-            if not fitting:
-                raise TestbedError(f"{place} offers no linux-source of {OLDEST[0]}.{OLDEST[1]} or later: {remedy}")
-            chosen = PREFERRED if PREFERRED in fitting else max(fitting)
-        package = offered[chosen]
-        policy = _apt_output(["apt-cache", *options, "policy", package])
-        candidate = re.search(r"^ *Candidate: (\S+)", policy, re.MULTILINE)
-        if candidate is None or candidate[1] == "(none)":
-            raise TestbedError(f"{place} knows {package} but offers no version of it: {remedy}")
-        return Source(package, candidate[1])
-
-
-@contextlib.contextmanager
-def _apt(suite: str | None) -> Iterator[list[str]]:
-    """Options for apt's programs to work on the suite, in a directory of their own; none if there is no suite."""
-    if suite is None:
-        yield []
-        return
-    if not re.fullmatch(r"[a-z][a-z0-9/-]*", suite):
-        raise TestbedError(f"{suite!r} is no Debian suite: write one as trixie-backports")
-    directory = cache_directory() / "apt" / suite.replace("/", "_")
-    with cache_errors():
-        for part in ("lists/partial", "archives/partial", "parts"):
-            (directory / part).mkdir(parents=True, exist_ok=True)
-        (directory / "status").touch()
-    # Named, because Ubuntu has Debian's keys only for those who ask for them.
-    signed = f"[signed-by={_KEYRING}] " if Path(_KEYRING).exists() else ""
-    (directory / "sources.list").write_text(f"deb {signed}{_mirror()} {suite} main\n")
-    settings = {
-        "Dir::Etc::SourceList": "sources.list",
-        "Dir::Etc::SourceParts": "parts",
-        "Dir::State::Lists": "lists",
-        "Dir::State::Status": "status",
-        "Dir::Cache": ".",
-    }
-    options = [word for name, file in settings.items() for word in ("-o", f"{name}={directory / file}")]
-    _apt_output(["apt-get", *options, "--quiet", "--error-on=any", "update"])
-    yield options
-
-
-def _mirror() -> str:
-    """The mirror of Debian that this host's apt uses."""
-    targets = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(SITE)"],
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    sites = [
-        line.removeprefix("Debian|Debian|") for line in targets.stdout.splitlines() if line.startswith("Debian|Debian|")
-    ]
-    return sites[0] if sites else _MIRROR
-
-
-def _apt_output(command: Sequence[str]) -> str:
-    done = subprocess.run(command, env={**os.environ, "LC_ALL": "C"}, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.startswith("E: ")] or done.stderr.splitlines()
-        raise TestbedError(
-            f"{command[0]} failed: {said[-1].removeprefix('E: ') if said else f'status {done.returncode}'}"
-        )
-    return done.stdout
 
 
 def unpacked_source(source: Source, suite: str | None, report: Reporter) -> Path:
@@ -259,9 +170,10 @@ def _downloaded(source: Source, suite: str | None, report: Reporter) -> Path:
     finished = list(directory.glob("*.deb"))
     if finished:
         return finished[0]
-    with _apt(suite) as options, tempfile.TemporaryDirectory(dir=directory, prefix="partial-") as partial:
+    apt = apt_for(suite)
+    with tempfile.TemporaryDirectory(dir=directory, prefix="partial-") as partial:
         wanted = f"{source.package}={source.version}"
-        described = _apt_output(["apt-get", *options, "download", "--print-uris", wanted])
+        described = apt.output("apt-get", "download", "--print-uris", wanted)
         size = re.search(r" (\d+) SHA", described)
         report.stage(f"downloading {source.package} {source.version}, MiB", int(size[1]) >> 20 if size else None)
 
@@ -270,7 +182,7 @@ def _downloaded(source: Source, suite: str | None, report: Reporter) -> Path:
                 report.reach(sum(file.stat().st_size for file in Path(partial).iterdir()) >> 20)
 
         call(
-            ["apt-get", *options, "--quiet", "download", wanted],
+            ["apt-get", *apt.options, "--quiet", "download", wanted],
             directory / "download.log",
             directory=Path(partial),
             on_wait=measure,

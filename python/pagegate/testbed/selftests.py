@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pagegate.errors import TestbedError
-from pagegate.testbed.builder import available_cpus, call, choose_source, locked, require_tools, unpacked_source
+from pagegate.testbed.apt import choose_source
+from pagegate.testbed.builder import available_cpus, call, locked, require_tools, unpacked_source
 from pagegate.testbed.kernel import Source, cache_directory, find_kernel, image_release
 from pagegate.testbed.machine import DEFAULT_CPUS, DEFAULT_MEMORY, run
 from pagegate.testbed.progress import Reporter, Silent
