@@ -12,7 +12,8 @@ to do.
 
 from pagegate.testbed.builder import build
 from pagegate.testbed.kernel import KERNEL_VARIABLE, find_kernel
-from pagegate.testbed.machine import TestbedTimeoutError, run
+from pagegate.testbed.machine import run
 from pagegate.testbed.selftests import Outcome, selftest
+from pagegate.testbed.supervisor import TestbedTimeoutError
 
 __all__ = ["KERNEL_VARIABLE", "Outcome", "TestbedTimeoutError", "build", "find_kernel", "run", "selftest"]

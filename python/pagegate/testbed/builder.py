@@ -23,8 +23,8 @@ from typing import IO, cast
 from pagegate.errors import TestbedError
 from pagegate.testbed.apt import ELSEWHERE, apt_for, choose_source
 from pagegate.testbed.kernel import IMAGE, Source, cache_directory, cache_errors, fragment, kernel_directory, publish
-from pagegate.testbed.machine import stopped_by_signals
 from pagegate.testbed.progress import Reporter, Silent
+from pagegate.testbed.supervisor import stopped_by_signals
 
 _ABOUT_FILES = 95_000
 _ABOUT_OBJECTS = 1_900

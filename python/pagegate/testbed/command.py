@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pagegate.testbed import builder, machine, progress, selftests
+from pagegate.testbed import builder, machine, progress, selftests, supervisor
 
 _COMMAND = f"{__name__}.command"
 
@@ -117,7 +117,7 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
         status = machine.run(command, stdin=_standard_input(), **options)
     except ValueError as error:
         raise click.UsageError(str(error), ctx) from error
-    except machine.TestbedTimeoutError as error:
+    except supervisor.TestbedTimeoutError as error:
         click.echo(f"pagegate: {error}", err=True)
         status = TIMED_OUT
     ctx.exit(status)
