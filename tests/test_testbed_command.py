@@ -655,7 +655,7 @@ class TestSuite:
 
     def test_no_debian_archive(self, host):
         (host / "targets").write_text(self.target("http://other.test/ubuntu/", "/nowhere:1", "Ubuntu"))
-        with pytest.raises(TestbedError, match="they name only http://other.test/ubuntu; .* --kernel or PAGEGATE"):
+        with pytest.raises(TestbedError, match="lists of http://other.test/ubuntu only: .* --kernel or PAGEGATE"):
             apt.choose_source("trixie-backports")
 
     def test_a_host_that_has_no_lists(self, host):
@@ -665,7 +665,7 @@ class TestSuite:
         assert "http://mirror.test/debian/" in self.sources()[1]
 
     def test_a_host_that_can_get_no_lists(self, host):
-        with pytest.raises(TestbedError, match="there is none: apt got no package list, and apt-get update says why;"):
+        with pytest.raises(TestbedError, match=r"apt can get none \(apt-get update says why\):"):
             apt.choose_source("trixie-backports")
         assert " update" in (host / "calls").read_text()
 

@@ -1,13 +1,13 @@
 """A machine whose KVM has software-protected VMs, on any host that can run QEMU.
 
-The machine is emulated, its root is the host's file system, and a command runs in it as if it ran here:
+QEMU emulates the machine. The host's file system is its root, and a command runs in it as it would on the host:
 
     >>> from pagegate import testbed
     >>> testbed.run(["pytest", "-q", "tests/testbed"])          # doctest: +SKIP
     0
 
-A boot takes ten to twenty seconds, and the machine is 20 to 30 times slower than the host: give one boot many things
-to do.
+A boot takes ten to twenty seconds, and the machine is 20 to 30 times slower than the host, so do many things in one
+boot.
 """
 
 from pagegate.testbed.builder import build

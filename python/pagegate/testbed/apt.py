@@ -1,8 +1,8 @@
 """Where the kernel's source package comes from: the archives that this host's apt is set up for.
 
-A suite that apt is not set up for is fetched from a Debian archive that apt's sources name, with the options of its
-entry there (Signed-By, for example). apt then works on lists and sources in the testbed's cache; the host's keys,
-proxies and passwords stay in force, and nothing of the host's apt is changed.
+A suite that apt is not set up for is fetched from a Debian archive that apt's sources name, with the options of that
+archive's entry there, such as Signed-By. For this apt is given lists and sources in the testbed's cache. It still uses
+the host's keys, proxies and passwords; the host's configuration and lists are only read.
 """
 # Starting apt's programs, by the names that PATH resolves, is what this module does.
 # ruff: noqa: S603
@@ -24,7 +24,7 @@ PREFERRED = (7, 3)
 """The series that is taken if it is offered; else it is the newest."""
 
 ELSEWHERE = f"build the kernel on another Debian machine and name its image with --kernel or {KERNEL_VARIABLE}"
-"""What to do where the source cannot be had."""
+"""What to do where the source cannot be got, for error messages."""
 
 # Commands that the host's configuration runs around an update are for the host's own lists.
 _NO_HOOKS = "".join(f"#clear APT::Update::{hook};\n" for hook in ("Pre-Invoke", "Post-Invoke", "Post-Invoke-Success"))
@@ -37,7 +37,7 @@ class Apt:
     """How to call apt's programs for one suite, or for all that apt is set up for."""
 
     place: str
-    """What an error message calls the place that is searched."""
+    """What is searched, for error messages."""
 
     options: tuple[str, ...] = ()
 
@@ -100,7 +100,7 @@ def choose_source(suite: str | None = None, series: tuple[int, int] | None = Non
 
 
 def apt_for(suite: str | None) -> Apt:
-    """Return how to call apt for this suite, with its lists up to date; None is what apt is set up for.
+    """Return how to call apt for this suite, and update its lists; None is whatever apt is set up for.
 
     Raises:
         TestbedError: apt's sources name no Debian archive, or none that has the suite.
@@ -141,6 +141,7 @@ class _Archive:
 
     file: Path
     number: int
+    """Of the line or the stanza, from 1."""
 
     def entry(self, suite: str) -> tuple[str, str]:
         """Return name and text of a sources file for another suite of this archive, with the same options."""
@@ -155,7 +156,8 @@ class _Archive:
 
 
 def _stanza_options(text: str, number: int) -> list[str]:
-    """The fields of one stanza that do not say what to fetch from where. apt counts no stanza that is all comments."""
+    """The fields of a stanza but for those that `_Archive.entry` sets."""
+    # apt does not count a stanza that has only comments.
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     stanzas = [stanza for stanza in re.split(r"\n\s*\n", "\n".join(lines)) if stanza.strip()]
     fields = re.split(r"\n(?![ \t])", stanzas[number - 1].strip("\n"))
@@ -167,7 +169,8 @@ def _debian_archives(suite: str) -> list[_Archive]:
     """The Debian archives that apt's sources name, each once."""
     targets = _targets(Apt("apt"))
     if not targets:
-        # As in a fresh container. Only root may update the host's lists, so update others; what fails is absent below.
+        # As in a fresh container. Only root may update the host's lists, so get a copy of them. A list that cannot be
+        # got is missing from the targets.
         apt = _own_lists("apt", "_host", None)
         with contextlib.suppress(TestbedError):
             apt.output("apt-get", "--quiet", "update")
@@ -180,12 +183,10 @@ def _debian_archives(suite: str) -> list[_Archive]:
             archives.setdefault(archive.uri, archive)
     if not archives:
         sites = sorted({target["SITE"] for target in targets})
-        known = (
-            f"they name only {', '.join(sites)}" if sites else "apt got no package list, and apt-get update says why"
-        )
+        known = f"has package lists of {', '.join(sites)} only" if sites else "can get none (apt-get update says why)"
         raise TestbedError(
-            f"{suite} is fetched from a Debian archive that apt's sources name, and there is none: {known}; "
-            f"add a Debian archive to apt's sources, or {ELSEWHERE}"
+            f"{suite} can be fetched only from a Debian archive whose package lists apt has, and apt {known}: "
+            f"add a Debian archive to apt's sources and run apt-get update, or {ELSEWHERE}"
         )
     return list(archives.values())
 
@@ -209,8 +210,10 @@ def _own_lists(place: str, name: str, entry: tuple[str, str] | None) -> Apt:
         "Acquire::Languages": "none",
     }
     with cache_errors():
-        for part in ("lists/partial", "archives/partial", "parts"):
+        for part in ("lists/partial", "archives/partial"):
             (directory / part).mkdir(parents=True, exist_ok=True)
+        # An entry may have a password in its URI.
+        (directory / "parts").mkdir(mode=0o700, exist_ok=True)
         (directory / "status").touch()
         (directory / "apt.conf").write_text(_NO_HOOKS)
         for old in (directory / "parts").iterdir():

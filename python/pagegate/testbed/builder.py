@@ -1,8 +1,7 @@
 """Build the testbed's kernel from Debian's kernel source.
 
-Nothing here needs to be root: the source package is downloaded and unpacked, not installed. A build that was
-interrupted goes on where it was: the unpacked source and the objects stay, and only a finished image gets the name by
-which it is found.
+It needs no root: the source package is downloaded and unpacked, not installed. An interrupted build resumes, because
+the unpacked source and the objects stay; only a finished image gets the name that `find_kernel` looks for.
 """
 # Starting the host's tools, by the names that PATH resolves, is what this module does.
 # ruff: noqa: S603, S607
@@ -42,8 +41,8 @@ _PROGRAMS = {
 }
 _HEADERS = {"gelf.h": "libelf-dev", "openssl/ssl.h": "libssl-dev"}
 
-# Without one of these the machine would not boot, or not be what it is for. Others of the fragment come and go with
-# releases.
+# Without one of these the machine would not boot, or would lack what the testbed is for. Other options of the fragment
+# do not exist in every release.
 _NEEDED = (
     *("64BIT", "SMP", "PRINTK", "BINFMT_ELF", "BINFMT_SCRIPT", "MULTIUSER", "HIGH_RES_TIMERS", "X86_X2APIC"),
     *("TTY", "UNIX98_PTYS", "SERIAL_8250_CONSOLE", "VIRTIO_CONSOLE", "PCI", "ACPI", "VIRTIO_PCI", "MAGIC_SYSRQ"),
@@ -55,12 +54,13 @@ _NEEDED = (
 
 
 def build(jobs: int | None = None, *, suite: str | None = None, reporter: Reporter | None = None) -> Path:
-    """Build the testbed's kernel, if it is not there yet, and return its image.
+    """Build the testbed's kernel, if it is not built yet, and return its image.
 
     Args:
         jobs: how many compilers run at once; None is one for each CPU.
-        suite: a Debian suite, as trixie-backports, to take the source from instead of those that apt is set up for.
-        reporter: is told how it proceeds.
+        suite: a Debian suite, as trixie-backports, to take the source from instead of those that apt is set up for. It
+            is fetched from a Debian archive that apt's sources name.
+        reporter: is told how far the build is.
 
     Raises:
         TestbedError: a tool or the source is missing, or the build failed.
@@ -92,7 +92,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-# The same source and configuration give the same image, whoever builds it and when.
+# So that the image depends on the source and the configuration only, not on who builds it and when.
 _MAKE_ENVIRONMENT = {
     "KBUILD_BUILD_USER": "pagegate",
     "KBUILD_BUILD_HOST": "testbed",
@@ -104,16 +104,16 @@ _MAKE_ENVIRONMENT = {
 def missing_packages() -> list[str]:
     """Return the packages, by their names in Debian and Ubuntu, that compiling a kernel needs and this host lacks."""
     missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
-    # Without a compiler nobody can tell which headers are there; to install a package twice does no harm.
+    # Headers are looked for with gcc. Without it all of their packages are named; apt skips those that are installed.
     no_compiler = "gcc" in missing
     return missing + [package for header, package in _HEADERS.items() if no_compiler or not _has_header(header)]
 
 
 def require_tools() -> None:
-    """Make sure that what compiles a kernel is here.
+    """Check that this host has what building a kernel needs.
 
     Raises:
-        TestbedError: it names every package that is missing.
+        TestbedError: it does not; the message names every package that is missing.
 
     """
     missing = missing_packages()
@@ -138,7 +138,7 @@ def _enumerated(words: Sequence[str]) -> str:
 
 
 def unpacked_source(source: Source, suite: str | None, report: Reporter) -> Path:
-    """Return the directory of this source, downloaded and unpacked if it was not there.
+    """Return the directory of this source; download and unpack it first if it is not there.
 
     Raises:
         TestbedError: it cannot be downloaded or unpacked.
@@ -215,14 +215,14 @@ def _configure(tree: Path, objects: Path, make: Sequence[str], log: Path, report
     lost = lost_options((objects / ".config").read_text())
     if lost:
         raise TestbedError(
-            f"this kernel source does not grant {_enumerated(lost)}, without which the testbed cannot work; "
-            f"{log} has the details"
+            f"the configuration of this kernel source does not grant {_enumerated(lost)}, without which the testbed "
+            f"cannot work; {log} has the details"
         )
     ready.touch()
 
 
 def lost_options(config: str) -> list[str]:
-    """Return the options, as CONFIG_KVM, that the testbed needs and that a finished configuration lacks."""
+    """Return the options, as CONFIG_KVM, that the testbed needs and a finished configuration lacks."""
     granted = set(config.splitlines())
     return [f"CONFIG_{name}" for name in _NEEDED if f"CONFIG_{name}=y" not in granted]
 
@@ -243,7 +243,7 @@ class _Counter:
 
 @contextlib.contextmanager
 def locked(report: Reporter) -> Iterator[None]:
-    """Keep other builds of this user waiting."""
+    """Let only one build of this user run at a time; others wait here."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(cache_errors())
         cache_directory().mkdir(parents=True, exist_ok=True)
@@ -266,23 +266,23 @@ def call(  # noqa: PLR0913
     on_wait: Callable[[], None] | None = None,
     keep_lines: bool = True,
 ) -> None:
-    """Run a program to its end, its output in the log.
+    """Run a program to its end, and append its output to the log.
 
     Args:
         command: the program and its arguments.
-        log: gets the output added.
-        directory: where it runs.
-        environment: variables beside this process's.
-        on_line: gets each line of output.
-        on_wait: is called about twice a second.
-        keep_lines: False keeps all but the last lines out of the log.
+        log: the log file.
+        directory: its working directory; None is this process's.
+        environment: variables to set as well as this process's.
+        on_line: is called with each line of output.
+        on_wait: is called each half second without output.
+        keep_lines: False writes only the last lines to the log.
 
     Raises:
         TestbedError: the program failed; the message ends with its last lines.
 
     """
     tail: list[str] = []
-    # A group of its own, so that Ctrl-C reaches this process first, and all that the program started ends with it.
+    # A group of its own, so that Ctrl-C goes to this process only, which then ends the whole group.
     process = subprocess.Popen(
         ["nice", "-n", "10", *command],
         cwd=directory,
@@ -304,7 +304,7 @@ def call(  # noqa: PLR0913
                 file.writelines(f"{line}\n" for line in tail)
         status = process.wait()
     except BaseException:
-        # A compiler or make that is asked to end removes what it has written only half.
+        # SIGTERM, on which make and the compilers remove files that are half written.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()

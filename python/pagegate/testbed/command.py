@@ -26,9 +26,9 @@ class _TestbedGroup(click.Group):
             at = args.index("--")
             own, command = args[:at], args[at + 1 :]
         ctx.meta[_COMMAND] = command
-        if not own and not command:
-            # As --help, but with the status of a call that lacks something.
-            own = ["--help"] if command is None else own
+        # Without any argument, show the help.
+        if not own and command is None:
+            own = ["--help"]
         return super().parse_args(ctx, own)
 
     def resolve_command(
@@ -95,9 +95,9 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
     """Run COMMAND in a machine whose KVM has software-protected VMs.
 
     QEMU emulates the machine; it needs no KVM of this host. Its root is this host's file system. COMMAND runs there as
-    root in the current directory. Its output and its errors arrive here as they come, apart from each other, and its
-    exit status is this command's. What it writes is forgotten, except below the directories of --rw. Booting takes 10
-    to 20 seconds, and the machine is 20 to 30 times slower than the host.
+    root in the current directory. Its standard output and standard error arrive here as it writes them, and its exit
+    status is this command's. What it writes to files is lost when the machine ends, except below the directories of
+    --rw. Booting takes 10 to 20 seconds, and the machine is 20 to 30 times slower than the host.
 
     The kernel is that of --kernel, else of PAGEGATE_TESTBED_KERNEL, else the newest that `pagegate testbed build` has
     made.
@@ -124,15 +124,16 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _standard_input() -> int | None:
-    """Standard input's descriptor, if it is there and is no terminal: the machine has no use for one."""
-    # Where it was closed, something else may have got its number.
+    """Standard input's descriptor, or None if it is closed or a terminal, which the machine cannot use."""
+    # If it is closed, descriptor 0 may be another file.
     return None if sys.stdin is None or os.isatty(0) else 0
 
 
 _suite = click.option(
     "--suite",
     metavar="SUITE",
-    help="Take the source from this Debian suite, as trixie-backports, which apt need not be set up for.",
+    help="Take the source from this Debian suite, as trixie-backports. It need not be one of apt's own suites: it is "
+    "fetched from the Debian archive that apt's sources name.",
 )
 
 
@@ -146,11 +147,11 @@ _suite = click.option(
 )
 @_suite
 def _build(jobs: int | None, suite: str | None) -> None:
-    """Build the machine's kernel, if it is not there yet.
+    """Build the machine's kernel, if it is not built yet.
 
     The source is Debian's package linux-source: 7.3 if it is offered, else the newest. It is downloaded and unpacked,
     not installed, into pagegate/testbed in $XDG_CACHE_HOME or ~/.cache, where it takes 2 GB; the directory `sources`
-    there may be deleted afterwards. A build that was interrupted goes on where it was. Prints the image's path.
+    there may be deleted afterwards. An interrupted build resumes where it was. Prints the image's path.
     """
     with progress.reporter(sys.stderr) as reporter:
         image = builder.build(jobs, suite=suite, reporter=reporter)
@@ -179,7 +180,8 @@ def _build(jobs: int | None, suite: str | None) -> None:
 def _selftest(ctx: click.Context, /, kernel: Path | None, cpus: int, memory: str, suite: str | None) -> None:
     """Run the kernel's own tests of private memory in the machine.
 
-    They are built from the source of the kernel's series, once. One line for each test; exit status 1 if one failed.
+    They are built once, from the source of the kernel's series. Prints one line for each test; the exit status is 1 if
+    one failed.
     """
 
     def show(outcome: selftests.Outcome) -> None:

@@ -1,14 +1,15 @@
-"""The testbed's kernel: which one is booted, and the cache where the built ones are kept.
+"""The testbed's kernel: which image is booted, and the cache of the built ones.
 
 The cache, `pagegate/testbed` in $XDG_CACHE_HOME or ~/.cache, holds
 
     <key>/bzImage, <key>/kernel.json     one finished kernel and what it was built from
     <key>/objects/                       what an unfinished build has compiled so far
+    apt/<suite>/                         package lists of a suite that apt is not set up for
+    downloads/<package>_<version>/       a source package, until it is unpacked
     sources/<package>_<version>/         an unpacked kernel source
     selftests/<package>_<version>/       the kernel's own tests, built from it
 
-A key is a digest of all that a kernel depends on, so that a changed configuration or a new source never meets an old
-image.
+A key is a digest of all that a kernel depends on, so a changed configuration or a new source gets a new image.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ IMAGE = "bzImage"
 FACTS = "kernel.json"
 
 _RECIPE = "1"
-"""To be raised when the way of building changes the image without a change of the fragment."""
+"""Raise it when a change to the build, other than one of the fragment, changes the image."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Source:
 def cache_directory() -> Path:
     """Return the directory of the testbed's kernels: `pagegate/testbed` in $XDG_CACHE_HOME, by default ~/.cache."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The specification of these directories says to ignore a relative path.
+    # The XDG specification says to ignore a relative path.
     try:
         root = base if base.is_absolute() else Path.home() / ".cache"
     except RuntimeError as error:
@@ -60,7 +61,7 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def cache_errors() -> Iterator[None]:
-    """Turn an OSError that names a place of the cache into a TestbedError."""
+    """Turn an OSError about a path in the cache, or above it, into a TestbedError."""
     try:
         yield
     except OSError as error:
@@ -68,7 +69,7 @@ def cache_errors() -> Iterator[None]:
         if not isinstance(error.filename, str | bytes | os.PathLike):
             raise
         at = Path(os.fsdecode(error.filename))
-        # A parent of the cache may be what cannot be entered or made.
+        # It may be a parent of the cache that cannot be entered or made.
         if not (at.is_relative_to(cache) or cache.is_relative_to(at)):
             raise
         raise TestbedError(
@@ -78,12 +79,12 @@ def cache_errors() -> Iterator[None]:
 
 
 def fragment() -> str:
-    """Return the kernel configuration that is laid over `tinyconfig`."""
+    """Return the options that are set on top of `tinyconfig`."""
     return resources.files("pagegate.testbed").joinpath("kernel.fragment").read_text()
 
 
 def kernel_directory(source: Source) -> Path:
-    """Return the directory of the cache where the kernel of this source, with today's configuration, belongs."""
+    """Return the cache's directory for the kernel of this source with the present configuration."""
     parts = (_RECIPE, source.package, source.version, fragment())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_directory() / key
@@ -139,7 +140,7 @@ def image_release(image: Path) -> tuple[int, ...]:
     """
     with image.open("rb") as file:
         header = file.read(0x8000)
-    # The boot protocol: a signature, and the place of the version's text, counted from the end of the first sector.
+    # The boot protocol: a signature, and the offset of the version's text from the end of the first sector.
     if header[0x202:0x206] != b"HdrS":
         raise ValueError("no x86 kernel image")
     at = int.from_bytes(header[0x20E:0x210], "little") + 0x200
@@ -150,7 +151,7 @@ def image_release(image: Path) -> tuple[int, ...]:
 
 
 def _checked(image: Path, origin: str) -> Path:
-    # QEMU would start what is no kernel, and wait for ever.
+    # QEMU would start anything, and wait for ever.
     try:
         image_release(image)
     except OSError as error:
@@ -168,7 +169,7 @@ def _newest_built() -> Path | None:
     try:
         images = list(cache_directory().glob(f"*/{IMAGE}"))
     except (OSError, TestbedError):
-        # Where nothing can be read, no kernel is either.
+        # A cache that cannot be read has no kernel to offer.
         return None
     for image in images:
         try:
@@ -176,7 +177,7 @@ def _newest_built() -> Path | None:
             if facts["fragment"] == wanted:
                 found.append((facts["release"], image.stat().st_mtime, image))
         except (OSError, ValueError, KeyError, TypeError):
-            # Not a kernel that this cache was given; whatever it is, another one may do.
+            # `publish` did not write this directory, or not all of it: skip it.
             continue
     return max(found)[2] if found else None
 

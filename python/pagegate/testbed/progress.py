@@ -1,4 +1,4 @@
-"""What a long build shows: a bar on a terminal, a line now and then elsewhere."""
+"""How a long build reports its progress: by bars on a terminal, elsewhere by a line every 20 seconds."""
 
 import time
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ PLAIN_INTERVAL = 20.0
 
 
 class Reporter(Protocol):
-    """Is told how a build proceeds."""
+    """Is told how far a build is."""
 
     def stage(self, text: str, total: int | None = None) -> None:
         """A stage begins, of about `total` steps."""
 
     def reach(self, done: int) -> None:
-        """So many steps of the stage are done."""
+        """`done` steps of the stage are done."""
 
 
 class Silent:
@@ -49,12 +49,12 @@ class PlainLines:
         self._say(text)
 
     def reach(self, done: int) -> None:
-        """Say how far the stage is, if that was not said lately."""
+        """Say how far the stage is, unless the last line is less than `PLAIN_INTERVAL` seconds old."""
         now = time.monotonic()
         if now - self._said < PLAIN_INTERVAL:
             return
         self._said = now
-        # The total is an estimate: to say 1203 of 1200 would only confuse.
+        # The total is an estimate, and "1203 of about 1200" would confuse.
         of = f" of about {self._total}" if self._total is not None and done <= self._total else ""
         self._say(f"{self._text}: {done}{of}, {now - self._begun:.0f} s")
 
@@ -94,7 +94,7 @@ def reporter(stream: TextIO) -> Iterator[Reporter]:
     if not stream.isatty():
         yield PlainLines(stream)
         return
-    # Only a build needs it, and importing it takes seconds in an emulated machine.
+    # Imported here because it takes seconds in an emulated machine, and only a build needs it.
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import (  # noqa: PLC0415
         BarColumn,

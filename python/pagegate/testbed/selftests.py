@@ -1,7 +1,7 @@
 """The kernel's own tests of private memory, built from its source and run in the testbed.
 
-They say whether a machine is fit to judge pagegate by: what they find wrong is the kernel's or the emulation's, not
-pagegate's.
+They show whether the testbed's machine works: a failure of theirs is a fault of the kernel or of the emulation, not of
+pagegate.
 """
 
 import os
@@ -27,15 +27,15 @@ TESTS = (
 )
 
 TEST_LIMIT = 900
-"""Seconds after which one test has failed."""
+"""Seconds after which a test is killed and counts as failed."""
 
 _SKIPPED = 4
-"""Exit status of a test that does not apply to this kernel."""
+"""Exit status of a test that this kernel or CPU does not support."""
 
 _OUTPUT_LINES = 15
 _COMPLETE = ".complete"
 
-# What runs in the machine. It keeps each test's output apart, and passes on the end of it if the test failed.
+# What runs in the machine. It keeps each test's output to itself, and passes its last lines on if the test failed.
 _SCRIPT = r"""
 limit=$1 lines=$2
 shift 2
@@ -55,7 +55,7 @@ done
 class Outcome:
     """How one test ended.
 
-    `seconds` is by the machine's clock; `output` is the end of what a test said that did not pass.
+    `seconds` is by the machine's clock; `output` is the last lines of a test that did not pass.
     """
 
     name: str
@@ -75,14 +75,14 @@ def selftest(  # noqa: PLR0913
 ) -> list[Outcome]:
     """Run the kernel's tests that `TESTS` names in one machine, and return how each ended.
 
-    The tests are those of the kernel's own series: others may ask for what it does not have.
+    The tests are those of the kernel's own series, because others may test features that it does not have.
 
     Args:
         kernel: the kernel image; None looks for one as `find_kernel` does.
         cpus: how many CPUs the machine has.
         memory: the machine's memory, as 512M or 4G.
         suite: a Debian suite to take the tests' source from instead of those that apt is set up for.
-        reporter: is told how the tests' building proceeds.
+        reporter: is told how far building the tests is.
         on_outcome: is called as each test ends.
 
     Raises:
@@ -96,7 +96,7 @@ def selftest(  # noqa: PLR0913
     report.stage(f"running the tests of Linux {major}.{minor} in the testbed")
     sink = _Outcomes(on_outcome)
     command = ["sh", "-c", _SCRIPT, "sh", str(TEST_LIMIT), str(_OUTPUT_LINES), *map(str, programs)]
-    # Their directory is handed in because the cache may lie where the machine has file systems of its own.
+    # Their directory is mounted because the cache may be in a place where the machine has a file system of its own.
     status = run(command, kernel=image, cpus=cpus, memory=memory, rw=[programs[0].parent], stdout=sink)
     if status != 0 or len(sink.outcomes) != len(programs):
         raise TestbedError(
@@ -106,7 +106,7 @@ def selftest(  # noqa: PLR0913
 
 
 class _Outcomes:
-    """Takes the output of `_SCRIPT`."""
+    """Turns the output of `_SCRIPT` into outcomes."""
 
     def __init__(self, on_outcome: Callable[[Outcome], object] | None) -> None:
         self.outcomes: list[Outcome] = []
@@ -145,7 +145,7 @@ class _Outcomes:
 
 
 def _programs(series: tuple[int, int], suite: str | None, report: Reporter) -> list[Path]:
-    """Return the built tests of this series, building them if they are not in the cache."""
+    """Return the built tests of this series; build them first if they are not in the cache."""
     package = f"linux-source-{series[0]}.{series[1]}"
     store = cache_directory() / "selftests"
     with locked(report):
@@ -179,7 +179,7 @@ def _compile(tree: Path, directory: Path, report: Reporter) -> None:
         part.mkdir(exist_ok=True)
     call(["make", "-C", str(tree), f"O={headers}", "ARCH=x86_64", "headers"], log)
     tests = tree / "tools/testing/selftests/kvm"
-    # The tests have moved between directories from one series to another.
+    # In which directory a test is depends on the series.
     sources = {path.stem: path.relative_to(tests) for path in tests.rglob("*_test.c")}
     missing = [name for name in TESTS if name not in sources]
     if missing:
