@@ -1,7 +1,7 @@
 """The stub's docstrings are the binding's, word for word, and none stands in one of the two alone.
 
-The Rust sources are where they are written. After a change there: ``python tests/test_docstrings.py`` (in an environment
-with the extension built) shows each difference as it is to stand in the stub.
+The Rust sources are where they are written. After a change there, ``python tests/test_docstrings.py`` shows each
+difference as it is to stand in the stub (in an environment with the extension built).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def differences() -> dict[str, tuple[str | None, str | None]]:
 
 @pytest.mark.parametrize("name", sorted({**RUNNING, **STUBBED}))
 def test_the_same_words(name: str) -> None:
-    if name.split(".")[-1].startswith("__"):
+    if name.rsplit(".", maxsplit=1)[-1].startswith("__"):
         # Special methods are explained by their class.
         assert STUBBED.get(name) is None
         return
@@ -82,4 +82,4 @@ def test_every_class_and_function_has_a_docstring() -> None:
 
 if __name__ == "__main__":
     for name, (stub, binding) in differences().items():
-        print(f"{name}\n  stub:    {stub!r}\n  binding: {binding!r}")  # noqa: T201
+        print(f"{name}\n  stub:    {stub!r}\n  binding: {binding!r}")

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from pagegate import PolicyError, options, policies
+from pagegate import PolicyError, policies
+from pagegate.loading import options
 from pagegate.script import load
 
 TEXT = """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from pagegate import Deny
-from pagegate.watch import Watcher
+from pagegate.loading.watch import Watcher
 
 TEXT = """from pagegate import Deny
 class Mine:

@@ -9,8 +9,8 @@ import time
 import pytest
 from pagegate import Convert, Region
 from pagegate.guests import Script
+from pagegate.loading.watch import Watcher
 from pagegate.script import load
-from pagegate.watch import Watcher
 
 pytestmark = pytest.mark.kvm
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pagegate import script
 from pagegate.errors import KvmUnavailable, NotSupported, PagegateError, TestbedError
+from pagegate.loading import policy_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ def _told(error: BaseException) -> int | str | None:
         if isinstance(error, click.Abort | KeyboardInterrupt):
             click.echo("interrupted", err=True)
             return _INTERRUPTED
-        hooks = script.frames(traceback.extract_tb(error.__traceback__))
+        hooks = policy_file.frames(traceback.extract_tb(error.__traceback__))
         if isinstance(error, SystemExit) and not hooks:
             return error.code
         if isinstance(error, PagegateError):
@@ -127,7 +127,7 @@ def _traceback(error: BaseException) -> Iterator[str]:
     pending = [told]
     while pending:
         one = pending.pop()
-        frames = script.frames(one.stack) or list(one.stack)[-1:]
+        frames = policy_file.frames(one.stack) or list(one.stack)[-1:]
         one.stack = traceback.StackSummary.from_list(frames)
         pending += [each for each in (one.__cause__, one.__context__) if each is not None]
     return told.format()

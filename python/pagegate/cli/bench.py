@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pagegate import Convert, Policy, guests, measure, policies, probe, script, workload
+from pagegate import Convert, Policy, guests, measure, policies, probe, workload
 from pagegate.cli.parameters import policy_options
-from pagegate.cli.policy_file import PolicyFile
+from pagegate.cli.policy_argument import PolicyFile
 from pagegate.errors import KvmUnavailable
+from pagegate.loading import policy_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ class _Judge(PolicyFile):
 def _policy(named: str | tuple[Path, str | None], options: dict[str, str]) -> tuple[str, object]:
     if isinstance(named, tuple):
         file, name = named
-        return f"{file}:{name}" if name else str(file), script.load(file, name, options)
+        return f"{file}:{name}" if name else str(file), policy_file.load(file, name, options)
     if options:
         raise click.UsageError(f"--policy {named} takes no -o")
     return named, policies.Allow() if named == "allow" else _Asked()

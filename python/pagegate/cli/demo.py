@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from pagegate import Vm, guests, script
-from pagegate.cli.policy_file import PolicyFile
+from pagegate import Vm, guests
+from pagegate.cli.policy_argument import PolicyFile
 from pagegate.cli.summary import Ran, event_facts, facts, line, size, strip, summary
 from pagegate.demo import guest as demo_guest
+from pagegate.loading import policy_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +95,7 @@ def demo(*, named: tuple[Path, str | None] | None, as_json: bool) -> int:
     """A bundled guest asks for conversions in every way there is; a Python file judges them."""
     file, name = named or (DEFAULT_POLICY, None)
     policy = f"{file}:{name}" if name else str(file)
-    judge = script.load(file, name)
+    judge = policy_file.load(file, name)
     console = Console(highlight=False, quiet=as_json)
     call: guests.Call = "hypercall" if guests.hypercall_completes() else "doorbell"
     guest = demo_guest.build(call)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pagegate.options import integer
+from pagegate.loading.options import integer
 
 _PAGE = 4096
 

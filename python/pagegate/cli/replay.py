@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pagegate import script
 from pagegate.cli.parameters import Size, policy_options
-from pagegate.cli.policy_file import PolicyFile
+from pagegate.cli.policy_argument import PolicyFile
 from pagegate.cli.summary import size
+from pagegate.loading import policy_file
 from pagegate.trace import read
 from pagegate.trace import replay as replay_trace
 
@@ -64,7 +64,7 @@ def replay(  # noqa: PLR0913 - one for each option
         trace = read(events, memory=memory, initial=initial)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    judges = [script.load(file, name, options) for file, name in named]
+    judges = [policy_file.load(file, name, options) for file, name in named]
     names = _names(named)
     found = replay_trace(trace, *judges, keep=show)
     if as_json:

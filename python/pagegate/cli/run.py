@@ -9,14 +9,15 @@ from pathlib import Path
 import click
 from rich.console import Console as Terminal
 
-from pagegate import Vm, guests, script
+from pagegate import Vm, guests
 from pagegate.bundled import GUESTS, SHARED_BIT, Guest
 from pagegate.cli.console import Console
 from pagegate.cli.parameters import Size, policy_options
-from pagegate.cli.policy_file import PolicyFile
+from pagegate.cli.policy_argument import PolicyFile
 from pagegate.cli.summary import Ran, facts, size, summary
+from pagegate.loading import policy_file
+from pagegate.loading.watch import Changes, Watcher
 from pagegate.trace import Recorder
-from pagegate.watch import Changes, Watcher
 
 _ENTRY = 0x1000
 
@@ -113,7 +114,7 @@ def run(  # noqa: PLR0913 - one for each option
         _check(guest, memory, vcpus, shared_bit)
     file, name = named
     changes = Changes(file)
-    judge = script.load(file, name, options)
+    judge = policy_file.load(file, name, options)
     call: guests.Call | None = None
     if guest is not None:
         call = "hypercall" if guests.hypercall_completes() else "doorbell"

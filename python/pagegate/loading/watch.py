@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pagegate import script
 from pagegate.errors import PolicyError
+from pagegate.loading import policy_file
 
 if TYPE_CHECKING:
     import os
@@ -104,7 +104,7 @@ class Watcher:
 
     def _reload(self) -> None:
         try:
-            self._handle.replace(script.load(self._path, self._name, self._options))
+            self._handle.replace(policy_file.load(self._path, self._name, self._options))
         except PolicyError as error:
             self._say(f"{_one_line(error)}; the policy in force stays")
         except BaseException as error:  # noqa: BLE001 - the watch goes on, whatever the file does

@@ -1,0 +1,1 @@
+"""Policies from files: loading and checking them, their options, loading them again when they change."""

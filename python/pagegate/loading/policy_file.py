@@ -1,0 +1,216 @@
+"""Loading a policy from a file."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pagegate._core import Builtin
+from pagegate.errors import PolicyError
+from pagegate.hooks import NAMES, Policy, refuse_misspelt
+from pagegate.loading import answers
+from pagegate.loading import options as _options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import CodeType, ModuleType
+
+_OBJECT = "policy"
+_numbers = itertools.count()
+_files: set[str] = set()
+
+
+def load(
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> object:
+    """The policy in a Python file.
+
+    With ``name`` it is that object of the file, or an object of that class, or what that function returns. Without, it
+    is what the file calls ``policy``; else an object of its only ``Policy`` class, not counting those that another
+    class of the file derives from; else the module itself with its functions.
+
+    ``options`` are the arguments of that class or function, as text: each becomes what its annotation says, or else
+    what its default is.
+
+    The file's directory is on ``sys.path`` while it is loaded, so that it can import its neighbours.
+
+    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, for options
+    that the policy does not take, and for hooks whose own text says that they answer with what is no decision.
+    """
+    file = os.path.abspath(path)  # noqa: PTH100 - what a traceback names is this very path, links and all
+    number = next(_numbers)
+    module_name = f"_pagegate_policy_{number}"
+    with _neighbours(file):
+        module = _execute(file, module_name)
+        found = _chosen(module, file, name)
+        policy = _policy(found, file, name, options or {})
+    try:
+        answers.check(policy)
+    except PolicyError as error:
+        raise PolicyError(f"{file}: {error}".replace(module_name, Path(file).stem)) from None
+    return policy
+
+
+def frames(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:
+    """Those that lie in a file that was loaded as a policy."""
+    return [frame for frame in stack if frame.filename in _files]
+
+
+class _Loader(SourceFileLoader):
+    """Compiles the file each time, as Python does with a program.
+
+    A cached compilation counts as fresh if it was made in the same second from a file of the same size.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+@contextmanager
+def _neighbours(file: str) -> Iterator[None]:
+    directory = str(Path(file).parent)
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        if directory in sys.path:
+            sys.path.remove(directory)
+
+
+def _execute(file: str, module_name: str) -> ModuleType:
+    if not Path(file).exists() or Path(file).is_dir():
+        raise PolicyError(f"{file} is no file")
+    loader = _Loader(module_name, file)
+    spec = spec_from_loader(module_name, loader)
+    if spec is None:
+        raise PolicyError(f"{file} is no Python file")
+    spec.origin, spec.has_location = file, True
+    module = module_from_spec(spec)
+    _files.add(file)
+    # Dataclasses, enumerations and pickle look a class's module up.
+    sys.modules[module_name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[module_name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise _refused(file, "cannot be loaded", error) from error
+    return module
+
+
+def _policy(found: object, file: str, name: str | None, options: Mapping[str, str]) -> object:
+    """What was found, or what it makes."""
+    if inspect.isclass(found):
+        return _made(found, file, options, f"has a {found.__name__} that cannot be made")
+    if name in NAMES and inspect.isroutine(found):
+        raise PolicyError(
+            f"{file}: {name} is a hook and not a policy: leave the name out to have all of the file's hooks"
+        )
+    if inspect.isroutine(found):
+        return _made(found, file, options, f"has a {name} that makes no policy")
+    if options:
+        what = "a module of functions" if inspect.ismodule(found) else f"a {type(found).__name__} that is made already"
+        raise PolicyError(
+            f"{file}: its policy is {what} and takes no options ({', '.join(options)}): "
+            "name a class or a function that makes a policy"
+        )
+    return found
+
+
+def _made(by: Callable[..., object], file: str, options: Mapping[str, str], failing: str) -> object:
+    try:
+        make = _options.call(by, options)
+    except PolicyError as error:
+        # An annotation of the file's own would name the module, which has no name that a user knows.
+        text = str(error).replace(f"{getattr(by, '__module__', '')}.", "")
+        raise PolicyError(f"{_place(file, _line_of(by))} {text}") from None
+    try:
+        return make()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise _refused(file, failing, error, by) from error
+
+
+def _line_of(by: Callable[..., object]) -> int | None:
+    try:
+        return inspect.getsourcelines(by)[1]
+    except (OSError, TypeError):
+        return None
+
+
+def _place(file: str, line: int | None) -> str:
+    return f"{file}:" if line is None else f"{file}, line {line}:"
+
+
+def _refused(file: str, what: str, error: BaseException, by: Callable[..., object] | None = None) -> PolicyError:
+    """The error with the last line of the file that had a part in it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    line = lines[-1] if lines else None
+    text = str(error)
+    if isinstance(error, SyntaxError) and error.filename == file:
+        line, text = error.lineno, error.msg
+    if line is None and by is not None:
+        line = _line_of(by)
+    place = file if line is None else f"{file}, line {line},"
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    refusal = PolicyError(f"{place} {what}: {said}")
+    for note in getattr(error, "__notes__", ()):
+        refusal.add_note(note)
+    return refusal
+
+
+def _classes(module: ModuleType) -> dict[str, type]:
+    own = {
+        id(value): value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Policy) and value.__module__ == module.__name__
+    }
+    return {
+        kind.__name__: kind
+        for kind in own.values()
+        if not any(other is not kind and issubclass(other, kind) for other in own.values())
+    }
+
+
+def _can_be_one(value: object) -> bool:
+    if inspect.ismodule(value) or inspect.isroutine(value):
+        return False
+    if inspect.isclass(value):
+        return value not in {Policy, Builtin} and any(hasattr(value, name) for name in NAMES)
+    return isinstance(value, Builtin | Policy) or any(hasattr(value, name) for name in NAMES)
+
+
+def _chosen(module: ModuleType, file: str, name: str | None) -> object:
+    there = vars(module)
+    if name is not None:
+        if name in there:
+            return there[name]
+        names = ", ".join(each for each, value in there.items() if _can_be_one(value)) or "no policy at all"
+        raise PolicyError(f"{file} has no {name}: there is {names}")
+    if _can_be_one(there.get(_OBJECT)):
+        return there[_OBJECT]
+    classes = _classes(module)
+    if len(classes) > 1:
+        names = ", ".join(classes)
+        raise PolicyError(f"{file} has several policies, {names}: name one, as {Path(file).name}:{next(iter(classes))}")
+    if classes:
+        return next(iter(classes.values()))
+    if not any(hasattr(module, each) for each in NAMES):
+        refuse_misspelt(module, file)
+        raise PolicyError(
+            f"{file} has no policy: no class derived from pagegate.Policy, no object named {_OBJECT}, "
+            f"and no function {', '.join(NAMES)}"
+        )
+    return module
