@@ -5,36 +5,41 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use pagegate_core::attributes::{PAGE_SIZE, Range, State};
-use pagegate_core::boot;
+use pagegate_core::boot::start::CpuMode;
 use pagegate_core::errno::{EINVAL, Errno};
 use pagegate_core::error::Failure;
-use pagegate_core::explicit::{KVM_HC_MAP_GPA_RANGE, attributes};
 use pagegate_core::hypervisor::fake::{FakeVm, Step};
-use pagegate_core::machine::{Config, Machine};
-use pagegate_core::policies::{Align, DenyAll, Quota, Request};
-use pagegate_core::policy::{Allow, Call, Decision, Policy};
-use pagegate_core::rules::{Lesson, Region, Rules};
+use pagegate_core::hypervisor::hypercall::KVM_HC_MAP_GPA_RANGE;
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::machine::config::Config;
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::policy::align::Align;
+use pagegate_core::policy::decision::{Decision, Region, RegionDecision};
+use pagegate_core::policy::hooks::Policy;
+use pagegate_core::policy::map_gpa_range::attributes;
+use pagegate_core::policy::quota::Quota;
+use pagegate_core::policy::remember::Remember;
+use pagegate_core::policy::request::ExplicitRequest;
+use pagegate_core::policy::simple::Allow;
+use pagegate_core::policy::simple::DenyAll;
 
 const MEMORY: u64 = 1 << 30;
 const CYCLES: u64 = 5_000;
 
-/// Learns once that everything is to be converted.
-#[derive(Default)]
-struct Learned(Rules);
+/// Says once that everything is to be converted.
+struct Teacher;
 
-impl Policy for Learned {
-    fn map_gpa_range(&self, call: &Call) -> Result<Decision, Failure> {
-        let region = Range::new(0, MEMORY).map(|range| Region {
+impl Policy for Teacher {
+    fn map_gpa_range(&self, _: &ExplicitRequest) -> Result<Decision, Failure> {
+        let decision = Decision::as_asked();
+        let region = |range| Region {
             range,
             uses: None,
             nanoseconds: None,
-        });
-        self.0.ask(Request::Explicit(call), || {
-            Ok(Lesson {
-                decision: Decision::as_asked(),
-                remember: region,
-            })
+        };
+        Ok(match Range::new(0, MEMORY).map(region) {
+            Some(region) => Decision::Remember(Box::new(RegionDecision { decision, region })),
+            None => decision,
         })
     }
 }
@@ -59,11 +64,11 @@ fn machine(policy: Arc<dyn Policy>, vcpus: u64, events: usize) -> Machine {
         memslots: 1,
         policy,
         around: None,
-        fake: Some(Arc::new(FakeVm::new(FakeVm::protected(32764), scripts, CYCLES))),
+        hypervisor: Some(Arc::new(FakeVm::new(FakeVm::protected(32764), scripts, CYCLES))),
     });
     let machine = machine.expect("a machine on the fake");
     for vcpu in 0..vcpus {
-        let started = machine.start(vcpu as usize, boot::Mode::Real, &[]);
+        let started = machine.start(vcpu as usize, CpuMode::Real, &[]);
         started.expect("a vCPU that does not run");
     }
     machine
@@ -85,7 +90,7 @@ fn requests(criterion: &mut Criterion) {
     bench("allowed, no events", 1, 0, &allow);
     bench("allowed, two vCPUs", 2, 65536, &allow);
     bench("denied", 1, 65536, &|| Arc::new(DenyAll { errno: Errno(EINVAL) }));
-    bench("under a learned rule", 1, 65536, &|| Arc::new(Learned::default()));
+    bench("under a learned rule", 1, 65536, &|| Arc::new(Remember::new(Teacher)));
     bench("under a quota", 1, 65536, &|| {
         Arc::new(Quota {
             max_shared: MEMORY,

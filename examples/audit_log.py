@@ -1,13 +1,13 @@
-"""Every request and what was decided about it, as JSON lines; the decisions are another policy's.
+"""Writes every request and the decision about it to a log, as JSON lines. Another policy decides.
 
-Against not knowing: a record of what the guest asked for, which outlives the machine. A line is written before its
-decision takes effect, and a record that cannot be written ends the run, so nothing happens off the record. For the
-same reason ``remember=`` is taken out of the answers: what is remembered would not be recorded.
+For a record of what the guest asked for that is kept when the machine is gone. A line is written before its decision
+takes effect, and if it cannot be written the run ends, so no decision is missing from the log. For the same reason
+``remember=`` is taken out of the decisions: requests that a remembered decision answers would not be logged.
 
     pagegate run -p examples/audit_log.py --guest demo
     pagegate run -p examples/audit_log.py -o path=audit.jsonl -o inner=examples/explicit_only.py --guest demo
 
-A built-in policy goes around it, ``Quota(8 << 20, AuditLog())``, and may then be stricter than what the log says.
+Put built-in policies around it, ``Quota(8 << 20, AuditLog())``. They may then refuse what the log has as converted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class AuditLog(Policy):
-    """Asks ``inner``, and writes down what it was asked and answered."""
+    """Asks ``inner``, and logs the request and the decision."""
 
     path: Path | None = None
-    """Where to; it is appended to. Without one, standard error."""
+    """The file to append to; ``None`` for standard error."""
     inner: str | Policy | None = None
-    """Who decides: a policy, or FILE[:NAME]. Without one everything is converted as asked."""
+    """The policy that decides, or its FILE[:NAME]; ``None`` converts as asked."""
 
     def __post_init__(self) -> None:
         """Opens the log, so that a path that cannot be written to is an error before the guest runs."""
@@ -46,12 +46,12 @@ class AuditLog(Policy):
             inner = load_policy(file, name)
         hooks = resolve(inner) if inner is not None else (None, None, None)
         self._fault, self._call, self._poison = hooks
-        # A line at a time: it is in the kernel's hands when write() is back.
+        # Line by line: each is written to the file before write() returns.
         self._log = sys.stderr if self.path is None else self.path.open("a", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Closes the file, if it is one."""
+        """Closes the file, unless it is standard error."""
         if self.path is not None:
             self._log.close()
 
@@ -96,7 +96,7 @@ class AuditLog(Policy):
 
 
 def load_policy(file: str, name: str) -> object:
-    """A policy whose answers can be seen from Python."""
+    """The policy in a file, if Python can call its hooks."""
     policy = load(file, name or None)
     if isinstance(policy, Builtin):
         raise PolicyError(f"{file}: a built-in policy is asked by the core only: put it around AuditLog()")
@@ -104,7 +104,7 @@ def load_policy(file: str, name: str) -> object:
 
 
 def forgetful(decision: Decision) -> Decision:
-    """The same, for this one request."""
+    """The same decision without ``remember``."""
     match decision:
         case Convert(remember=region) if region is not None:
             to, gpa, size = decision.to, decision.gpa, decision.size
@@ -118,7 +118,7 @@ def forgetful(decision: Decision) -> Decision:
 
 
 def described(decision: Decision) -> dict[str, object]:
-    """A decision as JSON has it: what differs from the default, and nothing else."""
+    """A decision for JSON, without what is at its default."""
     match decision:
         case Convert():
             where = {"done_to": decision.to, "done_gpa": decision.gpa, "done_size": decision.size}
@@ -129,5 +129,5 @@ def described(decision: Decision) -> dict[str, object]:
             return {"decision": "stop", "reason": decision.reason}
         case Retry() | Discard():
             return {"decision": type(decision).__name__.lower()}
-    # The core will not accept it, and the log says why the run ended.
+    # The core will not accept this; the log then says why the run ended.
     return {"decision": "none", "answer": repr(decision)}

@@ -1,7 +1,7 @@
-"""Only what the guest asks for in so many words is converted; a mere touch ends the run and names the instruction.
+"""Converts explicit requests only; an implicit one ends the run, and the reason names the instruction.
 
-Against guest bugs: KVM reports an access to a page in the wrong state as if the guest wanted it converted, but a stray
-pointer looks the same. A guest that always asks (KVM_HC_MAP_GPA_RANGE) never needs this kindness.
+For finding guest bugs: KVM reports every access to a page in the wrong state as if the guest wanted the page converted,
+but a stray pointer causes the same exit. A guest that uses KVM_HC_MAP_GPA_RANGE needs no implicit conversions.
 
     pagegate run -p examples/explicit_only.py --guest explicit
 """
@@ -15,13 +15,13 @@ from pagegate import Deny, MemoryFault, Policy, Stop
 
 @dataclass
 class ExplicitOnly(Policy):
-    """``pagegate.policies.ExplicitOnly`` in Python, with evidence."""
+    """As ``pagegate.policies.ExplicitOnly``, in Python, with evidence in the report."""
 
     evidence: bool = True
-    """Say in the report's reason what was touched, and by which instruction; else the reason is "denied"."""
+    """Whether the report's reason names the page and the instruction; if not, it is "denied"."""
 
     def memory_fault(self, fault: MemoryFault) -> Deny | Stop:
-        """Refuses."""
+        """Refuses every implicit request."""
         if not self.evidence:
             return Deny()
         side = "private" if fault.private else "shared"

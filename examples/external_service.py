@@ -1,8 +1,8 @@
-"""A service outside this process decides, over a Unix socket; if it does not do so in time, the answer is no.
+"""Asks a service outside this process over a Unix socket; without an answer in time nothing is converted.
 
-For decisions that need what the VMM must not know or do: an attestation service, a fleet-wide quota, a human. A service
-that is slow, dead, silent, talks nonsense or too much costs at most ``limit`` seconds a request, all steps together,
-and converts nothing: an explicit request then finds EAGAIN, a touch ends the run with the reason.
+For decisions that the VMM cannot or must not make itself: by an attestation service, a fleet-wide quota, a human. If
+the service is down, slow, or answers what is not allowed, a request takes at most ``limit`` seconds, connecting
+included. Then an explicit request gets EAGAIN, and an implicit one ends the run with the reason.
 
     python examples/external_service.py /tmp/judge.sock &
     pagegate run -p examples/external_service.py -o socket=/tmp/judge.sock --guest demo
@@ -39,11 +39,11 @@ LONGEST_LINE = 4096
 
 
 class ServiceError(Exception):
-    """There is no answer, or none that counts."""
+    """The service gave no answer, or one that is not allowed."""
 
 
 class Connection:
-    """To the service. After a failure it is of no more use: the next line could be a late answer."""
+    """A connection to the service. Close it after a failure: the next line could be the late answer to this request."""
 
     def __init__(self, path: Path, deadline: float) -> None:
         self._number = 0
@@ -56,7 +56,7 @@ class Connection:
             raise
 
     def ask(self, request: dict[str, object], deadline: float) -> dict[str, Any]:
-        """The answer to a request, or ServiceError or OSError by the deadline."""
+        """Sends a request and returns the answer. Raises ServiceError or OSError, by the deadline."""
         self._number += 1
         self._socket.settimeout(left(deadline))
         self._socket.sendall(json.dumps({"id": self._number, **request}).encode() + b"\n")
@@ -70,7 +70,7 @@ class Connection:
         while b"\n" not in line:
             if len(line) >= LONGEST_LINE:
                 raise ServiceError(f"a line of more than {LONGEST_LINE} bytes")
-            # Again for each part: a byte now and then must not buy it time.
+            # Set for each part, so that a service that sends single bytes gets no more time.
             self._socket.settimeout(left(deadline))
             part = self._socket.recv(LONGEST_LINE - len(line))
             if not part:
@@ -82,12 +82,12 @@ class Connection:
         return line
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         self._socket.close()
 
 
 def left(deadline: float) -> float:
-    """Seconds until then; TimeoutError if there are none."""
+    """Seconds until the deadline; TimeoutError if it has passed."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError
@@ -95,7 +95,7 @@ def left(deadline: float) -> float:
 
 
 def parsed(line: bytes) -> dict[str, Any]:
-    """The object in a line."""
+    """The JSON object in a line."""
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError):
@@ -106,7 +106,7 @@ def parsed(line: bytes) -> dict[str, Any]:
 
 
 def decided(answer: dict[str, Any]) -> Decision:
-    """The decision in an answer; never one that was not meant."""
+    """The decision in an answer. ServiceError if it is not clearly one."""
     match answer.get("decision"):
         case "convert":
             return Convert()
@@ -132,26 +132,26 @@ class ExternalService(Policy):
     """Seconds that a decision may take, connecting included."""
 
     def __post_init__(self) -> None:
-        """Nobody is connected yet: a service may be started after the machine."""
+        """Does not connect yet: the service may be started after the machine."""
         if not (math.isfinite(self.limit) and self.limit > 0):
             raise ValueError(f"limit is {self.limit}: it must be a number of seconds above 0")
-        # A vCPU is one thread and waits for its answer, so that no two threads use one connection.
+        # By vCPU. Each is one thread, so that no two threads use one connection.
         self._connections: dict[int, Connection] = {}
 
     def close(self) -> None:
-        """Hangs up, when no machine runs."""
+        """Closes all connections. Call it when no machine runs."""
         while self._connections:
             self._connections.popitem()[1].close()
 
     def memory_fault(self, fault: MemoryFault) -> Decision:
-        """An implicit request; without an answer it ends the run."""
+        """An implicit request. Without an answer the run ends."""
         try:
             return self._ask("implicit", fault, "private" if fault.private else "shared")
         except (ServiceError, OSError) as error:
             return Stop(f"external service: {said(error)}")
 
     def map_gpa_range(self, call: MapGpaRange) -> Decision:
-        """An explicit request; without an answer the guest may ask again."""
+        """An explicit request. Without an answer the guest gets EAGAIN."""
         try:
             return self._ask("explicit", call, call.to)
         except (ServiceError, OSError):
@@ -186,11 +186,11 @@ def said(error: Exception) -> str:
     return "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
 
 
-# ---- a service, for reference
+# ---- a service, as an example
 
 
 def judge(request: dict[str, Any]) -> dict[str, object]:
-    """Its rule: nothing is shared in parts of more than a MiB, nor in the first 16 MiB."""
+    """Refuses to share more than 1 MiB at once, or anything in the first 16 MiB."""
     shares = request["to"] == "shared"
     if shares and (request["size"] > 1 << 20 or request["gpa"] < 16 << 20):
         return {"decision": "deny"}
@@ -203,7 +203,7 @@ class Service(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
 
     def __init__(self, path: Path, judge: Callable[[dict[str, Any]], dict[str, object]] = judge) -> None:
-        # A socket that a service left behind; anything else is somebody's file.
+        # Removes the socket of an earlier service, but no other file.
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(path.stat().st_mode):
                 path.unlink()
@@ -217,7 +217,7 @@ class Answering(socketserver.StreamRequestHandler):
     server: Service
 
     def handle(self) -> None:
-        """Answers line by line, until the other side hangs up or makes no sense."""
+        """Answers line by line, until the other side closes or sends what is no request."""
         while line := self.rfile.readline(LONGEST_LINE):
             try:
                 request = parsed(line)

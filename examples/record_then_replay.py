@@ -1,13 +1,13 @@
-"""What a recorded run shared may be shared, and nothing else: a policy that is made of a trace, and tried on it.
+"""Allows only the pages to become shared that became shared in a recorded run.
 
-Against a guest that shares what it never shared while it was watched. Record a run that can be trusted, make the policy
-of it, replay the same requests through it to see that none of them would be refused, and then enforce it.
+Against a guest that shares other pages than it did when it was trusted. Record such a run, make the policy of its
+trace, replay the trace to see that the policy would refuse nothing of it, and then run guests under the policy.
 
     pagegate run -p examples/audit_log.py -o path=audit.jsonl --guest explicit --events good.parquet
     pagegate replay good.parquet -p examples/record_then_replay.py:learned -o trace=good.parquet
     pagegate run -p examples/record_then_replay.py:learned -o trace=good.parquet --guest explicit
 
-Another trace shows what the policy would have refused there, with no guest at stake. It is judged in Rust.
+Replaying another trace shows what the policy would refuse there, without running a guest. The policy runs in Rust.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pagegate.trace import read
 
 
 def learned(trace: Path, slack: int = 0) -> Builtin:
-    """The policy for what was shared in ``trace``, and ``slack`` bytes around it, a multiple of 4096."""
+    """A policy for what became shared in ``trace``, and ``slack`` bytes around it, a multiple of 4096."""
     return Window([(start, end - start) for start, end in shared(trace, slack)])
 
 
 def shared(trace: Path, slack: int) -> list[tuple[int, int]]:
-    """What became shared, as starts and ends, joined where they meet."""
+    """The ranges that became shared as (start, end), joined where they overlap or touch."""
     recorded = read(trace)
     done = {(event.done_gpa, event.done_size) for event in recorded if event.done_to == "shared" and event.done_size}
     joined: list[tuple[int, int]] = []

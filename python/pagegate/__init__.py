@@ -1,7 +1,7 @@
-"""Virtual machine monitors you can script.
+"""A VMM core that you script in Python, for people who build VMMs and guests with private memory on KVM.
 
-A guest runs on /dev/kvm. Whenever it asks for a page to change hands between *private* and *shared*, or touches one
-that is in the wrong hands, a policy decides: yours, in Python, or one of those in ``pagegate.policies``.
+A guest runs on /dev/kvm. Whenever it asks to convert a page between *private* and *shared*, or touches a page in the
+wrong state, a policy decides: yours, in Python, or a built-in one from ``pagegate.policies``.
 """
 
 from pagegate import policies, trace

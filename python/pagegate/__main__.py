@@ -1,4 +1,4 @@
-"""`python -m pagegate` is the command line."""
+"""`python -m pagegate`: the same as the command `pagegate`."""
 
 from pagegate.cli import main
 

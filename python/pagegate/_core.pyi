@@ -1,3 +1,4 @@
+# One file: the stub of one extension module.
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
@@ -8,18 +9,18 @@ from typing_extensions import Buffer, disjoint_base
 _State: TypeAlias = Literal["private", "shared"]
 
 DOORBELL_PORT: Final[int]
-"""The port at which ``out imm8, al`` is KVM_HC_MAP_GPA_RANGE: the same registers, the answer in RAX."""
+"""The doorbell's port: ``out imm8, al`` there is KVM_HC_MAP_GPA_RANGE, with the same registers, answered in RAX."""
 
 __version__: Final[str]
 
 LIVELOCK_BOUND: Final[int]
-"""How often an identical fault may come, with no change of its page in between, before the run ends."""
+"""Repeats of an identical fault, with no change of its page in between, after which the run ends."""
 
 def probe() -> Host:
-    """What this host's KVM offers. Never raises: what is missing is in ``problems``."""
+    """Asks /dev/kvm what this host offers. Never raises: ``problems`` of the result says what is missing."""
 
 def script_guest() -> bytes:
-    """The machine code that ``pagegate.guests.Script`` runs: position-independent, long mode."""
+    """The machine code that executes a ``pagegate.guests.Script``: long mode, position-independent."""
 
 def bare_loop(
     memory: int,
@@ -34,21 +35,23 @@ def bare_loop(
     work: str = "all",
     timeout: float | None = None,
 ) -> tuple[int, int, int]:
-    """Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
+    """Runs a guest in a bare loop around KVM's ioctls: no policy, no checks, no page states, no records.
 
-    ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
-    where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
-    ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for
-    ``Vm``.
+    Each of ``vcpus`` is ``(gpa, image, rdi)``: where the image is loaded and entered in long mode, its bytes, and RDI.
+    The guest writes 1 to port ``marks`` where the measured part begins, and 2 where it ends. ``block``: bytes that are
+    converted for an implicit request, the aligned block around the page. ``work``: how much of each conversion is
+    carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes" or "memslots". ``timeout``:
+    seconds. The other arguments are as for ``Vm``; all pages are shared at first.
 
-    Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
+    Returns nanoseconds, requests and port IO exits of the measured part. Raises ValueError for arguments that do not
+    make a machine, OSError, and KeyboardInterrupt.
     """
 
 @final
 class Marks:
-    """A port for ``Vm.on_io`` that notes when it is written, without entering Python.
+    """A handler for ``Vm.on_io`` that notes each write to its port, without entering Python.
 
-    Read, it answers how often that was.
+    A read of the port returns how many writes there were.
     """
 
     def __new__(cls) -> Self: ...
@@ -57,51 +60,58 @@ class Marks:
         """Nanoseconds since this object was made."""
     @property
     def written(self) -> list[tuple[int, int, int]]:
-        """Each as ``(vcpu, value, nanoseconds)``, the time since this object was made."""
+        """The writes so far: ``(vcpu, value, nanoseconds)``, timed from when this object was made."""
 
 @final
 class Host:
-    """What /dev/kvm offers, as far as pagegate uses it."""
+    """What /dev/kvm on this host offers, as far as pagegate uses it."""
 
     @property
     def vm_types(self) -> list[str]:
-        """VM types (KVM_CAP_VM_TYPES): "default", "sw-protected", "sev", "sev-es", "snp", "tdx"."""
+        """Types that a VM can have (KVM_CAP_VM_TYPES): "default", "sw-protected", "sev", "sev-es", "snp", "tdx"."""
     @property
     def memory_attributes(self) -> int:
-        """Mask of attributes that KVM_SET_MEMORY_ATTRIBUTES takes on the type with private memory; PRIVATE is 8."""
+        """What KVM_SET_MEMORY_ATTRIBUTES accepts, a mask: PRIVATE is 8; 0 without private memory.
+
+        Asked of a VM of the type with private memory (KVM_CAP_MEMORY_ATTRIBUTES).
+        """
     @property
     def guest_memfd(self) -> bool:
-        """Whether a guest_memfd can be made (KVM_CAP_GUEST_MEMFD)."""
+        """Whether a guest_memfd can be created (KVM_CAP_GUEST_MEMFD)."""
     @property
     def guest_memfd_flags(self) -> int:
-        """Flags for it (KVM_CAP_GUEST_MEMFD_FLAGS): MMAP is 1, INIT_SHARED is 2."""
+        """Flags that a guest_memfd can have (KVM_CAP_GUEST_MEMFD_FLAGS): MMAP is 1, INIT_SHARED is 2."""
     @property
     def exit_hypercall(self) -> bool:
         """Whether KVM_HC_MAP_GPA_RANGE can exit to user space (KVM_CAP_EXIT_HYPERCALL)."""
     @property
     def pre_fault(self) -> bool:
-        """Whether there is KVM_PRE_FAULT_MEMORY."""
+        """Whether there is KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY)."""
     @property
     def max_vcpus(self) -> int:
-        """vCPUs a VM can have."""
+        """vCPUs that a VM can have (KVM_CAP_MAX_VCPUS)."""
     @property
     def max_memslots(self) -> int:
-        """Memslots a VM can have."""
+        """Memslots that a VM can have (KVM_CAP_NR_MEMSLOTS)."""
     @property
     def enforcement(self) -> Literal["attributes", "memslots"] | None:
-        """What ``enforcement="auto"`` gives; ``None`` where no VM can be made."""
+        """What ``enforcement="auto"`` selects; ``None`` if no VM can be created."""
     @property
     def problems(self) -> list[str]:
-        """What is missing: a sentence each, with what to do about it."""
+        """What is missing, one sentence each, with what to do about it."""
 
 @final
 class Region:
-    """Where a decision holds for more than one request: it is remembered, and the policy is not asked again.
+    """The pages for which a decision is remembered: the policy is not asked again about requests for them.
 
-    It answers requests that lie in the region and are of the same kind: implicit or explicit, to private or to shared.
-    ``gpa`` and ``size`` are in bytes, multiples of 4096. ``uses``: how many requests it answers, at least 1.
-    ``seconds``: for how long. Without them it holds until ``vm.policy.forget()``, or until later ones have pushed it
-    out: at most 4096 are kept, and where two overlap the later one holds. Raises ValueError.
+    A remembered decision answers requests of the same kind (implicit or explicit, to private or to shared) whose pages
+    all lie in the region. ``gpa`` and ``size``: bytes, multiples of 4096. ``uses``: how many more requests it answers,
+    at least 1. ``seconds``: how long it holds, above 0, from the time of the request on. Without these two it holds
+    until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept, then the oldest are dropped; where two overlap
+    the later one holds.
+
+    Raises ValueError. A region that does not lie in guest memory, or not in the pages that its ``Convert`` names, ends
+    the run with PolicyError.
     """
 
     def __new__(cls, gpa: int, size: int, *, uses: int | None = None, seconds: float | None = None) -> Self: ...
@@ -110,26 +120,29 @@ class Region:
         """Start in bytes."""
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Length in bytes."""
     @property
     def uses(self) -> int | None:
-        """How many requests it answers; ``None``: any number."""
+        """How many more requests it answers; ``None`` for any number."""
     @property
     def seconds(self) -> float | None:
-        """For how long; ``None``: for good."""
+        """How long it holds; ``None`` for no limit."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
 class Convert:
-    """Converts: as asked, or to another state, or other pages.
+    """Converts pages: those that were asked for, to the state that was asked for, unless the arguments say otherwise.
 
-    A page that changes state loses its bytes: it reads as zeroes. So widen only where the neighbours have nothing to
-    lose, or where they are in the wanted state already.
+    ``to``: "private" or "shared". ``gpa`` and ``size``: bytes, multiples of 4096, inside guest memory; else the run
+    ends with PolicyError.
 
-    ``gpa`` and ``size`` are in bytes, multiples of 4096, inside memory; else the run ends with PolicyError. The
-    conversion is one transaction, or several in a row for more than 256 MiB; what the kernel refuses is undone. Then an
-    explicit request finds the errno in RAX, and an implicit one ends the run.
+    A page that changes state loses its bytes and reads as zeroes. So widen only to pages that hold nothing the guest
+    needs, or that are in the wanted state already.
+
+    The conversion is one transaction, or several in a row, of at most 256 MiB each. If the kernel refuses, the
+    transaction is undone: an explicit request gets the errno in RAX, an implicit one ends the run with PagegateError.
+    If a listener refuses, the guest tries again: an explicit request gets EAGAIN.
     """
 
     def __new__(
@@ -144,44 +157,49 @@ class Convert:
     ) -> Self: ...
     @property
     def to(self) -> _State | None:
-        """``None``: as asked."""
+        """The state to convert to; ``None`` for the one asked for."""
     @property
     def gpa(self) -> int | None:
-        """``None``: as asked."""
+        """Start in bytes; ``None`` for that of the request."""
     @property
     def size(self) -> int | None:
-        """``None``: as asked."""
+        """Length in bytes; ``None`` for that of the request."""
     @property
     def discard(self) -> bool:
-        """Free the stale side. If not, its bytes come back when the page does, and memory is held twice till then."""
+        """Whether the old side is freed.
+
+        If not, it keeps its bytes, which the guest finds again when the page is converted back. Until then both sides
+        take up memory.
+        """
     @property
     def prefault(self) -> bool:
-        """Have KVM map the pages before the guest touches them (KVM_PRE_FAULT_MEMORY), where the host can."""
+        """Whether KVM maps the pages before the guest touches them (KVM_PRE_FAULT_MEMORY), if the host can."""
     @property
     def remember(self) -> Region | None:
-        """Where else this holds, without asking again."""
+        """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
 class Deny:
-    """Refuses. Explicit: the guest finds ``errno``, positive, in RAX. Implicit: the run ends as "denied".
+    """Refuses. An explicit request gets ``errno``, positive, in RAX; an implicit one ends the run as "denied".
 
-    ``errno`` is in 1..=4095 (ValueError). SNP and TDX guests accept only EINVAL and EAGAIN.
+    ``errno`` is in 1..=4095, else ValueError. SNP and TDX guests accept only EINVAL and EAGAIN.
     """
 
     def __new__(cls, errno: int = 22, *, remember: Region | None = None) -> Self: ...
     @property
-    def errno(self) -> int: ...
+    def errno(self) -> int:
+        """What an explicit request gets in RAX."""
     @property
     def remember(self) -> Region | None:
-        """Where else this holds, without asking again."""
+        """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
 class Discard:
-    """Frees the poisoned page and lets the guest go on: it reads zeroes. An answer to ``memory_poison`` only."""
+    """Frees a poisoned page, which then reads as zeroes, and resumes the guest. Only for ``memory_poison``."""
 
     def __new__(cls) -> Self: ...
     def __eq__(self, other: object, /) -> bool: ...
@@ -189,60 +207,68 @@ class Discard:
 
 @final
 class Retry:
-    """Lets the guest try again: an implicit request re-executes, an explicit one finds EAGAIN in RAX.
+    """Lets the guest try again: an implicit request repeats the access, an explicit one gets EAGAIN in RAX.
 
-    After ``LIVELOCK_BOUND`` identical faults with no change in between the run ends as "livelock".
+    After ``LIVELOCK_BOUND`` identical faults with no change of the page in between the run ends as "livelock".
     """
 
     def __new__(cls, *, remember: Region | None = None) -> Self: ...
     @property
     def remember(self) -> Region | None:
-        """Where else this holds, without asking again."""
+        """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
 class Stop:
-    """Ends the run: ``report.reason`` is ``reason``. Nothing is converted; an explicit request finds EAGAIN."""
+    """Ends the run with ``reason`` as ``report.reason``. Nothing is converted; an explicit request gets EAGAIN."""
 
     def __new__(cls, reason: str) -> Self: ...
     @property
-    def reason(self) -> str: ...
+    def reason(self) -> str:
+        """What ``report.reason`` is to be."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @disjoint_base
 class Builtin:
-    """What all built-in policies are."""
+    """The base class of the built-in policies."""
 
     @property
     def hooks(self) -> tuple[Callable[[Any], Any] | None, ...]:
-        """The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison."""
+        """The Python policy's hooks at the end of the chain: memory_fault, map_gpa_range, memory_poison.
+
+        ``None`` for each that there is not.
+        """
 
 @final
 class Allow(Builtin):
-    """Converts whatever is asked for. It protects against nothing: the guest decides."""
+    """Converts whatever the guest asks for. It protects nothing."""
 
     def __new__(cls) -> Self: ...
 
 @final
 class DenyAll(Builtin):
-    """Refuses everything: no page changes hands. ``errno`` is in 1..=4095."""
+    """Refuses every request, as ``Deny(errno)`` does. ``errno`` is in 1..=4095, else ValueError."""
 
     def __new__(cls, errno: int = 22) -> Self: ...
 
 @final
 class ExplicitOnly(Builtin):
-    """Converts what is asked for in so many words, and refuses what is merely touched, which may be a guest bug."""
+    """Converts explicit requests as asked, and refuses implicit ones, which may be guest bugs.
+
+    An implicit request ends the run as "denied".
+    """
 
     def __new__(cls) -> Self: ...
 
 @final
 class Align(Builtin):
-    """Widens what ``then`` converts to whole blocks of ``size`` bytes, as far as memory goes.
+    """Widens what ``then`` converts to whole blocks of ``size`` bytes, up to the end of memory.
 
-    Against a storm of exits: one for a block in place of one for each page. ``size`` is a power of two from 4096 on.
-    Every page of the block that changes state loses its bytes, so this is for guests that use whole blocks alike.
+    For guests that touch page after page: one exit for each block in place of one for each page. ``size`` is a power of
+    two, at least 4096, else ValueError. Every page of the block that changes state loses its bytes, so it is only for
+    guests that keep all pages of a block in one state.
     """
 
     def __new__(cls, size: int, then: object | None = None) -> Self: ...
@@ -251,27 +277,30 @@ class Align(Builtin):
 class Quota(Builtin):
     """Refuses conversions after which more than ``max_shared`` bytes would be shared.
 
-    Against a guest that exposes itself bit by bit. It is counted with the pages locked, so that no two vCPUs slip
-    through together. An explicit request finds EINVAL, an implicit one ends the run as "denied".
+    Bounds what a guest can expose. The bytes are counted with the pages locked, so that requests of several vCPUs
+    cannot exceed it together. An explicit request gets EINVAL in RAX, an implicit one ends the run as "denied".
     """
 
     def __new__(cls, max_shared: int, then: object | None = None) -> Self: ...
 
 @final
 class Window(Builtin):
-    """Lets pages become shared inside ``ranges`` only, ``(gpa, size)`` in bytes; EINVAL elsewhere.
+    """Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes.
 
-    Against sharing anything but the buffers that are meant for it, such as a swiotlb window.
+    For guests whose shared buffers lie in one place, such as a swiotlb window. Elsewhere an explicit request gets
+    EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``. ``gpa``
+    and ``size`` are multiples of 4096, else ValueError.
     """
 
     def __new__(cls, ranges: Sequence[tuple[int, int]], then: object | None = None) -> Self: ...
 
 @final
 class RateLimit(Builtin):
-    """Lets ``per_second`` requests through on average and ``burst`` at once.
+    """Lets ``per_second`` requests through on average, and ``burst`` at once.
 
-    Against a guest that keeps the host busy converting. An explicit request above that finds EAGAIN, an implicit one
-    waits, which slows down its own vCPU.
+    Bounds the work that a guest's requests cause on the host. A request above the rate does not reach ``then``: an
+    explicit one gets EAGAIN in RAX, an implicit one makes its vCPU wait. ``per_second`` is above 0 and ``burst`` at
+    least 1, else ValueError.
     """
 
     def __new__(cls, per_second: float, burst: int = 1, then: object | None = None) -> Self: ...
@@ -280,17 +309,21 @@ class RateLimit(Builtin):
 class PingPong(Builtin):
     """Ends the run when a page is asked for in alternating states more than ``limit`` times in ``window`` seconds.
 
-    Against two owners that fight over a page. The report's reason is the evidence: which page, how often, how fast.
+    For pages that two owners in the guest fight over. The report's reason says which page, how often it changed
+    direction and in what time. The last 256 ranges that were asked for are watched. ``limit`` is in 1..=65536 and
+    ``window`` not negative, else ValueError.
     """
 
     def __new__(cls, limit: int, window: float, then: object | None = None) -> Self: ...
 
 @disjoint_base
 class MemoryFault:
-    """An implicit request: an access met a page that is not in the accessed state (KVM_EXIT_MEMORY_FAULT).
+    """An implicit request: the guest accessed a page that is not in the accessed state.
 
-    One can be made, to try a policy on it. ``flags`` are by default those of the access, ``state`` is the opposite of
-    what was accessed. ``gpa`` and ``size`` are multiples of 4096. Raises ValueError.
+    KVM reports it by KVM_EXIT_MEMORY_FAULT (attributes) or KVM_EXIT_MMIO (memslots).
+
+    One can be made to test a policy: ``flags`` are by default those of the access, ``state`` is the opposite of the
+    accessed state. ``gpa`` and ``size`` are in bytes, multiples of 4096; ``errno`` is in 1..=4095. Raises ValueError.
     """
 
     def __new__(
@@ -312,19 +345,22 @@ class MemoryFault:
         """Index of the vCPU."""
     @property
     def gpa(self) -> int:
-        """The page, in bytes, shared bit stripped."""
+        """The page's address in bytes, without the shared bit."""
     @property
     def size(self) -> int:
         """Bytes: 4096 on x86."""
     @property
     def private(self) -> bool:
-        """Whether the access was to the private side."""
+        """Whether the access was one to private memory, else to shared.
+
+        With two views: whether it was through the private view. With one: what KVM's PRIVATE flag says.
+        """
     @property
     def flags(self) -> int:
-        """KVM_MEMORY_EXIT_FLAG_* as KVM reported them; PRIVATE is 8."""
+        """KVM_MEMORY_EXIT_FLAG_*, as KVM reports them or, with memslots, as it would; PRIVATE is 8."""
     @property
     def errno(self) -> int:
-        """EFAULT; EHWPOISON for poison."""
+        """EFAULT (14); EHWPOISON (133) for a poisoned page."""
     @property
     def state(self) -> _State:
         """The page's present state."""
@@ -333,16 +369,16 @@ class MemoryFault:
         """The guest's instruction pointer."""
     @property
     def repeats(self) -> int:
-        """How often this very fault came before with no change of its page in between; 0 the first time."""
+        """How often this same fault came before, in a row, with no change of its page; 0 for the first one."""
     @property
     def time(self) -> int:
-        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
+        """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
 
 @final
 class MemoryPoison(MemoryFault):
-    """An access met a poisoned page (EHWPOISON). No conversion repairs that: ``Convert`` is no answer here.
+    """The guest accessed a poisoned page (EHWPOISON). ``Convert`` is no answer: it does not repair the page.
 
-    One can be made, as a ``MemoryFault``; ``state`` is by default what was accessed.
+    One can be made, as a ``MemoryFault``; ``state`` is by default the accessed one.
     """
 
     def __new__(
@@ -362,9 +398,11 @@ class MemoryPoison(MemoryFault):
 
 @final
 class MapGpaRange:
-    """An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE. Malformed ones find EINVAL and reach no policy.
+    """An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE, by hypercall or doorbell.
 
-    One can be made, to try a policy on it. ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
+    A malformed one gets EINVAL in RAX and reaches no policy.
+
+    One can be made to test a policy: ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
     ``state`` is by default the opposite of ``to``. Raises ValueError.
     """
 
@@ -385,68 +423,78 @@ class MapGpaRange:
         """Index of the vCPU."""
     @property
     def gpa(self) -> int:
-        """Start in bytes, shared bit stripped; a multiple of 4096."""
+        """Start in bytes, a multiple of 4096, without the shared bit."""
     @property
     def size(self) -> int:
-        """Bytes; a multiple of 4096. The whole range lies in memory."""
+        """Length in bytes, a multiple of 4096. The whole range lies in guest memory."""
     @property
     def to(self) -> _State:
-        """What the guest wants the pages to be."""
+        """The state that the guest asks for."""
     @property
     def page_size(self) -> int:
-        """The guest's hint: 4096, 2 MiB or 1 GiB."""
+        """The guest's page size hint in bytes: 4096, 2 MiB or 1 GiB."""
     @property
     def raw(self) -> int:
-        """RDX: bits 3:0 are the hint, bit 4 is "encrypted"."""
+        """RDX: bits 3:0 are the page size hint, bit 4 (encrypted) asks for private."""
     @property
     def state(self) -> Literal["private", "shared", "mixed"]:
-        """The state of the range. If it is another when its turn comes, the policy is asked again, up to 16 times."""
+        """The state of the range when the policy is asked.
+
+        If the pages change while the policy decides, it is asked again, up to 16 times; then the guest gets EAGAIN.
+        """
     @property
     def time(self) -> int:
-        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
+        """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
 
 @final
 class Io:
-    """One port IO exit. String IO keeps its access size and count."""
+    """One port IO exit. For string IO it stands for ``count`` accesses of ``size`` bytes."""
 
     @property
-    def vcpu(self) -> int: ...
+    def vcpu(self) -> int:
+        """Index of the vCPU."""
     @property
-    def port(self) -> int: ...
+    def port(self) -> int:
+        """The port."""
     @property
     def write(self) -> bool:
-        """OUT, not IN."""
+        """Whether it is OUT, not IN."""
     @property
     def size(self) -> int:
         """Bytes of one access: 1, 2 or 4."""
     @property
     def count(self) -> int:
-        """Accesses."""
+        """Number of accesses."""
     @property
     def data(self) -> bytes:
-        """What was written, ``size * count`` bytes; empty for a read."""
+        """The bytes that were written, ``size * count`` of them; empty for a read."""
 
 @final
 class Mmio:
-    """One access to an address outside memory."""
+    """One access to an address outside guest memory."""
 
     @property
-    def vcpu(self) -> int: ...
+    def vcpu(self) -> int:
+        """Index of the vCPU."""
     @property
-    def gpa(self) -> int: ...
+    def gpa(self) -> int:
+        """The guest-physical address."""
     @property
     def write(self) -> bool:
-        """A store, not a load."""
+        """Whether it is a store, not a load."""
     @property
     def size(self) -> int:
-        """Bytes, 1 to 8."""
+        """Bytes of the access: 1 to 8."""
     @property
     def data(self) -> bytes:
-        """What was stored; empty for a load."""
+        """The bytes that were stored; empty for a load."""
 
 @final
 class Latency:
-    """Exit to resume of the requests of a run, in nanoseconds, to three digits; 0 where there were none."""
+    """Time from exit to resume of a run's requests, in nanoseconds, to three digits.
+
+    0 if there were no requests.
+    """
 
     @property
     def p50(self) -> int: ...
@@ -463,145 +511,158 @@ class Report:
 
     @property
     def reason(self) -> str:
-        """One of "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or a Stop's own."""
+        """Why it ended: "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or a Stop's reason."""
     @property
     def requests(self) -> int:
-        """Requests that reached the policy: ``faults + hypercalls``."""
+        """Requests that reached the policy: ``faults + hypercalls``.
+
+        Poisoned pages are not among them.
+        """
     @property
     def conversions(self) -> int:
-        """Requests that ended in a conversion, also where nothing had to change."""
+        """Requests that ended in a conversion, including those whose pages were in that state already."""
     @property
-    def denied(self) -> int: ...
+    def denied(self) -> int:
+        """Requests that the policy refused."""
     @property
-    def retries(self) -> int: ...
+    def retries(self) -> int:
+        """Requests that the guest had to make again."""
     @property
     def faults(self) -> int:
-        """Implicit requests."""
+        """Implicit requests that reached the policy."""
     @property
     def hypercalls(self) -> int:
-        """Explicit requests, by hypercall or doorbell."""
+        """Explicit requests that reached the policy, by hypercall or doorbell."""
     @property
     def poisons(self) -> int:
-        """Accesses to poisoned memory."""
+        """Accesses to poisoned pages."""
     @property
     def malformed(self) -> int:
-        """Explicit requests that were refused before any policy saw them."""
+        """Explicit requests that were refused without asking the policy, and unknown hypercalls."""
     @property
     def stale(self) -> int:
-        """Faults that another vCPU's conversion had overtaken: the guest just looked again."""
+        """Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed."""
     @property
     def bytes_prefaulted(self) -> int:
-        """Bytes that KVM mapped ahead of the guest, for ``Convert(prefault=True)``."""
+        """Bytes that KVM mapped before the guest touched them, for ``Convert(prefault=True)``."""
     @property
     def bytes_to_private(self) -> int:
-        """Bytes whose state really changed."""
+        """Bytes that became private; those that were already are not counted."""
     @property
     def bytes_to_shared(self) -> int:
-        """Bytes whose state really changed."""
+        """Bytes that became shared; those that were already are not counted."""
     @property
-    def latency(self) -> Latency: ...
+    def latency(self) -> Latency:
+        """Time from exit to resume of its requests."""
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """How long the run took."""
 
 @final
 class Event:
-    """One request, from exit to resume."""
+    """One request: what was asked for, decided and done."""
 
     @property
     def sequence(self) -> int:
-        """Position in the log, from 0: in the order in which requests were over."""
+        """Number in the log, from 0, in the order in which requests were completed."""
     @property
     def time(self) -> int:
-        """When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``; the order of the questions."""
+        """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
     @property
-    def vcpu(self) -> int: ...
+    def vcpu(self) -> int:
+        """Index of the vCPU."""
     @property
-    def kind(self) -> Literal["implicit", "explicit", "poison"]: ...
+    def kind(self) -> Literal["implicit", "explicit", "poison"]:
+        """How it came: by an access, by KVM_HC_MAP_GPA_RANGE, or by an access to a poisoned page."""
     @property
     def gpa(self) -> int:
-        """What was asked for: start in bytes."""
+        """Start of the pages that were asked for, in bytes."""
     @property
     def size(self) -> int:
-        """What was asked for: bytes."""
+        """Bytes that were asked for."""
     @property
     def to(self) -> _State:
-        """What was asked for: the state."""
+        """The state that was asked for; for a poisoned page the accessed one."""
     @property
     def state(self) -> Literal["private", "shared", "mixed"]:
-        """The state that the pages were in."""
+        """The state of the pages when the policy was asked."""
     @property
     def page_size(self) -> int:
-        """Explicit: the guest's hint in bytes; else 0."""
+        """The guest's page size hint in bytes; 0 unless explicit."""
     @property
     def raw(self) -> int:
-        """Explicit: RDX; else 0."""
+        """RDX; 0 unless explicit."""
     @property
     def flags(self) -> int:
-        """Implicit: KVM_MEMORY_EXIT_FLAG_*; else 0."""
+        """KVM_MEMORY_EXIT_FLAG_*; 0 if explicit."""
     @property
     def rip(self) -> int:
-        """Implicit: the guest's instruction pointer; else 0."""
+        """The guest's instruction pointer; 0 if explicit."""
     @property
     def repeats(self) -> int:
-        """Implicit: how often this very fault came before, with no change in between; else 0."""
+        """How often this same fault came before, in a row, with no change of its page; 0 if explicit."""
     @property
     def decision(self) -> Literal["convert", "deny", "retry", "discard", "stop", "none"]:
-        """What the policy decided; "none" if it failed."""
+        """What the policy decided; "none" if its hook failed."""
     @property
     def decision_gpa(self) -> int:
-        """What was to be converted: start in bytes; 0 for all decisions but "convert"."""
+        """Start of what was to be converted, in bytes; 0 unless the decision is "convert"."""
     @property
     def decision_size(self) -> int:
-        """What was to be converted: bytes; 0 for all decisions but "convert"."""
+        """Bytes that were to be converted; 0 unless the decision is "convert"."""
     @property
     def decision_to(self) -> _State:
-        """What it was to be converted to."""
+        """The state to convert to; the one asked for unless the decision is "convert"."""
     @property
     def decision_prefault(self) -> bool:
-        """The decision said ``prefault=True``."""
+        """Whether the decision was a ``Convert(prefault=True)``."""
     @property
     def decision_discard(self) -> bool:
-        """The decision did not say ``discard=False``."""
+        """Whether the decision was to convert and to free the old side (``discard=True``)."""
     @property
     def decision_errno(self) -> int:
         """The errno of a "deny"; else 0."""
     @property
-    def outcome(self) -> Literal["converted", "denied", "retried", "stopped", "superseded", "failed", "discarded"]: ...
+    def outcome(self) -> Literal["converted", "denied", "retried", "stopped", "superseded", "failed", "discarded"]:
+        """What came of the request.
+
+        "superseded": another vCPU had converted the page meanwhile. "failed": no decision, or a conversion that failed.
+        """
     @property
     def done_gpa(self) -> int:
-        """What was converted: start in bytes."""
+        """Start of what was converted, in bytes."""
     @property
     def done_size(self) -> int:
-        """What was converted: bytes; 0 for nothing."""
+        """Bytes that were converted; 0 if nothing was."""
     @property
     def done_to(self) -> _State:
-        """What it was converted to."""
+        """The state that it was converted to."""
     @property
     def changed(self) -> int:
-        """Bytes whose state really changed."""
+        """Bytes whose state changed; those that were in that state already are not counted."""
     @property
     def errno(self) -> int:
-        """What the guest was told: 0, or a positive errno."""
+        """What an explicit request got in RAX: 0, or a positive errno. For the others: that of a refusal, or 0."""
     @property
     def latency(self) -> int:
-        """Exit to resume in nanoseconds."""
+        """Nanoseconds from exit to resume."""
     def __eq__(self, other: object, /) -> bool: ...
 
 @final
 class Events:
-    """The machine's log of requests. It keeps the newest; iterating it gives them oldest first.
+    """The machine's log of requests: the newest of each vCPU. Iterating gives the oldest first.
 
-    It is an Arrow table too, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
-    ``pandas.DataFrame.from_arrow(vm.events)``. The columns lie in the log's own memory and are not copied. Those of one
-    vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``time`` (order of the questions).
+    It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
+    ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
+    vCPU are in order; with several vCPUs, sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
     """
 
     @property
     def total(self) -> int:
-        """Events there were, kept or dropped."""
+        """Number of events so far, kept or dropped."""
     @property
     def dropped(self) -> int:
-        """Events that gave way to newer ones."""
+        """Number of events that were dropped to make room for newer ones."""
     def since(self, sequence: int) -> list[Event]:
         """The kept events with this sequence number or a higher one."""
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> Any: ...
@@ -611,109 +672,123 @@ class Events:
 
 @final
 class PolicyHandle:
-    """Who judges a machine's requests, and what a Python policy taught (``remember=``)."""
+    """The policy that judges a machine's requests, and its remembered decisions (``remember=``)."""
 
     @property
     def current(self) -> object | None:
-        """The policy, as it was given; ``None`` for the default."""
+        """The policy as it was given; ``None`` for the default, which converts as asked."""
     def replace(self, policy: object) -> None:
         """Puts another policy in place, also while the machine runs.
 
-        Each request is judged by one of them: what comes after this has returned by the new one, what is being judged
-        meanwhile by the old one. What the old one taught goes with it. Raises PolicyError for an object that is no
-        policy; then the old one stays.
+        Each request is judged by one of the two: those that come after this has returned by the new one, those that are
+        being judged meanwhile by the old one. ``seen``, ``spared`` and the remembered decisions are those of the new
+        one; a built-in policy keeps those of the Python policy in its chain, also while it is not in place. Raises
+        PolicyError for an object that is no policy, and the old one stays; PagegateError if the machine is closed.
         """
     def forget(self, region: Region | None = None) -> None:
-        """Forgets what was remembered about a region, or everything: the policy is asked again."""
+        """Drops remembered decisions for the pages of a region, or all: the policy is asked again."""
     @property
     def seen(self) -> int:
-        """Requests that the Python policy was asked about."""
+        """Requests that the Python policy was asked about; poisoned pages are not counted."""
     @property
     def spared(self) -> int:
-        """Requests that it was spared, because it had said ``remember=``."""
+        """Requests that were answered by a remembered decision, without asking the policy."""
 
 @final
 class Change:
-    """Pages that change hands, all of them from the one state to the other."""
+    """Pages that are converted, all of them from one state to the other, as a listener is told."""
 
     @property
     def gpa(self) -> int:
-        """Start in bytes, shared bit stripped."""
+        """Start in bytes, without the shared bit."""
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Length in bytes."""
     @property
     def to(self) -> _State:
-        """What they become."""
+        """The state that they are converted to."""
     @property
     def initial(self) -> bool:
-        """They are that already: this is what a listener that joins is told first."""
+        """Whether they are in that state already: a new listener is told of the present states first."""
 
 @final
 class Attributes:
-    """The state of every page: the only copy, since KVM has no ioctl to read attributes back."""
+    """The state of every page. This is the only copy: KVM has no ioctl to read attributes back."""
 
     def is_private(self, gpa: int) -> bool:
         """Whether the page that holds ``gpa`` is private. IndexError outside memory."""
     def state(self, gpa: int, size: int | None = None) -> Literal["private", "shared", "mixed"]:
-        """The state of a range of whole pages, by default of the page at ``gpa``."""
+        """The state of a range of whole pages, by default of the page at ``gpa``.
+
+        ``gpa`` and ``size``: bytes, multiples of 4096. IndexError for a gpa outside memory, ValueError for what is no
+        range of pages in memory.
+        """
     def runs(self, gpa: int = 0, size: int | None = None) -> list[tuple[int, int, _State]]:
-        """Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending, by default of all memory."""
+        """Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending, by default of all memory.
+
+        Raises as ``state`` does.
+        """
     @property
     def private_bytes(self) -> int:
         """Bytes that are private."""
     @property
     def generation(self) -> int:
-        """Grows by one with every change."""
+        """How many conversions changed the state of at least one page. One that was undone does not count."""
 
 @final
 class MemoryUsage:
     """Resident bytes of guest memory."""
 
     @property
-    def shared(self) -> int: ...
+    def shared(self) -> int:
+        """Resident bytes of the shared side."""
     @property
-    def private(self) -> int: ...
+    def private(self) -> int:
+        """Resident bytes of the private side; see ``exact``."""
     @property
     def exact(self) -> bool:
-        """Whether ``private`` was counted (cachestat(2), Linux 6.5 and later, left out of some small kernels).
+        """Whether ``private`` was counted, by cachestat(2): Linux 6.5 and later, left out of some small kernels.
 
-        Where it could not be, it is the most that may be there: the bytes in state private.
+        If not, it is an upper bound: the bytes in state private.
         """
 
 @final
 class Vcpu:
-    """One vCPU."""
+    """One vCPU of a machine."""
 
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Its number, from 0."""
     def start(self, *, mode: Literal["real", "protected", "long"] = "long", **registers: int) -> None:
         """Sets all registers for the next run.
 
-        Those not named are 0, but ``rsp`` in mode "long": it has a page for each vCPU, below the tables. Any general
-        register can be named; cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base; and segments, by selector.
+        ``registers``: any general register; cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base; and segment registers, by
+        selector. General registers that are not named are 0, except ``rsp`` in mode "long": each vCPU has a page of
+        stack below the page tables.
 
         "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, the
-        first GiB and its shared views mapped to themselves by tables in the top six pages of memory, which become
-        shared. There is no IDT: an exception ends the run as "shutdown".
+        first GiB and its shared views identity-mapped by tables in the top six pages of memory, which become shared.
+        There is no IDT: an exception ends the run as "shutdown".
 
-        With a shared bit, ``rip`` is taken at the shared view where its page is shared: an instruction cannot be
-        fetched from the view that its page is not in.
+        With a shared bit, ``rip`` is moved to the shared view if its page is shared, because an instruction can be
+        fetched only through the view of the page's state.
 
-        Raises TypeError for a register that does not exist, ValueError for a value that does not fit, PagegateError
-        while the vCPU runs.
+        Raises TypeError for a register that does not exist, ValueError for a value that does not fit, NotSupported for
+        a shared bit that mode "long" cannot map, PagegateError while the vCPU runs.
         """
     def regs(self) -> dict[str, int]:
-        """The general registers by name, between runs."""
+        """The general registers by name. PagegateError while the vCPU runs."""
 
 @final
 class Vm:
-    """A virtual machine whose guest asks before a page changes hands.
+    """A virtual machine in which a policy decides whether pages are converted.
 
-    ``memory``: bytes from gpa 0 on, a multiple of 4096. ``policy``: any object with hooks, see ``Policy``; ``None``
-    converts as asked. ``vm_type``: "auto", "default" or "sw-protected". ``enforcement``: "auto", "attributes" or
-    "memslots". ``shared_bit``: the address bit that selects a page's shared view. ``initial``: the state of all pages
-    at first. ``events``: how many the log keeps. ``memslots``: memory is laid out in this many equal parts.
+    ``memory``: bytes from gpa 0 on, a multiple of 4096. ``vcpus``: at least 1. ``policy``: any object with hooks, see
+    ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected". ``enforcement``: "auto",
+    "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory) or "memslots" (on any host).
+    ``shared_bit``: the address bit that selects a page's shared view, above all of memory and below 52; ``None`` for
+    one view of each page. ``initial``: the state of all pages at first. ``events``: how many requests the log keeps.
+    ``memslots``: memory is divided into this many equal parts, and no memslot crosses from one to the next.
     ``hypervisor``: a ``pagegate.testing.Fake`` in place of /dev/kvm.
 
     Raises KvmUnavailable, NotSupported, PolicyError, and ValueError for an argument out of range.
@@ -737,64 +812,86 @@ class Vm:
     def memory(self) -> int:
         """Bytes of guest memory."""
     @property
-    def shared_bit(self) -> int | None: ...
+    def shared_bit(self) -> int | None:
+        """The address bit that selects a page's shared view; ``None`` if each page has one view."""
     @property
-    def enforcement(self) -> Literal["attributes", "memslots"]: ...
+    def enforcement(self) -> Literal["attributes", "memslots"]:
+        """How page states are enforced."""
     @property
-    def closed(self) -> bool: ...
+    def closed(self) -> bool:
+        """Whether the machine is closed."""
     @property
-    def vcpus(self) -> tuple[Vcpu, ...]: ...
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs, by index."""
     @property
-    def attributes(self) -> Attributes: ...
+    def attributes(self) -> Attributes:
+        """The state of every page."""
     @property
-    def policy(self) -> PolicyHandle: ...
+    def policy(self) -> PolicyHandle:
+        """The policy in place, to look at or replace."""
     @property
-    def events(self) -> Events: ...
+    def events(self) -> Events:
+        """The log of requests."""
     def load(self, image: Buffer | str | PathLike[str], at: int = 0x1000) -> int:
-        """Puts bytes, a raw file or an ELF file's segments into memory and returns the entry point.
+        """Loads bytes, a raw file or an ELF file's segments into guest memory, and returns the entry point.
 
-        ``at`` is for what is no ELF file. Private pages that the image covers become shared first: KVM reads code
-        through the shared side, and no host can fill the private one.
+        ``image``: bytes, which are loaded as they are, or a path. ``at``: where they go, for what is no ELF file. Pages
+        that the image covers become shared first: KVM reads code from the shared side, and the host cannot write to the
+        private one. Raises OSError, ValueError for an image that does not fit or is malformed, PagegateError.
         """
     def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
-        """Answers a port. For a read the handler returns ``size * count`` bytes, for a write its result is ignored.
+        """Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
 
-        A port without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler.
+        Handlers are called on vCPU threads. A read answered with anything else ends the run with PolicyError. A port
+        without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler already.
         """
     def on_mmio(self, gpa: int, size: int, handler: Callable[[Mmio], Any]) -> None:
-        """Answers a range outside memory and its views; as ``on_io``."""
+        """Sets the handler of ``size`` bytes outside guest memory and its views; otherwise as ``on_io``."""
     def add_listener(self, listener: object) -> None:
-        """Tells an object the present state, and from then on of every conversion; see ``pagegate.Listener``.
+        """Tells an object the present states, and from then on every conversion; see ``pagegate.Listener``.
 
-        Nothing is lost or doubled in between. PolicyError for an object that is none.
+        No conversion in between is missed or told twice. Raises PolicyError for an object that is no listener.
         """
     def remove_listener(self, listener: object) -> None:
-        """Tells it nothing more. ValueError for an object that is no listener of this machine."""
+        """Stops telling an object of conversions. ValueError if it is no listener of this machine."""
     def run(self, timeout: float | None = None) -> Report:
-        """Runs every started vCPU, each in a thread of its own, until one ends the run or ``timeout`` seconds passed.
+        """Runs every started vCPU, each in its own thread, until one ends the run, all halt or ``timeout`` is over.
 
-        The first exception of a hook is raised here, once, with notes that say where. ``timeout``, ``stop`` and Ctrl-C
-        bring every vCPU out of the guest at once; a hook or handler that is running is Python code, which nothing can
-        interrupt, so they wait until it returns.
+        ``timeout``: seconds, ``None`` for no limit. ``timeout``, ``stop`` and Ctrl-C bring every vCPU out of the guest
+        at once. A hook or handler that is being called is not interrupted: the run ends after it returns. An exception
+        that a hook raises ends the run and is raised here, with vCPU, gpa, state and rip as notes; if there are
+        several, only the first.
 
-        After "timeout", "stopped", "denied", "livelock", a Stop or an exception the run can be taken up again, and a
-        request that nobody answered is asked again (after a Stop an explicit one finds EAGAIN). After "halt" it goes on
-        behind the HLT; after "shutdown" the vCPU has to be started again.
+        After "timeout", "stopped", "denied", "livelock", a Stop or an exception, ``run`` can be called again, and a
+        request that was not answered is put to the policy again (after a Stop, an explicit one has got EAGAIN). After
+        "halt" the guest continues after the HLT; after "shutdown" the vCPU has to be started again.
 
-        Raises BadBacking, Livelock, PolicyError, and PagegateError for what KVM reports and nobody can handle.
+        Raises BadBacking, Livelock, PolicyError, PagegateError for an exit that cannot be handled or if no vCPU is
+        started, and ValueError for a negative ``timeout``.
         """
     def stop(self) -> None:
-        """Ends the run in progress as "stopped", from any thread; without one it does nothing."""
+        """Ends the run in progress as "stopped", from any thread. Does nothing if there is none."""
     def read(self, gpa: int, n: int) -> bytes:
-        """``n`` bytes of shared pages. PrivateMemoryError names the first private page."""
+        """Reads ``n`` bytes of shared pages.
+
+        Raises PrivateMemoryError, which names the first private page, and ValueError outside memory.
+        """
     def write(self, gpa: int, data: Buffer) -> None:
-        """Writes to shared pages. PrivateMemoryError names the first private page; then nothing was written."""
+        """Writes ``data`` to shared pages.
+
+        Raises PrivateMemoryError, which names the first private page, and ValueError outside memory; then nothing is
+        written.
+        """
     def convert(self, gpa: int, size: int, *, to: _State) -> None:
-        """Converts on the host's account: no policy is asked. What was in the pages is gone: they read as zeroes."""
+        """Converts pages without asking the policy. They lose their bytes and read as zeroes.
+
+        ``gpa`` and ``size``: bytes, multiples of 4096. Raises ValueError for what is no range of pages in memory,
+        PagegateError if the kernel or a listener refuses, and what a listener raises.
+        """
     def memory_usage(self) -> MemoryUsage:
-        """Resident bytes of each side."""
+        """Resident bytes of guest memory, on each side."""
     def close(self) -> None:
-        """Lets go of the machine, its memory and all descriptors. PagegateError while it runs."""
+        """Frees the machine, its memory and all descriptors. PagegateError while it runs."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
@@ -802,60 +899,64 @@ class Vm:
 
 @final
 class Step:
-    """What a vCPU of a Fake does next."""
+    """One step of a script: what a vCPU of a Fake does next."""
 
     @staticmethod
     def fail(errno: int) -> Step:
-        """KVM_RUN fails and writes nothing."""
+        """KVM_RUN fails with ``errno`` and does not write kvm_run."""
     @staticmethod
     def exit(reason: int, words: tuple[int, int, int] = (0, 0, 0), *, errno: int = 0) -> Step:
-        """KVM_RUN ends with this exit_reason, these first words of the union, and this errno."""
+        """KVM_RUN ends with this exit_reason, these first words of kvm_run's union, and this errno (0: success)."""
     @staticmethod
     def memory_fault(gpa: int, *, flags: int = 8, size: int = 4096, errno: int = 14) -> Step:
-        """KVM_EXIT_MEMORY_FAULT, once."""
+        """KVM_EXIT_MEMORY_FAULT, once, whatever state the page is in."""
     @staticmethod
     def access(gpa: int, *, write: bool = False) -> Step:
-        """An access, as KVM would treat it with its slots and attributes; again after a fault."""
+        """An access that faults or not as the slots and attributes have it; it is executed again after a fault."""
     @staticmethod
     def hypercall(gpa: int, pages: int, attributes: int, *, nr: int = 12) -> Step:
         """KVM_EXIT_HYPERCALL. Reply: RAX."""
     @staticmethod
     def doorbell(gpa: int, pages: int, attributes: int, *, nr: int = 12) -> Step:
-        """The same by port. Reply: RAX."""
+        """The same request by the doorbell. Reply: RAX."""
     @staticmethod
     def io_write(port: int, data: bytes | Sequence[int], *, size: int = 1) -> Step:
-        """OUT, or OUTS of several."""
+        """OUT, or OUTS if ``data`` is more than ``size`` bytes."""
     @staticmethod
     def io_read(port: int, *, size: int = 1, count: int = 1) -> Step:
-        """IN, or INS of several. Reply: the data."""
+        """IN, or INS if ``count`` is above 1. Reply: the data."""
     @staticmethod
     def block() -> Step:
-        """KVM_RUN does not return until it is kicked."""
+        """KVM_RUN does not return until the vCPU is kicked."""
     @staticmethod
-    def halt() -> Step: ...
+    def halt() -> Step:
+        """HLT."""
     @staticmethod
-    def shutdown() -> Step: ...
+    def shutdown() -> Step:
+        """A triple fault: KVM_EXIT_SHUTDOWN."""
     @staticmethod
-    def internal_error(suberror: int) -> Step: ...
+    def internal_error(suberror: int) -> Step:
+        """KVM_EXIT_INTERNAL_ERROR."""
 
 @final
 class Reply:
-    """What a vCPU of a Fake found as the answer to a step."""
+    """What a vCPU of a Fake got as the answer to a step."""
 
     @property
     def step(self) -> int:
         """Index of the step."""
     @property
-    def data(self) -> bytes: ...
+    def data(self) -> bytes:
+        """The bytes: RAX, or the data that was read."""
     @property
     def value(self) -> int | None:
-        """``data`` as a signed word, where it is eight bytes."""
+        """``data`` as a signed integer if it is eight bytes, else ``None``."""
 
 @final
 class Fake:
-    """A hypervisor that replays one script a vCPU, ``cycles`` times, and then halts.
+    """A hypervisor without KVM: each vCPU executes its script ``cycles`` times, then halts.
 
-    ``private_memory``: like a host with attributes, or like one without. ``memslots``: how many there are.
+    ``private_memory``: whether it acts as a host with private memory. ``memslots``: how many a VM can have.
     """
 
     def __new__(
@@ -870,42 +971,43 @@ class Fake:
         half_done: bool = False,
         forever: bool = False,
     ) -> None:
-        """Makes a call fail, after ``after`` more that go well; all the later ones too if ``forever``.
+        """Makes a call fail with ``errno``, after ``after`` more calls that succeed.
 
-        ``half_done``: it does its work on the first half of its range all the same.
+        ``forever``: all later ones fail too. ``half_done``: before it fails it does its work on the first half of its
+        range.
         """
     def replies(self, vcpu: int = 0) -> list[Reply]:
-        """The answers so far; none are kept with ``cycles`` above 1."""
+        """The answers that a vCPU got so far; none are kept if ``cycles`` is above 1."""
     def is_private(self, gpa: int) -> bool:
-        """Whether the page carries PRIVATE."""
+        """Whether the page at ``gpa`` has the attribute PRIVATE."""
     def slot_at(self, gpa: int) -> bool | None:
-        """``None`` without a slot; else whether a guest_memfd is bound to it."""
+        """Whether the memslot at ``gpa`` has a guest_memfd; ``None`` if there is no memslot."""
     @property
     def slots(self) -> int:
-        """How many slots there are."""
+        """How many memslots there are."""
     def calls(self, call: Literal["set_attributes", "create_memslot", "delete_memslot", "discard", "pre_fault"]) -> int:
-        """How many calls were made."""
+        """How many calls of this kind were made."""
 
 @final
 class Trial:
-    """Asks a policy as a machine does, without one, and carries its decisions out on a map of states."""
+    """Asks a policy without a machine, and carries its decisions out on a map of page states."""
 
     def __new__(cls, policy: object | None, memory: int, initial: str) -> Self: ...
     def judge(self, request: MemoryFault | MapGpaRange) -> Convert | Deny | Discard | Retry | Stop:
-        """What the policy decides; what it converts is converted here. ValueError for a request outside memory."""
+        """Asks the policy, and converts in the map what it converts. ValueError for a request outside memory."""
     def state(self, gpa: int, size: int) -> Literal["private", "shared", "mixed"]:
-        """The state of a range of whole pages: "private", "shared" or "mixed"."""
+        """The state of a range of whole pages."""
     def runs(self) -> list[tuple[int, int, _State]]:
-        """Maximal runs of one state as ``(gpa, size, state)``, ascending."""
+        """Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending."""
     @property
     def shared_bytes(self) -> int:
         """Bytes that are shared."""
 
 @final
 class Trace:
-    """Requests that were recorded, or made up, and the machine they were made in: a sequence, and an Arrow table.
+    """Requests that were recorded or generated, and facts about their machine: a sequence of events.
 
-    A table by ``__arrow_c_stream__``, as ``vm.events``.
+    It is also an Arrow table, by ``__arrow_c_stream__``, as ``vm.events``.
     """
 
     @property
@@ -916,9 +1018,9 @@ class Trace:
         """Bytes that were shared when the trace began."""
     @property
     def truncated(self) -> bool:
-        """It was read from an IPC stream that ends in the middle: whoever wrote it was killed."""
+        """Whether it was read from an IPC stream that ends in the middle, because its writer was killed."""
     def write(self, path: str | PathLike[str]) -> None:
-        """Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
+        """Writes it to a file that ends in .parquet, .arrow (IPC file) or .arrows (IPC stream).
 
         Raises OSError, and ValueError for another name.
         """
@@ -930,30 +1032,31 @@ class Trace:
 
 @final
 class TraceIterator:
-    """One event after the other."""
+    """Iterates over the events of a trace."""
 
     def __iter__(self) -> Self: ...
     def __next__(self) -> Event: ...
 
 def read_trace(source: object, *, memory: int | None = None, initial: _State | None = None) -> Trace:
-    """Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
+    """Reads a trace from a file of any of the formats, ``vm.events``, or any Arrow table with their columns.
 
-    ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
-    metadata, which tell both. Of an IPC stream that ends in the middle what is there is read, and ``truncated`` says
-    so. Raises OSError, and ValueError for what is no trace.
+    ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table whose schema metadata, which
+    has both, was lost. An IPC stream that ends in the middle is read up to there, and ``truncated`` is set. Raises
+    OSError, TypeError for another ``source``, and ValueError for what is no trace.
     """
 
 def synthetic_trace(requests: int = 1_000_000, *, seed: int = 0, vcpus: int = 1) -> Trace:
-    """A trace of ``requests`` requests that no guest made: a busy guest of 1 GiB that starts out private.
+    """Generates a trace of ``requests`` requests: a busy guest of 1 GiB that starts out private.
 
-    Each is converted as asked. The same arguments give the same trace. Of a hundred requests about 60 share bounce
-    buffers of 256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages
-    privately and shared in turn (implicit), and 5 are for 2 MiB blocks (explicit).
+    Each is converted as asked. The same arguments give the same trace. About 60 of 100 requests share bounce buffers of
+    256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages privately and
+    shared in turn (implicit), and 5 are for 2 MiB blocks (explicit). ``requests`` is at most 100 million and ``vcpus``
+    at least 1, else ValueError.
     """
 
 @final
 class Judged:
-    """What a policy made of all requests of a trace."""
+    """What a policy decided on the requests of a trace, in counts."""
 
     @property
     def converted(self) -> int:
@@ -978,13 +1081,13 @@ class Judged:
         """Bytes that became shared."""
     @property
     def peak_shared(self) -> int:
-        """The most bytes that were shared at any time."""
+        """The most bytes that were shared at a time."""
     @property
     def ping_pongs(self) -> int:
-        """Conversions that turned pages back: of which some had been converted before."""
+        """Conversions of pages of which some had been converted before."""
     @property
     def ends(self) -> int | None:
-        """The sequence number of the first request at which the run would have ended; ``None`` if at none."""
+        """Sequence number of the first request at which the run would have ended; ``None`` if at none."""
     @property
     def differences(self) -> int:
         """Decisions that are not the recorded ones."""
@@ -992,68 +1095,70 @@ class Judged:
 
 @final
 class Difference:
-    """A request on which the policies and the record do not agree."""
+    """A request on which the policies and the recording do not agree."""
 
     @property
     def event(self) -> Event:
         """The request, with what was decided when it was recorded."""
     @property
     def decisions(self) -> tuple[Convert | Deny | Discard | Retry | Stop, ...]:
-        """What each policy decided, in their order."""
+        """What each policy decided, in the order of the policies."""
 
 @final
 class Replay:
-    """What a replay found."""
+    """The result of a replay."""
 
     @property
     def requests(self) -> int:
         """Requests that were put to each policy."""
     @property
     def missing(self) -> int:
-        """Requests that the trace lacks, by the sequence numbers of the others."""
+        """Requests that are not in the trace, by the gaps between the sequence numbers."""
     @property
     def recorded(self) -> Judged:
         """What was decided and done when the trace was recorded."""
     @property
     def policies(self) -> tuple[Judged, ...]:
-        """What each policy would have decided and done, in their order."""
+        """What each policy would have decided and done, in the order of the policies."""
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """Requests on which the policies and the record disagree: the first ones."""
+        """The first requests on which the policies and the recording do not agree."""
     @property
     def different(self) -> int:
-        """How many there are in all."""
+        """Number of all such requests."""
 
 def replay(trace: object, *policies: object, keep: int = 1000) -> Replay:
-    """Puts the requests of a trace to each of these policies, in the order in which the recorded one was asked.
+    """Puts the requests of a trace to each policy, in the order in which the recorded one was asked.
 
     No KVM is needed, and a chain of built-in policies never enters Python. ``trace`` is a Trace, or what ``read``
-    takes. ``policies`` are as for ``Vm``; each keeps states of its own, and ``remember=`` is remembered. ``keep``: how
-    many of the differences are kept. The requests stay as they were, whatever a policy decides: of a guest that is
-    refused something, nobody knows what it would have asked next.
+    takes. ``policies`` are as for ``Vm``; each has page states of its own, and decisions with ``remember=`` are
+    remembered. ``keep``: how many differences are kept. The requests are always the recorded ones: what the guest would
+    have asked for after another decision is not known.
 
     Raises what a hook raises, with notes; PolicyError; ValueError for what is no trace.
     """
 
 @final
 class Recorder:
-    """Writes a machine's events to a file while it runs, in a thread of its own, from the moment it is made.
+    """Writes a machine's events to a file while it runs, from now on, in a thread of its own.
 
-    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
-    read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-    counted, and so is what comes after ``limit`` events, for a guest asks as often as it likes. What cannot be written
-    ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and ValueError for another name.
+    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
+    two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
+    before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
+    cannot be written, the run in progress ends as "stopped" and ``close`` raises the error.
+
+    Raises OSError, and ValueError for another name.
     """
 
     def __new__(cls, vm: Vm, path: str | PathLike[str], *, limit: int | None = None) -> Self: ...
     @property
     def written(self) -> int:
-        """Events that are in the file, once it is closed."""
+        """Events that are in the file; 0 until it is closed."""
     @property
     def lost(self) -> int:
-        """Events that are not in the file: dropped by the log before, or above the limit. Once it is closed."""
+        """Events that are not in the file: dropped by the log, or above ``limit``. 0 until it is closed."""
     def close(self) -> None:
-        """Writes what there is and closes the file. Raises OSError if anything could not be written. Once is enough."""
+        """Writes the remaining events and closes the file; a second call does nothing. Raises OSError."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /

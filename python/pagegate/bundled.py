@@ -1,4 +1,4 @@
-"""Guests to try a policy on, by name."""
+"""The bundled guests of `pagegate run --guest NAME`, for trying a policy on."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ SHARED_BIT: Final = 35
 _CODE = 0x1000
 _AREAS = 8 << 20
 _AREA = 32 * PAGE
-"""Each vCPU has its own, so that no two ask for the same pages."""
+"""Bytes of the area that a vCPU asks about. Each has its own, so that no two ask for the same pages."""
 _ABOVE = 1 << 20
-"""Room for page tables and stacks, which lie in the top of memory."""
+"""Bytes at the top of memory for page tables and stacks."""
 _TOUCH_ROUNDS, _EXPLICIT_ROUNDS, _PINGPONG_ROUNDS = 4, 16, 64
 _BUFFERS = 8
 
 
 @dataclass(frozen=True)
 class Guest:
-    """What runs, and the machine that it is written for."""
+    """A bundled guest, and the machine that it needs."""
 
     about: str
     script: Callable[[int, int, Call], Script]
-    """The script of a vCPU, by its index, the shared bit's mask and the way to make explicit requests."""
+    """Makes a vCPU's script, from its index, the shared bit's mask and how it makes explicit requests."""
     one_vcpu: bool = False
     shared_bit: int | None = None
-    """The only one that it runs with; ``None``: any."""
+    """The only shared bit that it runs with; ``None`` for any."""
     least: int = 0
-    """Bytes of memory that one vCPU needs in any case."""
+    """Bytes of memory that it needs at least, however many vCPUs there are."""
     phases: tuple[str, ...] = ()
-    """What the bytes mean that it writes to the debug console; without any they are text."""
+    """What it writes to the debug console: indices of these lines; text if there are none."""
 
     def needs(self, vcpus: int) -> int:
-        """Bytes of memory."""
+        """Bytes of memory that it needs with this many vCPUs."""
         return max(self.least, _AREAS + vcpus * _AREA + _ABOVE)
 
     def start(self, vm: Vm, call: Call) -> None:
-        """Loads it and starts every vCPU."""
+        """Loads it into a machine and starts every vCPU."""
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
         at = _CODE
         for vcpu in vm.vcpus:
@@ -63,7 +63,7 @@ def _touch(vcpu: int, shared: int, call: Call) -> Script:
     return script
 
 
-def _explicit(vcpu: int, shared: int, call: Call) -> Script:  # noqa: ARG001 - it asks for pages, not for views
+def _explicit(vcpu: int, shared: int, call: Call) -> Script:  # noqa: ARG001 - it makes explicit requests only
     area, size = _AREAS + vcpu * _AREA, _AREA // _BUFFERS
     script = Script(call=call)
     for buffer in range(area, area + _AREA, size):
@@ -88,7 +88,7 @@ def _demo(vcpu: int, shared: int, call: Call) -> Script:  # noqa: ARG001 - it ha
 
 GUESTS: Final[dict[str, Guest]] = {
     "demo": Guest(
-        "the demo's: asks in every way there is",
+        "the demo's guest: explicit, implicit and malformed requests",
         _demo,
         one_vcpu=True,
         shared_bit=demo_guest.SHARED_BIT,
@@ -103,4 +103,4 @@ GUESTS: Final[dict[str, Guest]] = {
         f"writes to one page privately and shared in turn, {_PINGPONG_ROUNDS} times (implicit)", _pingpong
     ),
 }
-"""All begin with private memory and have a shared bit."""
+"""`pagegate run` starts them with private memory and with ``SHARED_BIT``, unless it is told otherwise."""

@@ -1,18 +1,18 @@
-"""What pagegate raises. Every class says what happened, to which page and vCPU, in which state, and what to do."""
+"""The exceptions. A message says what happened, to which page and vCPU, in which state, and what to do about it."""
 
 from __future__ import annotations
 
 
 class PagegateError(Exception):
-    """The base of all errors of this package.
+    """The base class of all errors of this package.
 
-    Where the error is about a place in the guest, these attributes name it; otherwise they are ``None``.
+    The attributes say where in the guest it happened; they are ``None`` for errors that have no such place.
     """
 
     vcpu: int | None = None
     """Index of the vCPU."""
     gpa: int | None = None
-    """Guest-physical address in bytes, shared bit stripped."""
+    """Guest-physical address in bytes, without the shared bit."""
     state: str | None = None
     """The state of the page, or of all pages: ``"private"``, ``"shared"`` or ``"mixed"``."""
     rip: int | None = None
@@ -20,7 +20,7 @@ class PagegateError(Exception):
 
 
 class KvmUnavailable(PagegateError):
-    """There is no /dev/kvm, or it may not be opened."""
+    """/dev/kvm does not exist or cannot be opened."""
 
 
 class NotSupported(PagegateError):
@@ -28,22 +28,22 @@ class NotSupported(PagegateError):
 
 
 class BadBacking(PagegateError):
-    """KVM_RUN failed with EFAULT and without a memory fault: the host memory behind a memslot cannot be reached."""
+    """KVM_RUN failed with EFAULT without reporting a memory fault: the host memory behind a memslot cannot be accessed."""
 
 
 class Livelock(PagegateError):
-    """A fault came again and again though its page is in the accessed state: no conversion can satisfy it."""
+    """An access faulted ``LIVELOCK_BOUND`` times though its page is in the accessed state: converting cannot help."""
 
 
 class PrivateMemoryError(PagegateError):
-    """The host wanted bytes of a private page; ``gpa`` is the first one."""
+    """``Vm.read`` or ``Vm.write`` met a private page; ``gpa`` is the first one."""
 
 
 class PolicyError(PagegateError):
-    """A policy is none, or a hook or handler answered with what it must not."""
+    """An object is no policy or listener, or a hook or handler returned what is not allowed."""
 
 
 class TestbedError(PagegateError):
-    """The testbed's machine could not be started, or ended badly."""
+    """The testbed's machine could not be started, or did not end as it should."""
 
-    __test__ = False  # for pytest, which takes every Test* class for a test
+    __test__ = False  # else pytest takes the class for a test

@@ -1,4 +1,4 @@
-"""Guests to run without an assembler: a script of memory accesses and requests, executed in long mode.
+"""Guests without an assembler: scripts of memory accesses and requests that are executed in long mode.
 
 script = Script()
 script.fill(0x20_0000, 4096, 0x11)              # write
@@ -28,28 +28,30 @@ _HALT, _FILL, _CHECK, _READ, _WRITE, _VMCALL, _VMMCALL, _DOORBELL = range(8)
 _OUT, _IN, _LOOP, _BARRIER, _ADD, _TOUCH, _UNLESS, _COUNT, _DIRTY = range(8, 17)
 
 Call: TypeAlias = Literal["hypercall", "doorbell"]
-"""How a guest asks: KVM's hypercall, or the same by port where that does not complete."""
+"""How a guest makes explicit requests: by hypercall, or by the doorbell where hypercalls do not complete."""
 
 
 State: TypeAlias = Literal["private", "shared"]
-"""What a page is, or is to be."""
+"""The state of a page."""
 
 
 def hypercall_instruction() -> Literal["vmcall", "vmmcall"]:
-    """The instruction that is a hypercall on this CPU."""
+    """The hypercall instruction of this CPU."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     return "vmmcall" if "AuthenticAMD" in cpuinfo or "HygonGenuine" in cpuinfo else "vmcall"
 
 
 class Script:
-    """A list of operations for one vCPU. Each method appends one and returns its number.
+    """A list of operations for one vCPU. Each method appends one and returns its number, from 0.
 
-    Addresses are linear, which in long mode are guest-physical; with a shared bit, ``address | 1 << bit`` is the
-    shared view. The script itself has to lie in shared memory.
+    Addresses are linear addresses, which mode "long" maps to the same guest-physical ones; with a shared bit,
+    ``address | 1 << bit`` is the shared view. A word is 8 bytes. The script itself has to lie in shared memory.
+
+    Raises TypeError and ValueError for arguments that an operation cannot have.
     """
 
     def __init__(self, *, call: Call = "doorbell") -> None:
-        """``call`` is how ``map`` asks."""
+        """``call``: how ``map`` and ``map_raw`` make requests, "doorbell" or "hypercall"."""
         if call not in ("hypercall", "doorbell"):
             raise ValueError(f'call is {call!r}: it must be "hypercall" or "doorbell"')
         if call == "doorbell":
@@ -60,50 +62,50 @@ class Script:
         self._table: int | None = None
 
     def __len__(self) -> int:
-        """How many operations there are, which is the number of the next one."""
+        """The number of operations, which is also the number of the next one."""
         return len(self._operations)
 
     def _append(self, operation: int, **words: int) -> int:
-        """Takes the operation's three words, by the names that the caller knows them by."""
+        """Appends an operation with up to three words, which are passed by the names that errors call them."""
         a, b, c = (*(_checked(name.rstrip("_"), word) for name, word in words.items()), 0, 0, 0)[:3]
         self._operations.append((operation, a, b, c))
         return len(self._operations) - 1
 
     def halt(self) -> int:
-        """HLT, for good. Every script ends with one by itself."""
+        """HLT, for good. There is one at the end of every script anyway."""
         return self._append(_HALT)
 
     def fill(self, address: int, size: int, byte: int) -> int:
-        """Writes ``size`` bytes, a multiple of 8, all of them ``byte``."""
+        """Fills ``size`` bytes, a multiple of 8, with ``byte``."""
         return self._append(_FILL, address=address, size=_words(size), byte=_word(byte))
 
     def check(self, address: int, size: int, byte: int) -> int:
-        """Result: how many 8-byte words in ``size`` bytes do not consist of ``byte``."""
+        """Compares ``size`` bytes, a multiple of 8, with ``byte``. Result: how many words differ."""
         return self._append(_CHECK, address=address, size=_words(size), byte=_word(byte))
 
     def read(self, address: int) -> int:
-        """Result: the 8-byte word at ``address``."""
+        """Reads a word. Result: the word."""
         return self._append(_READ, address=address)
 
     def write(self, address: int, word: int) -> int:
-        """Writes an 8-byte word."""
+        """Writes a word."""
         return self._append(_WRITE, address=address, _=0, word=word)
 
     def map(self, gpa: int, size: int, *, to: State, page_size_hint: int = 0) -> int:
         """KVM_HC_MAP_GPA_RANGE on ``size`` bytes, a positive multiple of 4096. Result: RAX.
 
-        ``page_size_hint`` is 0 for 4096, 1 for 2 MiB, 2 for 1 GiB. What ``map`` refuses to ask, ``map_raw`` asks.
+        ``page_size_hint``: 0 for 4096 bytes, 1 for 2 MiB, 2 for 1 GiB. For malformed requests use ``map_raw``.
         """
         if to not in ("private", "shared"):
             raise ValueError(f'to is {to!r}: it must be "private" or "shared"')
         if _checked("size", size) == 0 or size % PAGE:
             raise ValueError(f"size is {size}: it must be a positive multiple of {PAGE}")
-        # The next bit says private.
+        # Bit 4 means private.
         _checked("page_size_hint", page_size_hint, _ENCRYPTED - 1)
         return self.map_raw(gpa, size // PAGE, _ENCRYPTED * (to == "private") | page_size_hint)
 
     def map_raw(self, gpa: int, pages: int, attributes: int) -> int:
-        """KVM_HC_MAP_GPA_RANGE with these very registers. Result: RAX."""
+        """KVM_HC_MAP_GPA_RANGE with any RBX, RCX and RDX. Result: RAX."""
         return self._append(self._map, gpa=gpa, pages=pages, attributes=attributes)
 
     def out(self, port: int, value: int, size: int = 1) -> int:
@@ -115,15 +117,15 @@ class Script:
         return self._append(_IN, port=_port(port), size=_access(size))
 
     def loop(self, to: int, times: int) -> int:
-        """Goes back to operation ``to``, so that what lies between is done ``times`` times in all."""
+        """Goes back to operation ``to``, so that the operations from there on are executed ``times`` times in all."""
         return self._append(_LOOP, to=to, times=times, times_=times)
 
     def barrier(self, address: int, vcpus: int) -> int:
-        """Waits until ``vcpus`` scripts came here; again each time. The word at ``address`` must be 0 at first."""
+        """Waits until ``vcpus`` scripts have come here, each time anew. The word at ``address`` must be 0 at first."""
         return self._append(_BARRIER, address=address, _=0, vcpus=vcpus)
 
     def add(self, address: int, word: int) -> int:
-        """Adds to the word at ``address``, atomically. Result: what it was."""
+        """Adds to the word at ``address``, atomically. Result: the word before."""
         return self._append(_ADD, address=address, _=0, word=word)
 
     def touch(self, address: int, count: int, stride: int = PAGE) -> int:
@@ -135,7 +137,7 @@ class Script:
         return self._append(_UNLESS, to=to, address=address, word=word)
 
     def count(self) -> int:
-        """Result: how often this was reached."""
+        """Counts how often it is executed. Result: the count."""
         return self._append(_COUNT)
 
     def dirty(self, address: int, count: int, stride: int = PAGE) -> int:
@@ -143,14 +145,14 @@ class Script:
         return self._append(_DIRTY, address=address, count=count, stride=stride)
 
     def image(self, at: int = 0x1000) -> tuple[bytes, int]:
-        """The guest with this script, to be loaded at ``at`` and started there; and what RDI must be: its table."""
+        """The code and this script as one image, to be loaded and entered at gpa ``at``, and what RDI must be."""
         code = script_guest()
         table = -(-(at + len(code)) // PAGE) * PAGE
         records = [_RECORD.pack(*operation, 0, 0, 0, 0) for operation in [*self._operations, (_HALT, 0, 0, 0)]]
         return code.ljust(table - at, b"\0") + b"".join(records), table
 
     def start(self, vm: Vm, vcpu: int = 0, *, at: int = 0x1000) -> int:
-        """Puts the guest and this script into memory at ``at`` and starts a vCPU there. Returns where it ends."""
+        """Loads code and script at gpa ``at`` and starts a vCPU there. Returns the gpa after the last byte."""
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
         image, table = self.image(at)
         vm.load(image, at)
@@ -159,7 +161,7 @@ class Script:
         return at + len(image)
 
     def result(self, vm: Vm, operation: int) -> int:
-        """The result of an operation, after it was executed; signed, as errnos are."""
+        """The result of an executed operation, as a signed integer. ValueError if the script was not started."""
         if self._table is None:
             raise ValueError("the script was not started")
         at = self._table + operation * _RECORD.size + _RESULT_OFFSET
@@ -195,9 +197,10 @@ def _word(byte: int) -> int:
 
 
 def hypercall_completes(timeout: float = 0.5) -> bool:
-    """Whether a guest's KVM_HC_MAP_GPA_RANGE comes back on this host, tried for at most ``timeout`` seconds.
+    """Whether a hypercall KVM_HC_MAP_GPA_RANGE completes on this host. Tries one for at most ``timeout`` seconds.
 
-    It does not where KVM does not exit for it, and on hosts whose KVM is itself emulated it may never return.
+    It does not where KVM does not exit to user space for it (KVM_CAP_EXIT_HYPERCALL), and may not where KVM itself runs
+    in an emulated or nested machine.
     """
     if not probe().exit_hypercall:
         return False

@@ -1,4 +1,4 @@
-"""Finding a policy's hooks: once, when it is handed over, so that a slip of the pen is an error and not a surprise."""
+"""Looking up a policy's hooks and checking them, once, when the policy is put in place."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ NAMES = ("memory_fault", "map_gpa_range", "memory_poison")
 _LISTENER_NAMES = ("prepare", "committed", "aborted")
 
 Decision = Convert | Deny | Discard | Retry | Stop
-"""What a hook may answer."""
+"""What a hook may return."""
 
 Hook = Callable[[Any], Any]
 
 
 class Policy:
-    """The base class for policies. Override any hook; what is not overridden costs nothing and never enters Python.
+    """The base class for policies. Override any hook; requests whose hook is not overridden never enter Python.
 
     A policy need not derive from this: any object with some of these methods is one, and so is a module with some of
-    these functions. Hooks are called on vCPU threads.
+    these functions. Hooks are called on vCPU threads, several at a time. An exception ends the run, and so does an
+    answer that is no decision.
     """
 
     def memory_fault(self, fault: MemoryFault) -> Decision:
-        """Judges an implicit request: an access met a page in the other state. Default: convert as asked."""
+        """Judges an implicit request: an access to a page in the other state. Default: convert as asked."""
         return Convert()
 
     def map_gpa_range(self, call: MapGpaRange) -> Decision:
@@ -36,29 +37,29 @@ class Policy:
         return Convert()
 
     def memory_poison(self, poison: MemoryPoison) -> Decision:
-        """Is told of an access to poisoned memory (EHWPOISON). Default: ``Stop("poison")``."""
+        """Judges an access to a poisoned page (EHWPOISON); not with ``Convert``. Default: ``Stop("poison")``."""
         return Stop("poison")
 
 
 class Listener:
     """The base class for listeners. Any object with some of these methods is one.
 
-    A listener is told of every conversion, whoever asked for it, on the thread that does it and while the pages are
-    locked: it must not convert, read or write guest memory from within. One that joins is told the present state first,
-    as ``committed`` changes with ``initial`` set.
+    A listener is told of every conversion, the guest's and the host's, on the thread that converts and while the pages
+    are locked: its methods must not convert, read or write guest memory. When it is added, ``committed`` is called with
+    ``initial`` set for the present states. An exception in a method ends the run.
     """
 
     def prepare(self, change: Change) -> bool | None:
-        """Pages are about to become private, and nothing has changed yet: let go of them.
+        """Pages are about to become private, and nothing has changed yet: stop using them.
 
-        ``False`` refuses: nothing is converted, and an explicit request finds EAGAIN.
+        Return ``False`` to refuse: nothing is converted, and the guest tries again (an explicit request gets EAGAIN).
         """
 
     def committed(self, change: Change) -> None:
-        """Pages changed. What became shared can be used from now on."""
+        """Pages were converted. Those that became shared can be used from now on."""
 
     def aborted(self, change: Change) -> None:
-        """Pages that were prepared stay as they are."""
+        """Pages that ``prepare`` was called for are not converted after all."""
 
 
 def resolve(policy: object) -> tuple[Hook | None, Hook | None, Hook | None]:
@@ -98,7 +99,7 @@ def refuse_misspelt(owner: object, what: str, names: tuple[str, ...] = NAMES) ->
 
 
 def _own_functions(owner: object) -> list[str]:
-    """Where a hook could have been meant; not what a module imports."""
+    """Names of the functions that may be misspelt hooks; not of those that a module imports."""
     if isinstance(owner, ModuleType):
         defined = inspect.getmembers(owner, inspect.isroutine)
         return [name for name, value in defined if getattr(value, "__module__", None) == owner.__name__]
@@ -116,7 +117,7 @@ def _hook(owner: object, name: str, base: type, what: str) -> Hook | None:
         raise PolicyError(f"{name} of {what} is async: a hook answers at once")
     try:
         signature = inspect.signature(hook)
-    except (TypeError, ValueError):  # a builtin: only the call itself will tell
+    except (TypeError, ValueError):  # some builtins have no signature: the first call tells
         return hook  # type: ignore[no-any-return]
     try:
         signature.bind(None)

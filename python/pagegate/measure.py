@@ -1,4 +1,4 @@
-"""Running a workload under a policy, and in the bare loop beside it."""
+"""Running a workload under a policy, and in the bare loop for comparison."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NANO = 1e9
 
 @dataclass(frozen=True)
 class Measured:
-    """A workload's measured part under a policy."""
+    """The measured part of a workload under a policy."""
 
     enforcement: str
     seconds: float
     latencies: list[int]
-    """Exit to resume of each measured request that the log still has, in nanoseconds, ascending."""
+    """Nanoseconds from exit to resume of each measured request that the log still has, ascending."""
     report: Report
-    """Of the whole run, warm-up included."""
+    """That of the whole run, including the warm-up."""
 
 
 def under_policy(  # noqa: PLR0913 - one for each thing that is varied
@@ -41,11 +41,12 @@ def under_policy(  # noqa: PLR0913 - one for each thing that is varied
     prepare: Callable[[Vm], None] | None = None,
     timeout: float | None = None,
 ) -> Measured:
-    """Runs a workload. The policy is widened to the workload's blocks where the guest cannot ask for them.
+    """Runs a workload under a policy.
 
-    ``prepare`` is given the machine before it runs.
+    An implicit request is always for one page, so for larger ones the policy is wrapped in ``Align``. ``prepare`` is
+    called with the machine before it runs. ``timeout``: seconds.
 
-    Raises PagegateError for a run that did not do what was to be measured.
+    Raises PagegateError if the guest does not halt, or does not make the requests that are to be measured.
     """
     if workload.pages > 1 and workload.kind == "implicit":
         policy = Align(workload.block, then=policy)
@@ -69,14 +70,14 @@ def under_policy(  # noqa: PLR0913 - one for each thing that is varied
             prepare(vm)
         report = vm.run(timeout=timeout)
         if report.reason != "halt":
-            raise PagegateError(f"the guest did not come to its end: the run ended with {report.reason!r}")
+            raise PagegateError(f"the guest did not halt: the run ended with {report.reason!r}")
         asked = workload.warm_up + workload.requests
         if report.requests != asked:
             raise PagegateError(
-                f"the guest asks {asked} times and the policy was asked {report.requests} times: this measures "
-                "something else (a policy that has the guest try again, or converts other pages than it was asked for?)"
+                f"the guest makes {asked} requests and {report.requests} reached the policy: this measures "
+                "something else (does the policy return Retry(), or convert other pages than those asked for?)"
             )
-        # No vCPU begins before all have warmed up.
+        # The warm-up has the first sequence numbers: no vCPU begins before all have warmed up.
         latencies = sorted(event.latency for event in vm.events.since(workload.warm_up))
         return Measured(vm.enforcement, _between(marks, workload.vcpus), latencies, report)
 
@@ -84,9 +85,9 @@ def under_policy(  # noqa: PLR0913 - one for each thing that is varied
 def in_bare_loop(
     workload: Workload, *, enforcement: str, work: str = "all", timeout: float | None = None
 ) -> tuple[float, int]:
-    """Runs a workload in the bare loop: the seconds and the port IO exits of its measured part.
+    """Runs a workload in the bare loop. Returns the seconds and the port IO exits of its measured part.
 
-    Raises PagegateError if it did something else.
+    ``work`` and ``timeout`` are those of ``bare_loop``. Raises PagegateError for another number of requests.
     """
     nanoseconds, requests, port_io = bare_loop(
         workload.memory,
@@ -106,7 +107,7 @@ def in_bare_loop(
 
 
 def _between(marks: Marks, vcpus: int) -> float:
-    """Seconds from the first vCPU's beginning to the last one's end."""
+    """Seconds from when the first vCPU began to when the last one ended."""
     begins = [time for _, value, time in marks.written if value == BEGIN]
     ends = [time for _, value, time in marks.written if value == END]
     if len(begins) != vcpus or len(ends) != vcpus:

@@ -1,7 +1,7 @@
-"""Policies that come with pagegate. They run in Rust: a request that only they judge never enters Python.
+"""Built-in policies. They run in Rust: a request that only they judge never enters Python.
 
-Each that takes ``then`` asks it, and changes or replaces its answer. ``then`` may be any policy, also a Python one; by
-default it is ``Allow()``.
+Those with a parameter ``then`` form a chain: they pass requests on to that policy and check or change its decision.
+``then`` may be any policy, also a Python one; the default is ``Allow()``.
 
     Quota(8 << 20, then=Align(2 << 20, then=MyPolicy()))
 """

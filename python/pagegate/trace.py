@@ -1,4 +1,4 @@
-"""Traces: the requests of a run as data, and what another policy would have made of them.
+"""Traces: recording the requests of a run, and replaying them to other policies.
 
 with Vm(64 << 20, policy=MyPolicy()) as vm, trace.Recorder(vm, "boot.parquet"):
     ...
@@ -7,7 +7,7 @@ with Vm(64 << 20, policy=MyPolicy()) as vm, trace.Recorder(vm, "boot.parquet"):
 found = trace.replay("boot.parquet", OtherPolicy())
 print(found.policies[0], found.differences[:5])
 
-``trace.read`` takes files, ``vm.events`` and any Arrow table with their columns, also one that was filtered elsewhere.
+``trace.read`` takes files, ``vm.events``, and any Arrow table with their columns, such as a filtered one.
 """
 
 from pagegate._core import Difference, Judged, Recorder, Replay, Trace, replay

@@ -1,7 +1,7 @@
-"""Guests that ask for conversions at a stretch, and say when they begin and end: what a benchmark measures.
+"""The guests of benchmarks: they make one request after the other, and mark where the measured part begins and ends.
 
-Both kinds walk over a few buffers, a buffer apart from each other, and have all of them private, then all shared, and
-so on. Before the first mark each buffer was both.
+A guest has a few buffers, with a gap of one buffer between them, and asks for all of them private, then for all shared,
+and so on. Before the first mark each buffer has been in both states.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from pagegate.guests import Call
 
 Kind: TypeAlias = Literal["explicit", "implicit"]
-"""By KVM_HC_MAP_GPA_RANGE, or by touching a page in the wrong state."""
+"""How requests are made: by KVM_HC_MAP_GPA_RANGE, or by touching a page in the wrong state."""
 
 MARKS: Final = 0x0F00
-"""The port at which the guest says that the measured part begins and ends."""
+"""The port to which the guest writes BEGIN and END around the measured part."""
 BEGIN, END = 1, 2
 SHARED_BIT: Final = 35
 
@@ -27,45 +27,45 @@ _LEAST_PART = 2 << 20
 _BUFFERS = 16
 _AREA = 64 << 20
 _MAPPED = 1 << 30
-"""What a guest in long mode reaches."""
+"""Bytes that the page tables of mode "long" map."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The guest of each vCPU, and the machine it is written for."""
+    """The guest of each vCPU, and the machine that they need."""
 
     kind: Kind
     pages: int
     """Pages of one request."""
     touch: bool
-    """Whether the guest writes to each page once it was converted."""
+    """Whether the guest writes to each page after it was converted."""
     requests: int
     """Requests between the marks, of all vCPUs."""
     warm_up: int
-    """Requests before."""
+    """Requests before the first mark, of all vCPUs."""
     memory: int
     memslots: int
-    """Equal parts of memory: one for the code, one for each vCPU, and one for page tables."""
+    """Memory is divided into this many parts: one for the code, one for each vCPU, and one for the page tables."""
     call: Call
     scripts: tuple[Script, ...]
 
     @property
     def vcpus(self) -> int:
-        """How many vCPUs."""
+        """Number of vCPUs."""
         return len(self.scripts)
 
     @property
     def shared_bit(self) -> int | None:
-        """What the machine needs: two views of a page, where touching it is the request."""
+        """The shared bit that the machine needs. Implicit requests are made by touching the view of the other state."""
         return SHARED_BIT if self.kind == "implicit" else None
 
     @property
     def block(self) -> int:
-        """What a policy has to widen an implicit request to, in bytes."""
+        """Bytes of the block that a policy has to widen an implicit request to."""
         return self.pages * PAGE if self.kind == "implicit" else PAGE
 
     def images(self) -> list[tuple[int, bytes, int]]:
-        """Of each vCPU where its code is loaded and entered, the code, and RDI without the shared bit."""
+        """For each vCPU: the gpa where its image is loaded and entered, the image, and RDI without the shared bit."""
         images, at = [], _CODE
         for script in self.scripts:
             image, table = script.image(at)
@@ -77,21 +77,24 @@ class Workload:
 def make(  # noqa: PLR0913 - one for each thing that is varied
     kind: Kind, requests: int, *, pages: int = 1, touch: bool = False, vcpus: int = 1, call: Call, rounds: int = 1
 ) -> Workload:
-    """A workload of ``requests`` requests in all, and before them ``rounds`` over all buffers.
+    """Makes a workload of ``requests`` requests for ``pages`` pages each, of all vCPUs together.
 
-    ValueError for one that does not fit a machine.
+    ``rounds``: how often all buffers are converted to private and to shared before the first mark. ``touch``: the guest
+    writes to each page after it was converted.
+
+    ValueError for one that does not fit the memory that a guest in mode "long" can address.
     """
     if requests < vcpus:
         raise ValueError(f"{requests} requests are too few for {vcpus} vCPUs")
     size = pages * PAGE
     buffers = max(1, min(_BUFFERS, _AREA // (2 * size)))
-    # A buffer of any power of two lies at a multiple of its own size.
+    # If its size is a power of two, a buffer is aligned to its size.
     part = _up(2 * size * buffers, max(_LEAST_PART, size if size & (size - 1) == 0 else PAGE))
     part = _up(part, _LEAST_PART)
     memory = part * (vcpus + 2)
     if (touch or kind == "implicit") and part * (vcpus + 1) > _MAPPED:
         raise ValueError(
-            f"{pages} pages a request on {vcpus} vCPUs are more than the guest's first GiB, which it reaches"
+            f"{pages} pages a request on {vcpus} vCPUs do not fit the first GiB, which is what the guest can address"
         )
     walk = _Walk(kind, size, buffers, rounds, touch=touch, barrier=part - PAGE)
     each, more = divmod(requests, vcpus)

@@ -1,4 +1,4 @@
-//! The bare loop that requests are measured against.
+//! The bare loop around KVM's ioctls, which requests are measured against.
 
 use std::time::Duration;
 
@@ -8,14 +8,16 @@ use pyo3::prelude::*;
 
 use crate::interpreter::arguments;
 
-/// Runs a guest in a plain program around KVM's ioctls: no policy, no checks, no books, no records.
+/// Runs a guest in a bare loop around KVM's ioctls: no policy, no checks, no page states, no records.
 ///
-/// ``vcpus``: for each where its image is loaded and entered, the image, and RDI. The guest writes to port ``marks``
-/// where the measured part begins (1) and ends (2). ``block``: a touched page is converted with its whole block.
-/// ``work``: "nothing", "enforce", "discard" or "all", how much of each conversion is carried out. The rest as for
-/// ``Vm``.
+/// Each of ``vcpus`` is ``(gpa, image, rdi)``: where the image is loaded and entered in long mode, its bytes, and RDI.
+/// The guest writes 1 to port ``marks`` where the measured part begins, and 2 where it ends. ``block``: bytes that are
+/// converted for an implicit request, the aligned block around the page. ``work``: how much of each conversion is
+/// carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes" or "memslots". ``timeout``:
+/// seconds. The other arguments are as for ``Vm``; all pages are shared at first.
 ///
-/// Returns the nanoseconds, requests and port IO exits of the measured part. Raises OSError, and KeyboardInterrupt.
+/// Returns nanoseconds, requests and port IO exits of the measured part. Raises ValueError for arguments that do not
+/// make a machine, OSError, and KeyboardInterrupt.
 #[pyfunction]
 #[pyo3(signature = (memory, vcpus, *, enforcement, marks, memslots = 1, shared_bit = None, doorbell = false, block = 4096,
                     work = "all", timeout = None))]

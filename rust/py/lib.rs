@@ -67,7 +67,7 @@ mod _core {
     #[pymodule_export]
     const LIVELOCK_BOUND: u32 = pagegate_core::vcpu::running::LIVELOCK_BOUND;
 
-    /// The machine code that ``pagegate.guests.Script`` runs: position-independent, long mode.
+    /// The machine code that executes a ``pagegate.guests.Script``: long mode, position-independent.
     #[pyfunction]
     fn script_guest() -> &'static [u8] {
         pagegate_core::boot::script_guest::script()

@@ -324,7 +324,7 @@ def test_exceptions_that_cannot_carry_notes_are_raised_all_the_same(make, record
 
 def test_run_from_inside_a_hook_is_refused(make, recorder) -> None:
     def again(_):
-        with pytest.raises(PagegateError, match="inside a hook"):
+        with pytest.raises(PagegateError, match="running already"):
             vm.run()
         return Convert()
 

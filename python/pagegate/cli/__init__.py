@@ -34,7 +34,7 @@ _INTERRUPTED = 130
 
 
 class _Commands(click.Group):
-    """Imports a command when it is used: each has its own heavy imports, and `doctor` should not wait for them."""
+    """Imports a command only when it is used, so that `doctor` does not wait for what others import."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
@@ -50,11 +50,11 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("pagegate"), message="pagegate %(version)s")
 def cli() -> None:
-    """Virtual machine monitors you can script: a policy judges which guest pages the host may see."""
+    """Runs guests with private memory on KVM under a policy that decides which pages are converted."""
 
 
 def _terminated(number: int, _frame: object) -> None:
-    """Ends as by Ctrl-C, so that what is being written becomes whole."""
+    """Raises SystemExit, so that files that are being written are closed properly."""
     raise SystemExit(128 + number)
 
 
@@ -68,16 +68,16 @@ def main() -> None:
         try:
             status = cli.main(prog_name="pagegate", standalone_mode=False) or 0
         finally:
-            # What is still buffered may not fit, and at the interpreter's end nobody could say so.
+            # An error of the interpreter's own flush at exit could not be reported.
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BaseException as error:  # noqa: BLE001 - the last one who can tell the user
+    except BaseException as error:  # noqa: BLE001 - whatever ended the command is reported
         status = _told(error)
     sys.exit(status)
 
 
 def _told(error: BaseException) -> int | str | None:
-    """Says on stderr what ended the command, and returns the exit status."""
+    """Reports on stderr what ended the command, and returns the exit status."""
     try:
         if isinstance(error, click.ClickException):
             error.show()
@@ -96,7 +96,7 @@ def _told(error: BaseException) -> int | str | None:
         else:
             click.echo("".join(_traceback(error)), err=True, nl=False)
     except OSError:
-        # stderr is gone as well: the status has to say it all.
+        # stderr cannot be written either: the exit status is all there is.
         _abandon(2)
     return 1
 
@@ -106,7 +106,7 @@ def _say(error: BaseException, text: str) -> None:
 
 
 def _tell_of_the_system(error: OSError) -> None:
-    # The interpreter flushes once more when it ends, and would complain in its own words.
+    # Else the interpreter's flush at exit would fail too, and print its own message.
     _abandon(1)
     if error.errno == errno.EPIPE:
         return
@@ -122,7 +122,7 @@ def _abandon(descriptor: int) -> None:
 
 
 def _traceback(error: BaseException) -> Iterator[str]:
-    """The traceback without the frames that are not the user's."""
+    """The traceback with only the frames of policy files, or else the last one."""
     told = traceback.TracebackException.from_exception(error)
     pending = [told]
     while pending:

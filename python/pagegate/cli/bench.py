@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 _BUILT_IN = ("allow", "python")
 _NANO = 1e9
 _TURNS = 3
-"""How often each side of a comparison runs; its fastest counts, for what disturbs a run makes it slower."""
+"""How often the policy and the bare loop each run. The fastest counts: disturbances only make runs slower."""
 
 
 class _Asked(Policy):
-    """The least that a Python policy can do."""
+    """The smallest Python policy that is asked about every request."""
 
     def memory_fault(self, fault: MemoryFault) -> Convert:  # noqa: ARG002
         return Convert()
@@ -35,7 +35,7 @@ class _Asked(Policy):
 
 
 class _Judge(PolicyFile):
-    """A policy's file, or one of those that come with the command."""
+    """A policy file, or "allow" or "python"."""
 
     name = "allow|python|FILE[:NAME]"
 
@@ -60,18 +60,18 @@ def _policy(named: str | tuple[Path, str | None], options: dict[str, str]) -> tu
     type=_Judge(),
     default="allow",
     show_default=True,
-    help="Who judges: Allow(), a Python hook that returns Convert(), or a policy of yours.",
+    help="The policy: Allow(), a Python hook that returns Convert(), or one of yours.",
 )
 @policy_options
 @click.option(
     "--requests", type=click.IntRange(1, 10_000_000), default=2000, show_default=True, help="Of all vCPUs together."
 )
-@click.option("--pages", type=click.IntRange(1, 1 << 18), default=1, show_default=True, help="Pages a request.")
+@click.option("--pages", type=click.IntRange(1, 1 << 18), default=1, show_default=True, help="Pages of each request.")
 @click.option("--touch", is_flag=True, help="The guest writes to each page after it was converted.")
 @click.option("--vcpus", type=click.IntRange(1, 1024), default=1, show_default=True)
 @click.option("--kind", type=click.Choice(["explicit", "implicit"]), default="explicit", show_default=True)
 @click.option("--enforcement", type=click.Choice(["auto", "attributes", "memslots"]), default="auto", show_default=True)
-@click.option("--compare", is_flag=True, help="Run the bare loop, too, and print the ratio.")
+@click.option("--compare", is_flag=True, help="Run the bare loop too, and print the ratio.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(  # noqa: PLR0913 - one for each option
     *,
@@ -86,18 +86,18 @@ def bench(  # noqa: PLR0913 - one for each option
     compare: bool,
     as_json: bool,
 ) -> int:
-    """Measures requests: a guest asks for pages at a stretch, private and shared in turn.
+    """Measures what requests cost: a guest has pages converted to private and to shared in turn.
 
-    Only requests are timed, with the guest's own few instructions between them: the guest says when it begins, once it
-    had every page both private and shared, and when it ends. An implicit request is for one page; with --pages the
-    policy is wrapped in Align(), so that each touch converts a whole block.
+    Only requests are timed, with the few guest instructions between them: the guest marks the beginning, after every
+    page has been in both states, and the end. An implicit request is for one page; with --pages the policy is wrapped
+    in Align(), so that each touch converts a whole block.
 
-    The bare loop (--compare) is a plain program around KVM's ioctls that runs the same guest and has the kernel do the
-    same work, with no policy, checks, books or records. The two take turns, three each, and the fastest of each counts.
-    A time of one run says little of another host, or of another day; the ratio says more.
+    The bare loop (--compare) is a small program around KVM's ioctls. It runs the same guest and makes the kernel do the
+    same work, with no policy, checks, page states or records. Both run three times, in turns, and the fastest run of
+    each counts. Times differ between hosts and from day to day; the ratio differs less.
     """
     if kind == "implicit" and pages & (pages - 1):
-        raise click.UsageError(f"--pages {pages}: touched blocks are a power of two")
+        raise click.UsageError(f"--pages {pages}: for implicit requests it must be a power of two")
     label, judge = _policy(named, options)
     host = probe()
     if host.enforcement is None:
@@ -105,7 +105,7 @@ def bench(  # noqa: PLR0913 - one for each option
     if enforcement == "auto":
         enforcement = host.enforcement
     if compare and enforcement == "memslots" and vcpus > 1 and kind == "implicit":
-        raise click.UsageError("--compare: with memslots the bare loop has no means to keep several vCPUs apart")
+        raise click.UsageError("--compare: with memslots the bare loop cannot run implicit requests of several vCPUs")
     call: guests.Call = "hypercall" if kind == "explicit" and guests.hypercall_completes() else "doorbell"
     try:
         load = workload.make(kind, requests, pages=pages, touch=touch, vcpus=vcpus, call=call)
@@ -115,7 +115,7 @@ def bench(  # noqa: PLR0913 - one for each option
     bare = []
     for turn in range(_TURNS if compare else 0):
         if turn > 0:
-            # Loaded anew, for it may remember what it was asked.
+            # Loaded again, because a policy may keep state from the run before.
             another = measure.under_policy(load, _policy(named, options)[1], enforcement=enforcement)
             fastest = min(fastest, another, key=lambda measured: measured.seconds)
         bare.append(measure.in_bare_loop(load, enforcement=enforcement)[0])

@@ -1,4 +1,4 @@
-"""What a guest prints: at the debug console's port and at a serial port."""
+"""Prints what a guest writes to the debug console's port and to the serial port COM1."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ _IDLE = b"\x60"
 
 
 class Console:
-    """Passes the guest's bytes on at once."""
+    """Prints the guest's bytes as they come."""
 
     def __init__(self, *, err: bool, phases: tuple[str, ...] = ()) -> None:
-        """To stderr or to stdout. With ``phases`` a byte at the debug console stands for one of these lines."""
+        """``err``: stderr, else stdout. With ``phases`` a byte written to the debug console is the index of a line."""
         self._err = err
         self._phases = phases
         self._latch = False
         self._amid_line = False
 
     def attach(self, vm: Vm) -> None:
-        """Answers the ports of a machine."""
+        """Sets the handlers of the ports."""
         vm.on_io(_DEBUG_CONSOLE, self._debug)
         vm.on_io(_COM1, self._serial)
         vm.on_io(_LINE_CONTROL, self._line_control)
         vm.on_io(_LINE_STATUS, self._line_status)
 
     def end(self) -> None:
-        """Ends the guest's last line."""
+        """Ends the guest's last line, if it is not ended."""
         if self._amid_line:
             self._print(b"\n")
 
     def _debug(self, io: Io) -> bytes:
         if not io.write:
-            # By this value a guest finds out that there is a debug console.
+            # Guests detect the debug console by this value.
             return bytes([_DEBUG_CONSOLE]) * (io.size * io.count)
         if self._phases:
             said = [f"{each + 1}. {self._phases[each]}\n" for each in io.data if each < len(self._phases)]
@@ -52,7 +52,7 @@ class Console:
     def _serial(self, io: Io) -> bytes:
         if not io.write:
             return bytes(io.size * io.count)
-        if not self._latch:  # else it is the speed
+        if not self._latch:  # with the latch set it is the divisor of the baud rate
             self._print(io.data)
         return b""
 

@@ -1,4 +1,4 @@
-"""`pagegate demo`: a bundled guest asks, a Python file judges, and you watch."""
+"""`pagegate demo`: a bundled guest under a Python policy; each request is shown as it comes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TIMEOUT_SECONDS = 60.0
 
 @dataclass
 class _Watch:
-    """Prints what happens while it happens."""
+    """Prints requests while the guest runs."""
 
     vm: Vm
     console: Console
@@ -44,7 +44,7 @@ class _Watch:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def phase(self, io: Io) -> None:
-        """The guest says what it does next. Waiting here is outside of every request, so it spoils no latency."""
+        """The guest says what it does next. The pause here is between requests and adds to no latency."""
         begin = time.monotonic()
         self.catch_up()
         if io.data[0] < len(demo_guest.PHASES):
@@ -88,11 +88,11 @@ def _run(vm: Vm, guest: Guest, watch: _Watch) -> Report:
     "--policy",
     "named",
     type=PolicyFile(),
-    help="The Python file that judges, and which object or class in it. Default: the bundled file.",
+    help="The policy file, and which object or class in it. Default: the bundled file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 def demo(*, named: tuple[Path, str | None] | None, as_json: bool) -> int:
-    """A bundled guest asks for conversions in every way there is; a Python file judges them."""
+    """Runs a bundled guest that makes explicit, implicit and malformed requests; a Python file judges them."""
     file, name = named or (DEFAULT_POLICY, None)
     policy = f"{file}:{name}" if name else str(file)
     judge = policy_file.load(file, name)

@@ -1,4 +1,4 @@
-"""Arguments that more than one command takes."""
+"""Arguments of more than one command."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PAGE = 4096
 
 
 class Size(click.ParamType[int]):
-    """Bytes: whole pages."""
+    """A number of bytes, in whole pages."""
 
     name = "BYTES"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, with its unit taken in."""
+        """Reads the number and its unit."""
         try:
             count = value if isinstance(value, int) else integer(value)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""How a policy is named on the command line."""
+"""The argument that names a policy on the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PolicyFile(click.ParamType[tuple[Path, str | None]]):
         param: click.Parameter | None,
         ctx: click.Context | None,
     ) -> tuple[Path, str | None]:
-        """The file and the name; a colon in a file's own name is no separator."""
+        """Splits file and name. A colon in the name of an existing file is no separator."""
         if isinstance(value, tuple):
             return value
         file, name = Path(value), None

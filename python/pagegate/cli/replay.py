@@ -1,4 +1,4 @@
-"""`pagegate replay`: the requests of a trace, put to other policies."""
+"""`pagegate replay`: puts the requests of a trace to other policies."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _BYTES = {"bytes_to_private": "to private", "bytes_to_shared": "to shared", "pea
     type=PolicyFile(),
     required=True,
     multiple=True,
-    help="The Python file that judges. Several are compared with each other.",
+    help="The policy file. Give several to compare them.",
 )
 @policy_options
-@click.option("--memory", type=Size(), help="The guest's memory, for a trace that does not say so.")
-@click.option("--initial", type=click.Choice(["private", "shared"]), help="All pages' state at first, likewise.")
+@click.option("--memory", type=Size(), help="Guest memory, for a trace without this metadata.")
+@click.option("--initial", type=click.Choice(["private", "shared"]), help="The state of all pages at first, likewise.")
 @click.option("--show", type=click.IntRange(min=0), default=20, show_default=True, help="Differences to list.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def replay(  # noqa: PLR0913 - one for each option
@@ -53,10 +53,10 @@ def replay(  # noqa: PLR0913 - one for each option
     show: int,
     as_json: bool,
 ) -> int:
-    """Puts the requests in EVENTS to another policy, in order and with no KVM, and says what would differ.
+    """Puts the requests in EVENTS to another policy, in order and without KVM, and says what would differ.
 
-    EVENTS is what `pagegate run --events` wrote, or any Parquet or Arrow IPC file with its columns. The requests stay
-    as they were: of a guest that is refused something, nobody knows what it would have asked next.
+    EVENTS is a file that `pagegate run --events` wrote, or any Parquet or Arrow IPC file with its columns. The requests
+    are always the recorded ones: what the guest would have asked for after another decision is not known.
     """
     if options and len(named) > 1:
         raise click.UsageError("-o goes with one policy: with several, name functions that take no arguments")
@@ -75,7 +75,7 @@ def replay(  # noqa: PLR0913 - one for each option
 
 
 def _names(named: tuple[tuple[Path, str | None], ...]) -> list[str]:
-    """As short as they can be told apart."""
+    """Names for the policies: without the folder, unless two would be the same."""
     for short in (True, False):
         names = [f"{file.name if short else file}{f':{name}' if name else ''}" for file, name in named]
         if len(set(names)) == len(names):
@@ -106,7 +106,7 @@ def _facts(found: Replay, names: list[str]) -> dict[str, Any]:
 
 
 def _recorded(event: Event) -> str:
-    """What was decided then, as the decisions of now are written."""
+    """The recorded decision, in the form of a decision's repr."""
     return {
         "convert": _converted(event),
         "deny": f"Deny(errno={event.decision_errno})",
@@ -134,7 +134,7 @@ def _print(found: Replay, names: list[str], *, truncated: bool) -> None:
     missing = f", and {found.missing} are missing from the trace" if found.missing else ""
     console.print(f"{found.requests} requests{missing}; {found.different} would be decided otherwise")
     if truncated:
-        console.print("[yellow]the trace ends in the middle: whoever wrote it was killed[/yellow]")
+        console.print("[yellow]the trace ends in the middle: its writer was killed[/yellow]")
     console.print()
     console.print(_table(found, names))
     for each in found.differences:

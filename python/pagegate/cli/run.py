@@ -1,4 +1,4 @@
-"""`pagegate run`: a guest of yours, or a bundled one, under a policy of yours."""
+"""`pagegate run`: runs an image, or a bundled guest, under a policy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _start_image(vm: Vm, image: Path) -> None:
 
 @click.command()
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
-@click.option("-p", "--policy", "named", type=PolicyFile(), required=True, help="The Python file that judges.")
+@click.option("-p", "--policy", "named", type=PolicyFile(), required=True, help="The policy file.")
 @policy_options
 @click.option("--guest", metavar="NAME", callback=_known, help=f"A bundled guest: {', '.join(GUESTS)}.")
 @click.option("--memory", type=Size(), default="64M", show_default=True, help="Guest memory.")
@@ -63,13 +63,13 @@ def _start_image(vm: Vm, image: Path) -> None:
 @click.option(
     "--initial",
     type=click.Choice(["private", "shared"]),
-    help="All pages' state at first. Default: shared for an IMAGE, private for a bundled guest.",
+    help="The state of all pages at first. Default: shared for an IMAGE, private for a bundled guest.",
 )
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="End the run after S seconds."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the guest's output goes to stderr.")
-@click.option("--watch", is_flag=True, help="Load the policy's file again when it changes (not what it imports).")
+@click.option("--watch", is_flag=True, help="Load the policy file again when it changes (not what it imports).")
 @click.option(
     "--events",
     "events",
@@ -83,7 +83,7 @@ def _start_image(vm: Vm, image: Path) -> None:
     default=10_000_000,
     show_default=True,
     metavar="N",
-    help="Requests in FILE at most; the rest is counted.",
+    help="Write at most N requests to FILE; the others are only counted.",
 )
 def run(  # noqa: PLR0913 - one for each option
     *,
@@ -153,7 +153,7 @@ def run(  # noqa: PLR0913 - one for each option
             Terminal(highlight=False).print(summary(ran))
     if unwritten is not None:
         raise unwritten
-    # The user's own time limit is an end as good as the guest's.
+    # Reaching --timeout is no failure: the user asked for it.
     done = ran.halted or (report.reason == "timeout" and not ran.outcomes["stopped"])
     if not done:
         click.echo(f"pagegate: {ran.ending()}", err=True)
@@ -168,7 +168,7 @@ def _recorder(vm: Vm, file: Path | None, limit: int) -> Recorder | None:
 
 
 def _close(recorder: Recorder | None, file: Path | None) -> OSError | None:
-    """Writes what there is, however the run ended; what went wrong with that is told after how the run ended."""
+    """Closes the recorder. Returns an error, which the caller reports after how the run ended."""
     if recorder is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What there is to say about a run: its requests, its end and its memory."""
+"""The summary of a run: its requests, how it ended, and its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STYLE = {"converted": "green", "denied": "red", "stopped": "red", "failed": "re
 
 
 def size(count: int) -> str:
-    """Bytes, for people."""
+    """A number of bytes as text, with a unit if it is whole."""
     for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= unit and count % unit == 0:
             return f"{count // unit} {name}"
@@ -32,7 +32,7 @@ def _nanoseconds(value: int) -> str:
 
 
 def strip(vm: Vm) -> Text:
-    """All of memory on one line: private, shared and mixed parts."""
+    """All of memory on one line: its private, shared and mixed parts."""
     pages = vm.memory // _PAGE
     cells = min(_STRIP_CELLS, pages)
     borders = [cell * pages // cells * _PAGE for cell in range(cells + 1)]
@@ -51,7 +51,7 @@ def _legend() -> Text:
 
 
 def _how(event: Event) -> str:
-    """What the policy made of the pages that were asked for, given that it converted others."""
+    """How the pages that were converted differ from those that were asked for."""
     end, done_end = event.gpa + event.size, event.done_gpa + event.done_size
     if event.done_gpa <= event.gpa and end <= done_end:
         return "widened"
@@ -59,11 +59,11 @@ def _how(event: Event) -> str:
 
 
 def line(event: Event) -> Text:
-    """Asked, decided, done."""
+    """One request on a line: what was asked for, and what came of it."""
     text = Text(f"  {event.kind:8} {event.gpa:#010x} + {size(event.size):8} to {event.to:7} → ")
     text.append(event.outcome, _STYLE.get(event.outcome, "yellow"))
     if event.outcome == "denied" or event.errno:
-        text.append(f", the guest finds errno {event.errno}")
+        text.append(f", errno {event.errno}")
     elif event.outcome == "converted" and (event.done_gpa, event.done_size) != (event.gpa, event.size):
         text.append(f" {event.done_gpa:#010x} + {size(event.done_size)}", "yellow").append(f" ({_how(event)})")
     return text.append(f"  {_nanoseconds(event.latency)}", "dim")
@@ -82,47 +82,47 @@ _DECIDED = {
 
 @dataclass
 class Ran:
-    """A run that is over, and what there is to say about it."""
+    """A run that is over, with its requests counted."""
 
     vm: Vm
     report: Report
     seconds: float
     call: str | None = None
-    """How the guest makes explicit requests, where that is known."""
+    """How the guest makes explicit requests, if that is known."""
     timeout: float | None = None
     events: list[Event] = field(init=False)
     kinds: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        """Counts the log once."""
+        """Counts the kinds and outcomes in the log."""
         self.events = list(self.vm.events)
         self.kinds.update(event.kind for event in self.events)
         self.outcomes.update(event.outcome for event in self.events)
 
     @property
     def halted(self) -> bool:
-        """Whether the guest came to its end; a policy's Stop may be called anything."""
+        """Whether the guest halted, and not a policy whose ``Stop`` has "halt" as its reason."""
         return self.report.reason == "halt" and not self.outcomes["stopped"]
 
     def ending(self) -> str:
-        """Why the guest did not come to its end, in one sentence."""
+        """Why the run ended before the guest halted, in one sentence."""
         last = self.events[-1:]
         what = f" ({last[0].kind}, {last[0].gpa:#x}, to {last[0].to})" if last else ""
         reason = self.report.reason
         if self.outcomes["stopped"]:
             return f"the policy stopped the run at a request{what}: {reason}"
         return {
-            "denied": f"the policy denied what the guest had touched{what}, so the guest could not go on",
-            "livelock": f"the same fault came again and again{what}, so the run was ended",
-            "timeout": f"the guest did not come to its end within {self.timeout or 0:g} s",
-            "shutdown": "the guest shut down: it met an exception that it cannot handle",
-            "stopped": "the run was stopped before the guest came to its end",
-        }.get(reason, f"the run ended before the guest did: {reason}")
+            "denied": f"the policy denied what the guest had touched{what}, so the guest could not continue",
+            "livelock": f"the same fault was repeated too often{what}, so the run was ended",
+            "timeout": f"the guest did not halt within {self.timeout or 0:g} s",
+            "shutdown": "the guest shut down: an exception that it cannot handle (triple fault)",
+            "stopped": "the run was stopped before the guest halted",
+        }.get(reason, f"the run ended before the guest halted: {reason}")
 
 
 def summary(ran: Ran, note: str = "") -> Group:
-    """For people; ``note`` is on the time that it took."""
+    """The summary as text. ``note`` is added to the run's time."""
     vm, report = ran.vm, ran.report
     table = Table(box=None, show_header=False, pad_edge=False)
     by = f" by {ran.call}" if ran.call else ""
@@ -135,7 +135,7 @@ def summary(ran: Ran, note: str = "") -> Group:
         "decided", ", ".join(f"{ran.outcomes[name]} {word}" for name, word in _DECIDED.items() if ran.outcomes[name])
     )
     if vm.events.dropped:
-        table.add_row("", f"and {vm.events.dropped} older requests, of which no record was kept")
+        table.add_row("", f"and {vm.events.dropped} older requests, which the log dropped")
     to_private, to_shared = size(report.bytes_to_private), size(report.bytes_to_shared)
     table.add_row("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
     usage = vm.memory_usage()
@@ -149,13 +149,13 @@ def summary(ran: Ran, note: str = "") -> Group:
 
 
 def event_facts(event: Event) -> dict[str, Any]:
-    """A request, for programs."""
+    """A request, for JSON."""
     names = ("kind", "gpa", "size", "to", "outcome", "done_gpa", "done_size", "done_to", "errno", "latency")
     return {name: getattr(event, name) for name in names}
 
 
 def facts(ran: Ran, policy: str) -> dict[str, Any]:
-    """A run, for programs."""
+    """A run, for JSON."""
     vm, report = ran.vm, ran.report
     names = ("reason", "requests", "conversions", "denied", "retries", "faults", "hypercalls", "malformed")
     counts = ("bytes_to_private", "bytes_to_shared")

@@ -1,4 +1,4 @@
-"""`pagegate trace`: a trace that no guest made."""
+"""`pagegate trace`: writes a generated trace."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pagegate.trace import synthetic
 @click.option("--vcpus", type=click.IntRange(min=1, max=(1 << 32) - 1), default=1, show_default=True)
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), default=0, show_default=True)
 def trace(*, file: Path, requests: int, vcpus: int, seed: int) -> int:
-    """Writes a trace of made-up requests to FILE: .parquet, .arrow or .arrows.
+    """Writes a trace of generated requests to FILE: .parquet, .arrow or .arrows.
 
-    They are those of a busy guest of 1 GiB that starts out private: bounce buffers, rings, a few pages that it cannot
-    make up its mind about, and a balloon. The same arguments give the same trace.
+    They are those of a busy guest of 1 GiB that starts out private: bounce buffers, rings, a few pages that it converts
+    back and forth, and a balloon. The same arguments give the same trace.
     """
     made = synthetic(requests, seed=seed, vcpus=vcpus)
     try:

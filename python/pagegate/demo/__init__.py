@@ -1,1 +1,1 @@
-"""The demo: a bundled guest and the policy that judges it."""
+"""The demo: a bundled guest and the policy that judges its requests."""

@@ -1,4 +1,4 @@
-"""The demo's guest: everything starts private, and it asks in every way there is."""
+"""The demo's guest. Its memory starts private; it makes explicit, implicit and malformed requests."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ _SHARED = 1 << SHARED_BIT
 _HEAP, _KERNEL, _WINDOW, _RING = 40 * _MIB, 8 * _MIB, 20 * _MIB, 48 * _MIB
 _ROUNDS, _PINGPONG_PAGES, _RING_PAGES = 4, 2, 64
 _LONE, _BEFORE, _AFTER = 20, 4, 11
-"""A page of the heap that is shared, and how many private pages of its 64 KiB lie before and after it."""
+"""A page of the heap that becomes shared, and how many pages of its 64 KiB block before and after it stay private."""
 _EINVAL = 22
 
 PHASES: Final = (
-    "the guest fills private memory; nobody is asked",
+    "the guest fills private memory, which needs no request",
     "it asks to share a window for its devices (explicit), and writes to its shared view",
     "it asks to share its kernel (explicit)",
-    "it asks for 2^52 pages (explicit, malformed); no policy ever sees that",
+    "it asks for 2^52 pages (explicit, malformed), which reaches no policy",
     "it touches its device ring through the shared view, page by page, and writes to it (implicit)",
     "it touches one page amid its private heap through the shared view, and checks the neighbours (implicit)",
     "it touches eight pages of the window through their private view (implicit)",
-    "two states in turn: it writes to pages privately, touches their shared view, and again (implicit)",
+    "it writes to pages through their private view and touches their shared view, in turn (implicit)",
     "it asks to take its window back (explicit)",
 )
 
 
 @dataclass
 class Guest:
-    """A script, and what its operations must have found."""
+    """A script, and the results that its operations must have."""
 
     script: Script
     always: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What holds under any policy."""
+    """Operations and their results under any policy."""
     bundled: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What holds under the demo's own."""
+    """Operations and their results under the demo's own policy."""
 
     def failures(self, vm: Vm, *, bundled: bool) -> list[str]:
-        """What the guest found otherwise than it should; empty when all is well."""
+        """The results that are not as they must be, one sentence each."""
         expected = {**self.always, **(self.bundled if bundled else {})}
         found = {name: (self.script.result(vm, op), wanted) for name, (op, wanted) in expected.items()}
         return [f"{name}: {got}, not {wanted}" for name, (got, wanted) in found.items() if got != wanted]
 
 
 def build(call: Call) -> Guest:
-    """Writes the script; explicit requests are made by ``call``."""
+    """Makes the script. ``call``: how it makes explicit requests."""
     script = Script(call=call)
     guest = Guest(script)
     always, bundled = guest.always, guest.bundled

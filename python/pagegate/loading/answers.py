@@ -1,6 +1,6 @@
-"""What a hook's own text says of its answers: a slip there is an error before the guest starts.
+"""Checking the source of hooks for return values that are no decision, so that they are errors before the guest starts.
 
-Only what is certain is refused. What a hook answers by way of a variable or a call is seen when it answers.
+Only what is certainly wrong is refused. What a hook returns from a variable or a call is checked when it returns it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 _DECISIONS = {kind.__name__: kind for kind in (Convert, Deny, Discard, Retry, Stop)}
 _MEANT = {"true": "Convert", "allow": "Convert", "ok": "Convert", "false": "Deny", "refuse": "Deny"}
-"""What people write in place of a decision; else the nearest name is taken."""
+"""Decisions to suggest for what people write instead. For other words the most similar name is suggested."""
 _VALUES = (ast.Constant, ast.JoinedStr, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Compare, ast.ListComp, ast.Lambda)
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 
 def check(policy: object) -> None:
-    """Looks at the hooks of a policy, which may lie at the end of a chain of built-in ones.
+    """Checks the hooks of a policy, or of the Python policy at the end of a chain of built-in ones.
 
-    PolicyError for one that answers with what is no decision, or never answers.
+    PolicyError for a hook that returns what is no decision, or that never returns a value.
     """
     hooks = policy.hooks if isinstance(policy, Builtin) else resolve(policy)
     for name, hook in zip(NAMES, hooks, strict=True):
@@ -52,7 +52,7 @@ def _check(name: str, function: types.FunctionType) -> None:
                 line = function.__code__.co_firstlineno - 1 + each.lineno
                 raise PolicyError(f"line {line}: {name} returns {wrong}")
     if not returns and not any(isinstance(each, ast.Raise) for each in _own(node)):
-        # A call may be of something that always raises.
+        # The last statement may call a function that always raises.
         last = node.body[-1]
         if not isinstance(last, ast.Expr) or isinstance(last.value, ast.Constant):
             line = function.__code__.co_firstlineno - 1 + node.lineno
@@ -63,7 +63,7 @@ _CHOICE = "return Convert(), Deny(), Retry() or Stop(reason)"
 
 
 def _text(function: types.FunctionType) -> ast.FunctionDef | None:
-    """The function's definition, if it can be had: not of a lambda, nor of what no file holds."""
+    """The function's definition; ``None`` for a lambda, and for a function that is in no file."""
     try:
         lines, _ = inspect.getsourcelines(function.__code__)
         (node,) = ast.parse(textwrap.dedent("".join(lines))).body
@@ -73,7 +73,7 @@ def _text(function: types.FunctionType) -> ast.FunctionDef | None:
 
 
 def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """What belongs to a function itself, and not to one that is defined in it."""
+    """The nodes of a function, without those of functions and classes defined in it."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, _SCOPES):
@@ -89,7 +89,7 @@ def _branches(value: ast.expr | None) -> Iterator[ast.expr | None]:
 
 
 def _wrong(value: ast.expr | None, function: types.FunctionType) -> str | None:
-    """What is wrong with an answer, if that is certain."""
+    """What is wrong with a returned value; ``None`` if it may be a decision."""
     if value is None:
         return f"nothing, which is no decision: {_CHOICE}"
     if isinstance(value, _VALUES):

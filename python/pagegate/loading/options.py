@@ -1,4 +1,4 @@
-"""Options of a policy: text from a command line, made into what the policy's own signature says."""
+"""Options of a policy: text from the command line, converted to the types in the policy's signature."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 _NOTHING = inspect.Parameter.empty
 _SETS_AND_LISTS: tuple[type, ...] = (list, set, frozenset)
 _ABSTRACT = (collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
-# The built-in policies carry names in their signatures, and no annotations.
+# The signatures of the built-in policies have names and no annotations.
 _BUILTIN: dict[str, object] = {
     "burst": int,
     "errno": int,
@@ -48,7 +48,7 @@ def integer(text: str) -> int:
 
 
 def call(made_by: Callable[..., object], options: Mapping[str, str]) -> Callable[[], object]:
-    """The call that makes a policy with these options.
+    """Prepares the call that makes a policy with these options.
 
     Raises PolicyError for an option that is unknown, missing, or has a value that its annotation does not allow.
     """
@@ -108,7 +108,7 @@ def _value(made_by: Callable[..., object], parameter: inspect.Parameter | None, 
 
 
 def _kind(made_by: Callable[..., object], parameter: inspect.Parameter, key: str) -> Any:
-    """What the value has to be: as annotated, else as the default is, else text."""
+    """The type of the value: its annotation, else the type of its default, else str."""
     annotation = parameter.annotation
     if annotation is not _NOTHING:
         annotation = _resolved(made_by, annotation, key)
@@ -125,7 +125,7 @@ def _kind(made_by: Callable[..., object], parameter: inspect.Parameter, key: str
 
 
 def _resolved(made_by: Callable[..., object], annotation: object, key: str) -> Any:
-    """The annotation itself, where it was postponed."""
+    """The annotation, evaluated if it is a string."""
     if isinstance(annotation, dataclasses.InitVar):
         annotation = annotation.type
 
@@ -139,7 +139,7 @@ def _resolved(made_by: Callable[..., object], annotation: object, key: str) -> A
         there |= vars(module) if module is not None else {}
     try:
         found = typing.get_type_hints(holder, globalns=there)[key]
-    except Exception as error:  # noqa: BLE001 - an annotation is a program of its own
+    except Exception as error:  # noqa: BLE001 - evaluating an annotation may raise anything
         raise PolicyError(
             f"option {key} has the annotation {_written(annotation)}, which cannot be resolved ({error}): "
             "import its names where the file runs, not under TYPE_CHECKING"
@@ -148,10 +148,10 @@ def _resolved(made_by: Callable[..., object], annotation: object, key: str) -> A
 
 
 class _Unwritable(Exception):
-    """There is no text for a value of this kind."""
+    """A value of this type cannot be given as text."""
 
 
-def _converted(kind: Any, text: str) -> Any:  # noqa: PLR0911 - one line for each kind there is
+def _converted(kind: Any, text: str) -> Any:  # noqa: PLR0911 - one line for each type
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return _one_of(typing.get_args(kind), text)
@@ -197,7 +197,7 @@ def _picked(choices: Mapping[str, Any], text: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], text: str) -> Any:
-    """The first that takes the text; what takes any text comes last."""
+    """Converts to the first type of a union that takes the text; those that take any text are tried last."""
     refusals: list[Exception] = []
     for kind in sorted(kinds, key=lambda each: (each is str, inspect.isclass(each) and issubclass(each, PurePath))):
         try:

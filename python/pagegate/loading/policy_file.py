@@ -1,4 +1,4 @@
-"""Loading a policy from a file."""
+"""Loading a policy from a Python file."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def load(
     name: str | None = None,
     options: Mapping[str, str] | None = None,
 ) -> object:
-    """The policy in a Python file.
+    """Loads the policy in a Python file.
 
-    With ``name`` it is that object of the file, or an object of that class, or what that function returns. Without, it
-    is what the file calls ``policy``; else an object of its only ``Policy`` class, not counting those that another
-    class of the file derives from; else the module itself with its functions.
+    With ``name`` it is the object of that name, an object of the class, or what the function returns. Without a name it
+    is the object named ``policy``; else an object of the file's only class derived from ``Policy`` (base classes of
+    other classes in the file are not counted); else the module itself, with hooks as functions.
 
-    ``options`` are the arguments of that class or function, as text: each becomes what its annotation says, or else
-    what its default is.
+    ``options`` are arguments for that class or function, as text. Each is converted to the type of its annotation, or
+    else of its default.
 
-    The file's directory is on ``sys.path`` while it is loaded, so that it can import its neighbours.
+    The file's directory is on ``sys.path`` while it is loaded, so that it can import modules beside it.
 
-    Raises PolicyError for a file that cannot be read or run, for one without any policy or with several, for options
-    that the policy does not take, and for hooks whose own text says that they answer with what is no decision.
+    Raises PolicyError for a file that cannot be read or executed, that has no policy or several, for options that the
+    policy does not take, and for hooks whose source returns what is no decision.
     """
-    file = os.path.abspath(path)  # noqa: PTH100 - what a traceback names is this very path, links and all
+    file = os.path.abspath(path)  # noqa: PTH100 - tracebacks have the path like this, links not resolved
     number = next(_numbers)
     module_name = f"_pagegate_policy_{number}"
     with _neighbours(file):
@@ -62,14 +62,14 @@ def load(
 
 
 def frames(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """Those that lie in a file that was loaded as a policy."""
+    """The frames that are in a file that was loaded as a policy."""
     return [frame for frame in stack if frame.filename in _files]
 
 
 class _Loader(SourceFileLoader):
-    """Compiles the file each time, as Python does with a program.
+    """Compiles the file each time, as Python does with a main program.
 
-    A cached compilation counts as fresh if it was made in the same second from a file of the same size.
+    A cached one would be taken as fresh for a file that was changed within the same second and kept its size.
     """
 
     def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
@@ -97,7 +97,7 @@ def _execute(file: str, module_name: str) -> ModuleType:
     spec.origin, spec.has_location = file, True
     module = module_from_spec(spec)
     _files.add(file)
-    # Dataclasses, enumerations and pickle look a class's module up.
+    # Dataclasses, enumerations and pickle look up the module of a class.
     sys.modules[module_name] = module
     try:
         loader.exec_module(module)
@@ -110,7 +110,7 @@ def _execute(file: str, module_name: str) -> ModuleType:
 
 
 def _policy(found: object, file: str, name: str | None, options: Mapping[str, str]) -> object:
-    """What was found, or what it makes."""
+    """The object that was found, or what the class or function makes."""
     if inspect.isclass(found):
         return _made(found, file, options, f"has a {found.__name__} that cannot be made")
     if name in NAMES and inspect.isroutine(found):
@@ -132,7 +132,7 @@ def _made(by: Callable[..., object], file: str, options: Mapping[str, str], fail
     try:
         make = _options.call(by, options)
     except PolicyError as error:
-        # An annotation of the file's own would name the module, which has no name that a user knows.
+        # The annotation of a class in the file has the name of the module, which means nothing to a user.
         text = str(error).replace(f"{getattr(by, '__module__', '')}.", "")
         raise PolicyError(f"{_place(file, _line_of(by))} {text}") from None
     try:
@@ -155,7 +155,7 @@ def _place(file: str, line: int | None) -> str:
 
 
 def _refused(file: str, what: str, error: BaseException, by: Callable[..., object] | None = None) -> PolicyError:
-    """The error with the last line of the file that had a part in it."""
+    """A PolicyError for this error, with the last line of the file in its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = lines[-1] if lines else None
     text = str(error)

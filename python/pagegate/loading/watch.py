@@ -1,4 +1,4 @@
-"""A policy file that is loaded anew when it changes, while the guest runs."""
+"""Loading a policy file again when it changes, while the guest runs."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _Stamp = tuple[int, int, int, int]
 
 class _Handle(Protocol):
     def replace(self, policy: Any, /) -> object:
-        """The policy from the next request on."""
+        """Puts another policy in place."""
 
 
 class Machine(Protocol):
-    """What can change its policy while it runs."""
+    """What a Watcher needs of a machine."""
 
     @property
     def policy(self) -> _Handle:
-        """The policy in force."""
+        """The policy in place."""
 
 
 class Changes:
-    """Tells whether a file is another than the last time. What it is when this is made counts as seen."""
+    """Tells whether a file has changed since the last time, or since this object was made."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """``path`` need not be there."""
+        """``path`` need not exist."""
         self.path = Path(path)
         self._seen = self._looked_at = self._stamp()
 
     def found(self) -> bool:
-        """Whether the file changed, and has not changed any more since the last look: who writes it may be half-way."""
+        """Whether the file changed, and stayed so since the last call: it may have been written half-way then."""
         stamp, before = self._stamp(), self._looked_at
         self._looked_at = stamp
-        # An editor that replaces the file may have taken the old one away first.
+        # A file that is missing is no change: editors may remove it before they write it again.
         if stamp is None or stamp != before or stamp == self._seen:
             return False
         self._seen = stamp
         return True
 
     def _stamp(self) -> _Stamp | None:
-        """What differs when the file was written or another took its place; ``None`` while there is none."""
+        """Differs after the file was written or replaced; ``None`` if there is no file."""
         try:
             found = self.path.stat()
         except OSError:
@@ -61,9 +61,9 @@ class Changes:
 
 
 class Watcher:
-    """While entered, it looks ten times a second whether the file is another, and gives its policy to the machine.
+    """A context manager that checks ten times a second if the file changed, and puts its policy in place.
 
-    A file that cannot be loaded leaves the policy in force as it is. ``say`` is told of either in one line, on the
+    If the file cannot be loaded, the policy in place stays. Either way ``say`` is called with one line, on the
     watcher's thread. Only the file itself is watched, not what it imports.
     """
 
@@ -75,7 +75,7 @@ class Watcher:
         options: Mapping[str, str] | None,
         say: Callable[[str], None],
     ) -> None:
-        """The present contents of a path count as loaded; with ``Changes``, what they were when that was made."""
+        """``file`` counts as loaded as it is now; with ``Changes``, as it was when that was made."""
         self._handle = vm.policy
         self._changes = file if isinstance(file, Changes) else Changes(file)
         self._path = self._changes.path
@@ -86,14 +86,14 @@ class Watcher:
         self._thread = threading.Thread(target=self._watch, name="pagegate-watch", daemon=True)
 
     def __enter__(self) -> Self:
-        """Starts looking."""
+        """Starts to watch."""
         self._thread.start()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
     ) -> None:
-        """Stops looking, and returns when no policy is being loaded any more."""
+        """Stops to watch, and waits for a policy that is being loaded."""
         self._end.set()
         self._thread.join()
 
@@ -107,7 +107,7 @@ class Watcher:
             self._handle.replace(policy_file.load(self._path, self._name, self._options))
         except PolicyError as error:
             self._say(f"{_one_line(error)}; the policy in force stays")
-        except BaseException as error:  # noqa: BLE001 - the watch goes on, whatever the file does
+        except BaseException as error:  # noqa: BLE001 - whatever the file raises, go on watching
             self._say(f"{self._path}: {type(error).__name__}: {_one_line(error)}; the policy in force stays")
         else:
             self._say(f"{self._path} was loaded again and judges from the next request on")

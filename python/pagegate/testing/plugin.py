@@ -1,4 +1,4 @@
-"""Fixtures, which pytest finds where pagegate is installed. Nothing else needs pytest, nor this module."""
+"""Fixtures, which pytest loads if pagegate is installed. Nothing else in pagegate needs pytest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def policy_tester() -> type[PolicyTester]:
-    """Makes testers: ``policy_tester(policy, memory=..., initial=...)``."""
-    from pagegate.testing import PolicyTester  # noqa: PLC0415 - for those alone who test policies
+    """Makes ``PolicyTester``s: ``policy_tester(policy, memory=..., initial=...)``."""
+    from pagegate.testing import PolicyTester  # noqa: PLC0415 - not for tests of other packages
 
     return PolicyTester
 
@@ -25,8 +25,8 @@ def policy_tester() -> type[PolicyTester]:
 def fake_vm() -> Iterator[Callable[..., Vm]]:
     """Makes machines on a ``Fake``: ``fake_vm(*scripts, policy=..., memory=..., hypervisor=...)``.
 
-    A script is a list of steps, and each has a vCPU of its own, which is started. ``hypervisor`` is a ``Fake`` to keep
-    at hand, in place of scripts; then ``vcpus`` says how many there are. Other arguments are those of ``Vm``. The
+    A script is a list of steps for one vCPU; all vCPUs are started. Pass a ``Fake`` as ``hypervisor`` in place of
+    scripts to look at it later; ``vcpus`` then says how many there are. Other arguments are those of ``Vm``. The
     machines are closed at the end of the test.
     """
     from pagegate import Vm  # noqa: PLC0415

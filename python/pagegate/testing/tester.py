@@ -1,4 +1,4 @@
-"""A policy's requests without a guest."""
+"""Asking a policy without a machine."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _MOST: Final = (1 << 64) - 1
 
 
 class PolicyTester:
-    """Asks a policy, Python or built in, what a machine would ask it, and keeps the states that would come of it.
+    """Asks a policy, Python or built-in, as a machine would, and keeps page states that its decisions change.
 
-    The policy is validated and its answers are read as ``Vm`` does, so the same mistakes raise PolicyError, and what a
-    hook raises is raised here, with notes. What ``remember=`` taught is remembered. A decision to wait, which only
-    built-in policies make, is a ``Retry()``; a quota that is exceeded is a ``Deny(22)``.
+    The policy and its answers are checked as ``Vm`` checks them, so the same mistakes raise PolicyError. What a hook
+    raises is raised here, with notes. Decisions with ``remember=`` are remembered. A wait, which only ``RateLimit``
+    decides, is returned as ``Retry()``, and an exceeded quota as ``Deny(22)``.
 
     ``fields`` are those of ``MemoryFault``, ``MapGpaRange`` and ``MemoryPoison``; ``time`` and ``state`` are by default
-    the tester's own. Requests that a machine would not let through to any policy raise ValueError.
+    the tester's. Requests that a machine would not put to a policy raise ValueError.
     """
 
     def __init__(self, policy: object | None = None, *, memory: int = 64 << 20, initial: State = "private") -> None:
-        """``policy`` as for ``Vm``; ``None`` converts as asked."""
+        """``policy``: as for ``Vm``, ``None`` converts as asked. ``memory``: bytes. ``initial``: of all pages."""
         self.memory: Final = memory
         self.time = 0
-        """The time of the next request, in nanoseconds. Policies go by the time of a request, not by a clock."""
+        """Nanoseconds: the time of the next request. Built-in policies use the times of requests, not a clock."""
         self._trial = Trial(policy, memory, initial)
 
     def advance(self, seconds: float) -> None:
-        """Lets time pass."""
+        """Adds to ``time``. ValueError for a negative number."""
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"seconds is {seconds}: it must be a number, not negative")
         time = self.time + round(seconds * 1e9)
@@ -43,9 +43,9 @@ class PolicyTester:
         self.time = time
 
     def fault(self, gpa: int, *, private: bool | None = None, **fields: Any) -> Decision:
-        """An implicit request: an access to ``gpa``'s page, which is in the other state.
+        """Asks about an implicit request: an access to the page at ``gpa``.
 
-        ``private`` is the side that was accessed, by default the one that the page is not in.
+        ``private``: whether the access is to private memory; by default to the state that the page is not in.
         """
         state = self._whole(gpa, fields.get("size", _PAGE))
         if private is None:
@@ -56,18 +56,18 @@ class PolicyTester:
         return self.ask(MemoryFault(gpa, private=private, **fields))
 
     def call(self, gpa: int, size: int = _PAGE, *, to: State, **fields: Any) -> Decision:
-        """An explicit request, KVM_HC_MAP_GPA_RANGE."""
+        """Asks about an explicit request, KVM_HC_MAP_GPA_RANGE; ``size`` in bytes."""
         fields = {"time": self.time, "state": self.state(gpa, size), **fields}
         return self.ask(MapGpaRange(gpa, size, to=to, **fields))
 
     def poison(self, gpa: int, **fields: Any) -> Decision:
-        """An access to a poisoned page, by default to the side that it is in."""
+        """Asks about an access to a poisoned page, by default to the state that it is in."""
         state = self._whole(gpa, fields.get("size", _PAGE))
         fields = {"private": state == "private", "time": self.time, "state": state, **fields}
         return self.ask(MemoryPoison(gpa, **fields))
 
     def ask(self, request: MemoryFault | MapGpaRange) -> Decision:
-        """A request as it is, whatever the page's state and the time are: a recorded one, or one of your own making."""
+        """Asks about this request as it is. Its ``state`` and ``time`` need not be those of the tester."""
         return self._trial.judge(request)
 
     def state(self, gpa: int, size: int = _PAGE) -> Literal["private", "shared", "mixed"]:

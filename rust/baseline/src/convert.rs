@@ -1,4 +1,4 @@
-//! A conversion: have KVM enforce the new state, and discard the old side.
+//! A conversion: makes KVM enforce the new state, and discards the old side.
 
 use std::io;
 use std::sync::{MutexGuard, PoisonError};
@@ -8,8 +8,8 @@ use crate::plan::{Mode, Work};
 use crate::slots::{Slot, Slots};
 use crate::vm::BareVm;
 
-/// What one KVM_SET_MEMORY_ATTRIBUTES is given at most, so that it does not hold another vCPU for long.
-const CHUNK: u64 = 2 << 20;
+/// The most bytes of one KVM_SET_MEMORY_ATTRIBUTES, so that other vCPUs do not wait for it for long.
+const ATTRIBUTES_AT_ONCE: u64 = 2 << 20;
 
 impl BareVm {
     pub(crate) fn convert(&self, pages: Pages, private: bool) -> io::Result<()> {
@@ -20,13 +20,13 @@ impl BareVm {
             self.clean(pages)?;
         }
         match (self.plan.mode, self.plan.shared_bit) {
-            (Mode::Attributes, None) => self.attribute(pages, private)?,
+            (Mode::Attributes, None) => self.set_in_parts(pages, private)?,
             (Mode::Attributes, Some(_)) => {
                 let shared_view = self.views.address(pages.start, false);
-                self.attribute(Pages::new(shared_view, pages.size())?, private)?;
+                self.set_in_parts(Pages::new(shared_view, pages.size())?, private)?;
                 self.private_slot(pages, private)?;
             }
-            (Mode::Memslots, _) => self.swap(pages, private)?,
+            (Mode::Memslots, _) => self.replace_slots(pages, private)?,
         }
         match self.plan.work {
             Work::Discard | Work::All => self.discard(pages, !private),
@@ -34,10 +34,10 @@ impl BareVm {
         }
     }
 
-    fn attribute(&self, pages: Pages, private: bool) -> io::Result<()> {
+    fn set_in_parts(&self, pages: Pages, private: bool) -> io::Result<()> {
         let mut start = pages.start;
         while start < pages.end {
-            let end = (start - start % CHUNK + CHUNK).min(pages.end);
+            let end = (start - start % ATTRIBUTES_AT_ONCE + ATTRIBUTES_AT_ONCE).min(pages.end);
             self.set_attributes(Pages { start, end }, private)?;
             start = end;
         }
@@ -48,7 +48,7 @@ impl BareVm {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// With attributes and two views, private pages have a memslot at their private view, and shared ones have none
+    /// With attributes and two views, a private page has a memslot at its private view, and a shared one has none
     /// there.
     fn private_slot(&self, pages: Pages, private: bool) -> io::Result<()> {
         let mut slots = self.slots();
@@ -69,8 +69,8 @@ impl BareVm {
         }
     }
 
-    /// Takes the pages out of the memslot they are in, and joins them to neighbours that are in the new state.
-    fn swap(&self, pages: Pages, private: bool) -> io::Result<()> {
+    /// Takes the pages out of their memslot, and joins them with adjacent memslots of the new state.
+    fn replace_slots(&self, pages: Pages, private: bool) -> io::Result<()> {
         let mut slots = self.slots();
         let (outer_start, outer) = match slots.around(pages.start) {
             Some((_, slot)) if slot.private == private => return Ok(()),
@@ -109,9 +109,10 @@ impl BareVm {
     }
 }
 
+/// An error for what the baseline does not handle.
 pub(crate) fn unexpected(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("the bare loop does not know {what}"),
+        format!("the bare loop does not handle {what}"),
     )
 }

@@ -1,6 +1,7 @@
-//! What pagegate is measured against: a plain program around KVM's ioctls, as one would write it for this guest alone.
-//! It runs the same guest code as pagegate and makes the same system calls for each request. It has no policy, does not
-//! check what the guest asks for, undoes nothing after an error, and keeps no page states, counts or events.
+//! The baseline: the bare loop around KVM's ioctls that pagegate is measured against, as one would write it for this
+//! guest alone. It runs the same guest code as pagegate and makes the same system calls for each request. It has no
+//! policy, does not check what the guest asks for, undoes nothing after an error, and keeps no page states, counts or
+//! events.
 //!
 //! With attributes it sets the attribute of the pages and discards their old side; with memslots it replaces memslots.
 //! The guest marks the beginning and the end of the measured part by port IO.
@@ -25,14 +26,15 @@ use crate::threads::Threads;
 use crate::vcpu::BareVcpu;
 use crate::vm::BareVm;
 
-/// How long `run` waits before it looks again at the timeout and at `interrupt`.
+/// How often `run` checks the timeout and calls `interrupt`.
 const POLL: Duration = Duration::from_millis(25);
 
-/// Runs the guest until every vCPU halts. `interrupt` is called every now and then; if it returns true, the run ends.
+/// Runs the guest until every vCPU halts. `interrupt` is called some forty times a second; if it returns true, the run
+/// ends.
 ///
 /// # Errors
 /// The kernel's; `TimedOut` after `timeout`; `Interrupted` if `interrupt` returned true; `InvalidData` for a guest that
-/// does what this program does not handle, or leaves out a mark.
+/// does something that this program does not handle, or that leaves out a mark.
 pub fn run(plan: &Plan, timeout: Option<Duration>, interrupt: &mut dyn FnMut() -> bool) -> io::Result<Measured> {
     let vm = BareVm::new(plan)?;
     let starts = plan.vcpus.iter().enumerate();
@@ -61,7 +63,7 @@ pub fn run(plan: &Plan, timeout: Option<Duration>, interrupt: &mut dyn FnMut() -
                 control.kick();
             }
         }
-        // All are joined, whether the first of them failed or not.
+        // All are joined, even if the first of them failed.
         let ends: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
         (ends, given_up)
     });
@@ -77,11 +79,12 @@ pub fn run(plan: &Plan, timeout: Option<Duration>, interrupt: &mut dyn FnMut() -
         return Err(kind.into());
     }
     sum(&measured, plan.vcpus.len()).ok_or_else(|| {
-        let text = "the guest did not say where the measured part begins and ends";
+        let text = "the guest did not mark the beginning and the end of the measured part";
         io::Error::new(io::ErrorKind::InvalidData, text)
     })
 }
 
+/// The sums of all vCPUs; `None` if one of them left out a mark.
 fn sum(spans: &[Span], vcpus: usize) -> Option<Measured> {
     let begin = spans.iter().map(|span| span.begin).min()?;
     let end = spans.iter().map(|span| span.end).max()?;

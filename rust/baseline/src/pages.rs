@@ -1,15 +1,15 @@
-//! Ranges of pages, and where the guest sees them.
+//! Ranges of pages, and the addresses at which the guest sees them.
 
 use std::io;
 
 /// The size of a page, in bytes.
 pub(crate) const PAGE_SIZE: u64 = 4096;
 
-/// Pages in a row: not none, and page aligned at both ends.
+/// A range of pages: not empty, and page aligned at both ends.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pages {
     pub start: u64,
-    /// The first address after them.
+    /// The first address past them.
     pub end: u64,
 }
 
@@ -27,7 +27,7 @@ impl Pages {
     }
 }
 
-/// How the guest sees its memory: once, or, with a shared bit, at one address as private and at another as shared.
+/// The addresses at which the guest sees its memory. With a shared bit each page has a private and a shared view.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Views {
     memory: u64,
@@ -41,13 +41,13 @@ impl Views {
         Self { memory, mask }
     }
 
-    /// Where the guest sees `gpa` as private, or as shared.
+    /// The address of `gpa` in its private or its shared view.
     pub(crate) fn address(&self, gpa: u64, private: bool) -> u64 {
         if private { gpa } else { gpa | self.mask }
     }
 
-    /// For an address that the guest used: the gpa without the shared bit, and whether it was the private view. `None`
-    /// outside of memory, and where there is only one view.
+    /// For an address that the guest used: the gpa without the shared bit, and whether it is in the private view.
+    /// `None` outside of memory, and with only one view.
     pub(crate) fn locate(&self, address: u64) -> Option<(u64, bool)> {
         let gpa = address & !self.mask;
         (self.mask != 0 && gpa < self.memory).then_some((gpa, address & self.mask == 0))

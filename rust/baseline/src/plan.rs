@@ -1,71 +1,71 @@
-//! What is run, and what was measured.
+//! The plan of a run, and the result of the measurement.
 
 use std::time::{Duration, Instant};
 
 use crate::pages::PAGE_SIZE;
 
-/// What the guest writes to the marks' port at the end of the measured part. Any other value is its beginning.
+/// The value that the guest writes to port `marks` at the end of the measured part. Any other marks its beginning.
 pub const END: u8 = 2;
 
-/// How a page's state is enforced.
+/// How KVM is made to enforce the states of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// By memory attributes, on a VM with private memory.
+    /// By KVM_SET_MEMORY_ATTRIBUTES, on a VM with private memory.
     Attributes,
-    /// By memslots, on any VM.
+    /// By replacing memslots, on an ordinary VM.
     Memslots,
 }
 
-/// How much of a conversion is carried out. What a step costs is the difference between two of these.
+/// The steps of a conversion that are carried out. The difference between two of these is the cost of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Nothing; the guest is answered as if it were done.
+    /// None: the guest only gets its answer.
     Nothing,
-    /// KVM enforces the state, and the old side's bytes stay.
+    /// KVM is made to enforce the state; the old side keeps its bytes.
     Enforce,
-    /// The old side is discarded, too.
+    /// Also, the old side is discarded.
     Discard,
-    /// All that pagegate has the kernel do: before a page becomes shared, `lseek` finds what KVM's emulation, which does not
-    /// heed attributes, wrote to its shared side, and that is discarded, too.
+    /// All system calls of pagegate. Before a page becomes shared, `lseek` finds what KVM's emulation, which does not
+    /// check attributes, wrote to its shared side, and that is discarded, too.
     All,
 }
 
 /// What one vCPU executes, in long mode.
 #[derive(Clone, Debug)]
 pub struct Start {
-    /// Where the image is loaded and entered.
+    /// The gpa that the image is loaded and entered at.
     pub at: u64,
-    /// Code and data, position-independent.
+    /// Position-independent code, and data.
     pub image: Vec<u8>,
-    /// RDI at the entry, without the shared bit.
+    /// A gpa, without the shared bit. RDI at the entry is its address in the shared view.
     pub argument: u64,
 }
 
-/// A machine and what it does. All of its memory is shared at first.
+/// The machine, its guest, and the work to do. All of its memory is shared at first.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Bytes of guest memory.
     pub memory: u64,
     /// Memory is divided into this many equal parts, and no memslot crosses from one to the next.
     pub memslots: u64,
-    /// How a page's state is enforced.
+    /// How KVM is made to enforce the states of pages.
     pub mode: Mode,
-    /// The address bit that means the shared view of a page.
+    /// The bit of a guest-physical address that means the shared view.
     pub shared_bit: Option<u32>,
-    /// The guest asks by doorbell, so KVM is to copy its registers to kvm_run at each exit.
+    /// Whether the guest uses the doorbell, for which KVM has to copy its registers to kvm_run at each exit.
     pub doorbell: bool,
-    /// A page that is touched in the wrong state is converted with its whole block of this many bytes.
+    /// Implicit requests convert whole blocks of this many bytes.
     pub block: u64,
-    /// The port of the guest's marks. A read of it is answered with how many there were so far.
+    /// The port of the guest's marks. An IN from it reads the number of marks so far.
     pub marks: u16,
-    /// One for each vCPU.
+    /// What each vCPU executes.
     pub vcpus: Vec<Start>,
-    /// What is done of each conversion.
+    /// The steps of each conversion.
     pub work: Work,
 }
 
 impl Plan {
-    /// Whether it can be run at all.
+    /// Whether its values are in range and fit each other.
     pub fn is_sound(&self) -> bool {
         let part = self.memory.checked_div(self.memslots).unwrap_or_default();
         let whole = part > 0 && part.is_multiple_of(PAGE_SIZE) && part * self.memslots == self.memory;
@@ -77,18 +77,18 @@ impl Plan {
     }
 }
 
-/// What was measured.
+/// The result of a measurement.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Measured {
-    /// From the first vCPU's beginning to the last one's end.
+    /// From the first mark of a beginning to the last mark of an end, over all vCPUs.
     pub time: Duration,
-    /// Requests in between.
+    /// Requests between each vCPU's own marks.
     pub requests: u64,
-    /// Exits for port IO in between.
+    /// Port IO exits between each vCPU's own marks.
     pub port_io: u64,
 }
 
-/// One vCPU's marks.
+/// The part between one vCPU's marks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Span {
     pub begin: Instant,

@@ -1,10 +1,10 @@
-//! Which memslots there are, where conversions change them.
+//! The memslots that conversions create and delete.
 
 use std::collections::BTreeMap;
 
 use crate::plan::{Mode, Plan};
 
-/// A memslot: where it ends, its number, and whether it has the private side's memory.
+/// A memslot: its end, its number, and whether it refers to the private side.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot {
     pub end: u64,
@@ -12,16 +12,18 @@ pub(crate) struct Slot {
     pub private: bool,
 }
 
-/// Memslots by the gpa at which they begin, without the shared bit. With attributes only those at private views, of
-/// which there are none at first.
+/// The memslots by their first gpa, without the shared bit. With attributes only those at private views, and there are
+/// none at first.
 #[derive(Debug)]
 pub(crate) struct Slots {
     pub at: BTreeMap<u64, Slot>,
+    /// Bytes of each part of memory that no memslot crosses.
     pub part: u64,
+    /// Numbers that are not in use.
     free: Vec<u32>,
 }
 
-/// More than any workload here uses.
+/// The most memslots: more than any workload here uses.
 const MOST: u32 = 4096;
 
 impl Slots {
@@ -33,9 +35,9 @@ impl Slots {
             let (end, private) = (start + part, false);
             (start, Slot { end, id, private })
         };
-        let swapped = plan.mode == Mode::Memslots;
+        let replaced = plan.mode == Mode::Memslots;
         Self {
-            at: (0..used).filter(|_| swapped).map(first).collect(),
+            at: (0..used).filter(|_| replaced).map(first).collect(),
             part,
             free: (used..MOST.max(used)).rev().collect(),
         }
@@ -53,7 +55,7 @@ impl Slots {
         }
     }
 
-    /// Where the memslot that holds `gpa` begins, and the memslot.
+    /// The memslot that contains `gpa`, and its first gpa.
     pub(crate) fn around(&self, gpa: u64) -> Option<(u64, Slot)> {
         let (start, slot) = self.at.range(..=gpa).next_back()?;
         (gpa < slot.end).then_some((*start, *slot))

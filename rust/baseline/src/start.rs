@@ -1,7 +1,7 @@
 //! The state that a vCPU starts in: 64-bit long mode, with the same page tables, GDT and segments as under pagegate, so
 //! that both run the same guest.
 //!
-//! This is all that the baseline takes from pagegate-core.
+//! Nothing else in the baseline uses pagegate-core.
 
 use std::io;
 
@@ -22,12 +22,12 @@ impl LongMode {
         Ok(Self { tables, views })
     }
 
-    /// What has to be in memory, and at which gpa.
+    /// The page tables and the GDT, and their gpa.
     pub(crate) fn tables(&self) -> (u64, &[u8]) {
         (self.tables.gpa, &self.tables.bytes)
     }
 
-    /// The special registers, from those after reset.
+    /// The special registers to start with, made from those after reset.
     pub(crate) fn sregs(&self, reset: &kvm_sregs) -> kvm_sregs {
         sregs(CpuMode::Long, reset, Some(&self.tables), self.views)
     }

@@ -1,4 +1,4 @@
-//! The vCPUs' threads: waiting until they have ended, and making KVM_RUN return in them.
+//! The vCPUs' threads: waiting for their end, and making KVM_RUN return in them.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -16,9 +16,9 @@ pub(crate) struct Threads {
 }
 
 struct Inner {
-    /// How many have not ended, whether they have started or not.
+    /// How many have not ended, including those that have not started yet.
     left: usize,
-    /// Those that are in their loop.
+    /// The threads that are in their loop.
     running: Vec<libc::pthread_t>,
 }
 
@@ -42,13 +42,13 @@ impl Threads {
 
     /// The calling thread is in its loop until the guard is dropped.
     pub(crate) fn enter(&self) -> Running<'_> {
-        // SAFETY: takes nothing and cannot fail.
+        // SAFETY: takes no argument and cannot fail.
         let thread = unsafe { libc::pthread_self() };
         self.inner().running.push(thread);
         Running { threads: self, thread }
     }
 
-    /// Whether all have ended; waits up to this long for it.
+    /// Waits until all have ended, but no longer than `time`. Returns whether they have.
     pub(crate) fn wait(&self, time: Duration) -> bool {
         let waited = self
             .ended
@@ -57,15 +57,16 @@ impl Threads {
         inner.left == 0
     }
 
-    /// Makes KVM_RUN return in all of them.
+    /// Makes KVM_RUN return in the threads that are in it. A signal that comes just before KVM_RUN is lost: kick again.
     pub(crate) fn kick(&self) {
         for thread in &self.inner().running {
-            // SAFETY: a thread takes itself off the list, which is locked, before it ends.
+            // SAFETY: the thread exists: the list is locked, and a thread removes itself from it before it ends.
             unsafe { libc::pthread_kill(*thread, signal_number()) };
         }
     }
 }
 
+/// A thread that is in its loop.
 pub(crate) struct Running<'a> {
     threads: &'a Threads,
     thread: libc::pthread_t,

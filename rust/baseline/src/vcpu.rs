@@ -1,4 +1,4 @@
-//! The loop: KVM_RUN, and what its exit asks for.
+//! The loop of a vCPU: KVM_RUN, and handling its exit.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -28,7 +28,9 @@ pub(crate) struct BareVcpu<'a> {
     fd: VcpuFd,
     requests: u64,
     port_io: u64,
+    /// How many marks the guest has made.
     marks: u32,
+    /// The mark of the beginning: when it came, and `requests` and `port_io` by then.
     begin: Option<(Instant, u64, u64)>,
     span: Option<Span>,
 }
@@ -67,18 +69,18 @@ impl<'a> BareVcpu<'a> {
         })
     }
 
-    /// Until HLT, or until told to leave.
+    /// Runs until HLT, an error, or until `leave` is set. After an error sets `leave` for the others.
     pub(crate) fn run(&mut self, leave: &AtomicBool) -> io::Result<Option<Span>> {
-        let done = self.exits(leave);
+        let done = self.run_loop(leave);
         if done.is_err() {
             leave.store(true, Ordering::SeqCst);
         }
         done.map(|()| self.span)
     }
 
-    fn exits(&mut self, leave: &AtomicBool) -> io::Result<()> {
+    fn run_loop(&mut self, leave: &AtomicBool) -> io::Result<()> {
         loop {
-            // SAFETY: the ioctl takes no pointer; nobody holds a reference to kvm_run, which it writes.
+            // SAFETY: the ioctl takes no pointer, and there is no reference to kvm_run, which it writes.
             let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
             let reason = self.fd.get_kvm_run().exit_reason;
             if result < 0 {
@@ -102,7 +104,7 @@ impl<'a> BareVcpu<'a> {
     }
 
     fn hypercall(&mut self) -> io::Result<()> {
-        // SAFETY: KVM wrote this member of the union, by the exit reason; it is plain numbers.
+        // SAFETY: by the exit reason, KVM wrote this member of the union. All bytes are valid for it.
         let call = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.hypercall };
         self.map_gpa_range(call.nr, call.args[0], call.args[1], call.args[2])?;
         self.fd.get_kvm_run().__bindgen_anon_1.hypercall.ret = 0;
@@ -111,7 +113,7 @@ impl<'a> BareVcpu<'a> {
 
     fn map_gpa_range(&mut self, nr: u64, gpa: u64, pages: u64, attributes: u64) -> io::Result<()> {
         if nr != KVM_HC_MAP_GPA_RANGE {
-            return Err(unexpected("this hypercall"));
+            return Err(unexpected("hypercalls but KVM_HC_MAP_GPA_RANGE"));
         }
         self.requests += 1;
         let pages = Pages::new(gpa, pages * PAGE_SIZE)?;
@@ -120,7 +122,7 @@ impl<'a> BareVcpu<'a> {
 
     fn io(&mut self) -> io::Result<()> {
         let run = self.fd.get_kvm_run();
-        // SAFETY: KVM wrote this member of the union, by the exit reason; it is plain numbers.
+        // SAFETY: by the exit reason, KVM wrote this member of the union. All bytes are valid for it.
         let io = unsafe { run.__bindgen_anon_1.io };
         if io.count != 1 {
             return Err(unexpected("string IO"));
@@ -135,10 +137,10 @@ impl<'a> BareVcpu<'a> {
             return Ok(());
         }
         let base = (&raw mut *run).cast::<u8>();
-        // SAFETY: the data lies in the same mapping as kvm_run, which begins it.
+        // SAFETY: the data is in the same mapping as kvm_run, which is at its start.
         let data = unsafe { base.add(io.data_offset as usize) };
         if write {
-            // SAFETY: at least one byte was written.
+            // SAFETY: an OUT has at least one byte of data there.
             let value = unsafe { data.read() };
             if io.port == self.vm.plan.marks {
                 self.mark(value);
@@ -150,7 +152,7 @@ impl<'a> BareVcpu<'a> {
             false => [0xff; 4],
         };
         let len = usize::from(io.size).min(answer.len());
-        // SAFETY: KVM has room for so many bytes there, and the answer lies elsewhere.
+        // SAFETY: an IN has room for `io.size` bytes there, and `answer` does not overlap it.
         unsafe { data.copy_from_nonoverlapping(answer.as_ptr(), len) };
         Ok(())
     }
@@ -164,7 +166,7 @@ impl<'a> BareVcpu<'a> {
                     begin,
                     end: now,
                     requests: self.requests - requests,
-                    // Without the exit for this mark.
+                    // Without the exit of this mark.
                     port_io: self.port_io - port_io - 1,
                 });
             }
@@ -172,15 +174,17 @@ impl<'a> BareVcpu<'a> {
         }
     }
 
+    /// An access to a page in the wrong state. KVM executes it again.
     fn memory_fault(&mut self) -> io::Result<()> {
-        // SAFETY: KVM wrote this member of the union, by the exit reason; it is plain numbers.
+        // SAFETY: by the exit reason, KVM wrote this member of the union. All bytes are valid for it.
         let fault = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.memory_fault };
-        self.touched(fault.gpa)?;
+        self.convert_touched(fault.gpa)?;
         Ok(())
     }
 
-    /// Converts the page, and its block, to the state of the view through which it was touched.
-    fn touched(&mut self, address: u64) -> io::Result<(u64, bool)> {
+    /// Converts the page's block to the state of the view that `address` is in. Returns the gpa without the shared bit,
+    /// and whether that is the private view.
+    fn convert_touched(&mut self, address: u64) -> io::Result<(u64, bool)> {
         let located = self.vm.views.locate(address);
         let (gpa, private) = located.ok_or_else(|| unexpected("an access without two views, or outside of memory"))?;
         let block = self.vm.plan.block;
@@ -189,11 +193,11 @@ impl<'a> BareVcpu<'a> {
         Ok((gpa, private))
     }
 
-    /// An access to a view that had no memslot. KVM does not execute it again, so it is carried out here.
+    /// An access to a view without a memslot. KVM does not execute it again, so it is carried out here.
     fn mmio(&mut self) -> io::Result<()> {
-        // SAFETY: KVM wrote this member of the union, by the exit reason; it is plain numbers.
+        // SAFETY: by the exit reason, KVM wrote this member of the union. All bytes are valid for it.
         let mut mmio = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.mmio };
-        let (gpa, private) = self.touched(mmio.phys_addr)?;
+        let (gpa, private) = self.convert_touched(mmio.phys_addr)?;
         let side = self.vm.side(private);
         let data = mmio
             .data

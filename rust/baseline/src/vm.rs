@@ -1,4 +1,4 @@
-//! The machine: a VM, its memory, and its first memslots.
+//! The VM, its memory, and its memslots.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -24,7 +24,7 @@ use crate::start::LongMode;
 pub(crate) struct Side {
     pub file: Arc<File>,
     pub mapping: MmapRegion,
-    /// Whether memslots are given it as a guest_memfd.
+    /// Whether it is a guest_memfd, which memslots take as such.
     pub guest_memfd: bool,
 }
 
@@ -36,11 +36,13 @@ pub(crate) struct BareVm {
     pub shared: Side,
     pub private: Side,
     pub long_mode: LongMode,
-    /// Those that conversions change.
+    /// The memslots that conversions change.
     pub slots: Mutex<Slots>,
+    /// Whether there is KVM_SET_USER_MEMORY_REGION2.
     region2: bool,
 }
 
+/// Puts what was tried before the error.
 fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> io::Error {
     move |error| {
         let error = io::Error::from(error);
@@ -78,7 +80,7 @@ impl BareVm {
         Ok(vm)
     }
 
-    /// All of memory shared, with the page tables in it.
+    /// Creates the first memslots, so that all of memory is shared, and writes the page tables into it.
     fn set_up(&self) -> io::Result<()> {
         let part = self.plan.memory / self.plan.memslots;
         for (id, start) in (0..self.plan.memory).step_by(part as usize).enumerate() {
@@ -101,7 +103,7 @@ impl BareVm {
         if private { &self.private } else { &self.shared }
     }
 
-    /// A memslot with the memory of one side, where the guest sees that side.
+    /// Creates a memslot over the memory of one side, at the view of that side.
     pub(crate) fn create_slot(&self, id: u32, pages: Pages, private: bool) -> io::Result<()> {
         let both_sides = self.plan.mode == Mode::Attributes && self.plan.shared_bit.is_none();
         let offset = pages.start;
@@ -126,7 +128,7 @@ impl BareVm {
                 memory_size: size,
                 userspace_addr: host,
             };
-            // SAFETY: `host` lies in a mapping of this VM's own memory, which is dropped after `fd`.
+            // SAFETY: `host` is in a mapping of this VM's own memory, which is dropped after `fd`.
             return unsafe { self.fd.set_user_memory_region(region) }.map_err(what);
         }
         let (guest_memfd, guest_memfd_offset) = fd.unwrap_or((-1, 0));
@@ -160,7 +162,7 @@ impl BareVm {
             .map_err(failed("set memory attributes"))
     }
 
-    /// Frees one side's bytes.
+    /// Frees the memory of one side of these pages.
     pub(crate) fn discard(&self, pages: Pages, private: bool) -> io::Result<()> {
         let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let (at, size) = (pages.start as libc::off_t, pages.size() as libc::off_t);
@@ -171,7 +173,7 @@ impl BareVm {
         }
     }
 
-    /// Frees what KVM's emulation, which does not heed attributes, wrote to the shared side of private pages.
+    /// Frees what KVM's emulation, which does not check attributes, wrote to the shared side of private pages.
     pub(crate) fn clean(&self, pages: Pages) -> io::Result<()> {
         let file = self.shared.file.as_raw_fd();
         // SAFETY: no memory is passed.
@@ -198,7 +200,7 @@ fn memfd(size: u64) -> io::Result<Side> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel just made this descriptor and nobody else has it.
+    // SAFETY: the kernel just created this descriptor, and nothing else owns it.
     let file = Arc::new(File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
     file.set_len(size)?;
     Ok(Side {
@@ -208,8 +210,8 @@ fn memfd(size: u64) -> io::Result<Side> {
     })
 }
 
-/// The private side. With attributes a guest_memfd; with memslots, where KVM goes through a mapping, a guest_memfd that
-/// can be mapped, or a memfd where the kernel has none.
+/// The private side. With attributes a guest_memfd. With memslots, where KVM's emulation accesses it through a mapping,
+/// a guest_memfd that can be mapped, or a memfd where the kernel has none.
 fn private(fd: &VmFd, plan: &Plan) -> io::Result<Side> {
     let taken = fd.check_extension_raw(KVM_CAP_GUEST_MEMFD_FLAGS.into()).max(0) as u64;
     let can_map = taken & GUEST_MEMFD_MAPPED == GUEST_MEMFD_MAPPED;
@@ -227,10 +229,10 @@ fn private(fd: &VmFd, plan: &Plan) -> io::Result<Side> {
     let raw = fd
         .create_guest_memfd(arguments)
         .map_err(failed("create a guest_memfd"))?;
-    // SAFETY: the kernel just made this descriptor and nobody else has it.
+    // SAFETY: the kernel just created this descriptor, and nothing else owns it.
     let file = Arc::new(File::from(unsafe { OwnedFd::from_raw_fd(raw) }));
     let mapping = match flags {
-        // Each memslot needs an address of its own; nobody accesses it.
+        // KVM wants a host address for each memslot. Nothing is to be accessed there.
         0 => MmapRegion::build(
             None,
             size as usize,

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::io;
 
-/// What a guest gets for a request that is refused without a reason of its own.
+/// The errno of a malformed request, and of a refusal without a more specific one.
 pub const EINVAL: i32 = libc::EINVAL;
-/// What KVM_RUN returns with a memory fault.
+/// KVM_RUN's errno for KVM_EXIT_MEMORY_FAULT: a page in the wrong state.
 pub const EFAULT: i32 = libc::EFAULT;
-/// What it returns with one that met poisoned memory.
+/// KVM_RUN's errno for an access to a poisoned page.
 pub const EHWPOISON: i32 = libc::EHWPOISON;
 
 /// A positive errno.
@@ -20,7 +20,7 @@ impl Errno {
         Errno::from(io::Error::last_os_error())
     }
 
-    /// The symbol ("EFAULT") of those that KVM and this core use, else the number.
+    /// The symbol ("EFAULT") for the errnos that KVM and this core use, else "errno" and the number.
     pub fn name(self) -> String {
         let name = match self.0 {
             libc::EPERM => "EPERM",

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::errno::Errno;
 
-/// A failure of code that the machine calls: an exception in a hook, or an answer that is no decision.
+/// A failure of code that the machine calls: an exception in a hook, or a return value that is not a decision.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Where in the guest something happened.
@@ -48,7 +48,7 @@ pub enum Error {
     /// The machine is in a state in which this cannot be done.
     #[error("{0}")]
     Busy(&'static str),
-    /// Bytes that do not lie in the guest's memory.
+    /// An access outside of guest memory.
     #[error("{size:#x} bytes at {gpa:#x} do not lie in the guest's {memory:#x} bytes")]
     Outside {
         /// Start.
@@ -63,10 +63,10 @@ pub enum Error {
     Host {
         /// What was tried.
         what: &'static str,
-        /// How it failed.
+        /// Its errno.
         errno: Errno,
     },
-    /// The host wanted bytes of a private page.
+    /// The host tried to read or write a private page.
     #[error("page {gpa:#x} is private: the host cannot {what} it, and converting it to shared would zero it")]
     PrivateMemory {
         /// The first private page in the range.
@@ -74,29 +74,29 @@ pub enum Error {
         /// "read" or "write".
         what: &'static str,
     },
-    /// KVM could not fault in the host memory behind the guest.
+    /// KVM could not fault in the host memory of a memslot.
     #[error(
-        "{site}: KVM_RUN failed with EFAULT and no memory fault, so the host memory behind {slot} cannot be reached \
+        "{site}: KVM_RUN failed with EFAULT and no memory fault, so the host memory of {slot} cannot be reached \
          (unmapped, PROT_NONE, or out of memory); this is not a conversion and nothing was converted"
     )]
     BadBacking {
         /// Where.
         site: Site,
-        /// The slot or slots that may be meant.
+        /// The memslots that it may be, as text: KVM does not say which.
         slot: String,
     },
-    /// The same fault again and again, and the page's state already fits the access.
+    /// The same fault repeats although the page already is in the state that the access needs.
     #[error(
         "livelock: {site}: the same {access} access faulted {repeats} times with no change in between, and the page \
-         already is {access}; no conversion can satisfy it (no memslot, no guest_memfd behind it, or the file was \
-         closed){history}"
+         already is {access}; no conversion can satisfy it (there is no memslot, it has no guest_memfd, or the \
+         file was closed){history}"
     )]
     Livelock {
         /// Where.
         site: Site,
         /// "private" or "shared".
         access: &'static str,
-        /// How often.
+        /// How many faults in a row.
         repeats: u32,
         /// The last events on this page, a line each.
         history: String,
@@ -112,28 +112,28 @@ pub enum Error {
     /// A conversion that the host asked for failed.
     #[error(transparent)]
     HostConversion(#[from] ConvertError),
-    /// KVM came back in a way that a run cannot go on from.
+    /// KVM_RUN returned an exit or an errno after which the run cannot go on.
     #[error("{site}: {what}")]
     Exit {
         /// Where.
         site: Site,
-        /// What KVM said.
+        /// The exit or the errno, in words.
         what: String,
     },
-    /// A hook failed, or answered with what is no decision.
+    /// A hook failed, or returned something that is not a decision.
     #[error("{site}: {failure}")]
     Hook {
-        /// Which request it was about.
+        /// The request.
         site: Site,
         /// What it raised.
         failure: Failure,
     },
-    /// The caller of `run` was interrupted.
+    /// The `interrupt` callback of a run failed: its caller wants it to end.
     #[error("interrupted: {0}")]
     Interrupted(Failure),
 }
 
-/// Why a conversion did not happen, or not wholly.
+/// Why a conversion failed. What was changed all the same, the variant says.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The range does not lie in the guest's memory.
@@ -146,7 +146,7 @@ pub enum ConvertError {
         /// Bytes of guest memory.
         memory: u64,
     },
-    /// Every page in its own memslot would be too many of them.
+    /// It takes more memslots than KVM has left (KVM_CAP_NR_MEMSLOTS).
     #[error(
         "out of memslots: converting {} needs {needed} and {available} are free; nothing was changed. Convert \
          larger or neighbouring ranges (policies.Align), or use enforcement=\"attributes\"",
@@ -157,22 +157,23 @@ pub enum ConvertError {
         gpa: u64,
         /// Bytes.
         size: u64,
-        /// Slots to make.
+        /// Memslots that the conversion creates.
         needed: usize,
-        /// Slots that can be made.
+        /// Memslots that can be created, counting those that it deletes.
         available: usize,
     },
-    /// The kernel refused, and what had been done was undone.
+    /// A system call failed, and what had been done was undone.
     #[error("converting {} failed with {errno}; what had been changed was undone", addresses(*gpa, *size))]
     Undone {
         /// What was to be converted: start.
         gpa: u64,
         /// Bytes.
         size: u64,
-        /// The kernel's answer.
+        /// The errno of the call that failed.
         errno: Errno,
     },
-    /// The kernel refused, and refused the way back too: what KVM enforces is no longer known.
+    /// A system call failed, and so did one that was to undo what had been done: what KVM enforces is not known any
+    /// more.
     #[error(
         "converting {} failed with {errno} and undoing it with {undo}: what KVM enforces there is unknown, so \
          this machine converts nothing any more; close it",
@@ -183,12 +184,12 @@ pub enum ConvertError {
         gpa: u64,
         /// Bytes.
         size: u64,
-        /// The kernel's answer.
+        /// The errno of the call that failed.
         errno: Errno,
-        /// Its answer to the undoing.
+        /// The errno of the call that was to undo it.
         undo: Errno,
     },
-    /// More would be shared than the policy allows.
+    /// More bytes would be shared than the decision allows.
     #[error("sharing {} would take the shared bytes above {max:#x}; nothing was changed", addresses(*gpa, *size))]
     OverQuota {
         /// What was to be converted: start.
@@ -198,10 +199,10 @@ pub enum ConvertError {
         /// Bytes that may be shared.
         max: u64,
     },
-    /// A listener refused.
+    /// A listener refused a conversion to private.
     #[error("a listener refused to let {} become private; nothing was changed", addresses(*gpa, *size))]
     Refused {
-        /// The pages it was asked about: start.
+        /// The pages that it refused: start.
         gpa: u64,
         /// Bytes.
         size: u64,
@@ -209,7 +210,7 @@ pub enum ConvertError {
     /// A listener failed.
     #[error("a listener failed: {0}")]
     Listener(Failure),
-    /// The state was changed but the old side could not be discarded.
+    /// The state was changed, but the old side could not be discarded.
     #[error(
         "{} was converted, but discarding its old side failed with {errno}: old bytes may come back",
         addresses(*gpa, *size)
@@ -219,19 +220,19 @@ pub enum ConvertError {
         gpa: u64,
         /// Bytes.
         size: u64,
-        /// The kernel's answer.
+        /// The errno of the call that failed.
         errno: Errno,
     },
 }
 
 impl ConvertError {
-    /// What an explicit request gets in RAX; `None` where the run has to end.
+    /// The errno that the guest gets, negated, in RAX for an explicit request; `None` where the run has to end.
     pub fn guest_errno(&self) -> Option<Errno> {
         match self {
             ConvertError::Range { .. } | ConvertError::OverQuota { .. } => Some(Errno(libc::EINVAL)),
             ConvertError::NoSlots { .. } => Some(Errno(libc::ENOSPC)),
             ConvertError::Undone { errno, .. } => Some(*errno),
-            // Whoever still uses the page will be done with it: the guest asks again.
+            // The listener still uses the page. The guest may ask again once it does not.
             ConvertError::Refused { .. } => Some(Errno(libc::EAGAIN)),
             ConvertError::Inconsistent { .. } | ConvertError::Discard { .. } | ConvertError::Listener(_) => None,
         }

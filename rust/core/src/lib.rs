@@ -1,9 +1,10 @@
-//! The core of pagegate: a virtual machine whose guest asks before a page becomes private or shared, or touches one in the
-//! wrong state; a policy judges each request.
+//! The core of pagegate: a virtual machine on KVM that stops whenever its guest asks for a page to become private or
+//! shared, or touches one in the wrong state. A policy decides each request.
 //!
-//! One floor a concern, arrows only downwards: [`machine`], [`trace`], [`vcpu`], [`boot`], [`devices`], [`events`],
-//! [`policy`], [`memory`], [`hypervisor`], [`x86`]. The way of a request: an exit ([`hypervisor::exit`]), its dispatch and
-//! the question to the policy ([`vcpu`]), the conversion ([`memory::conversion`]), the record ([`events`]), and resume.
+//! One module for each concern, and each uses only those after it: [`machine`], [`trace`], [`vcpu`], [`boot`],
+//! [`devices`], [`events`], [`policy`], [`memory`], [`hypervisor`], [`x86`]. A request is an exit of KVM_RUN
+//! ([`hypervisor::exit`]), which [`vcpu`] dispatches and puts to the policy; then come the conversion
+//! ([`memory::conversion`]), the event ([`events`]), and the next KVM_RUN.
 
 pub mod boot;
 pub mod devices;

@@ -1,4 +1,4 @@
-//! Decoding against the kernel's layout, written out in plain numbers, and against whatever bytes there may be.
+//! Decoding of kvm_run: against the kernel's layout, written out here in plain numbers, and with any bytes at all.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use pagegate_core::errno::Errno;
@@ -29,18 +29,18 @@ const KNOWN: [u32; 10] = [
     SYSTEM_EVENT,
 ];
 
-/// Of `struct kvm_run`: `exit_reason`, and the union that all exits share.
+/// Offsets in `struct kvm_run`: `exit_reason`, and the union that all exits share.
 const EXIT_REASON: usize = 8;
 const UNION: usize = 32;
 const PAGE: usize = 4096;
 
-/// A run page as `struct kvm_run` has it; [`decode`] gets what follows the first bytes.
+/// The mapping of `struct kvm_run`; [`decode`] gets what follows the first [`START`] bytes.
 #[derive(Clone)]
-struct RunPage(Vec<u8>);
+struct KvmRun(Vec<u8>);
 
-impl RunPage {
+impl KvmRun {
     fn new(reason: u32) -> Self {
-        // Not zero, so that a field read from a wrong place shows.
+        // Not zero, so that a field read at a wrong offset shows.
         let mut page = Self((0..2 * PAGE).map(|i| (i % 251) as u8).collect());
         page.set(EXIT_REASON, &reason.to_le_bytes());
         page
@@ -64,12 +64,12 @@ impl RunPage {
     }
 }
 
-fn memory_fault_page(flags: u64, gpa: u64, size: u64) -> RunPage {
-    RunPage::new(MEMORY_FAULT).words(&[flags, gpa, size]).clone()
+fn memory_fault_page(flags: u64, gpa: u64, size: u64) -> KvmRun {
+    KvmRun::new(MEMORY_FAULT).words(&[flags, gpa, size]).clone()
 }
 
-fn io_page(direction: u8, size: u8, port: u16, count: u32, data: u64) -> RunPage {
-    let mut page = RunPage::new(IO);
+fn io_page(direction: u8, size: u8, port: u16, count: u32, data: u64) -> KvmRun {
+    let mut page = KvmRun::new(IO);
     page.set(UNION, &[direction, size])
         .set(UNION + 2, &port.to_le_bytes())
         .set(UNION + 4, &count.to_le_bytes())
@@ -94,7 +94,7 @@ fn reasons() -> impl Strategy<Value = u32> {
 
 /// Bytes that begin with a plausible reason.
 fn pages() -> impl Strategy<Value = Vec<u8>> {
-    // Mostly the numbers that sizes, counts and directions are made of.
+    // Mostly numbers that are valid as a size, a count or a direction.
     let small = |byte: &mut u8| *byte = [0, 0, 1, 2, 4, 8, 9, *byte][usize::from(*byte >> 5)];
     (reasons(), prop_oneof![0..120_usize, 0..2 * PAGE], any::<[u8; 64]>()).prop_map(move |(reason, len, bytes)| {
         let mut page = bytes.to_vec();
@@ -111,8 +111,8 @@ fn number(page: &[u8], at: usize, len: usize) -> Option<u128> {
         .then(|| (0..len).fold(0, |sum, i| sum + (u128::from(page[at - START + i]) << (8 * i))))
 }
 
-/// The table, once more, by other means.
-fn oracle(errno: i32, page: &[u8]) -> Exit {
+/// What decode should return, computed another way.
+fn expected(errno: i32, page: &[u8]) -> Exit {
     let reason = number(page, EXIT_REASON, 4).map_or(SENTINEL, |reason| reason as u32);
     let word = |at: usize| number(page, UNION + at, 8).map(|word| word as u64);
     let fault = || {
@@ -174,7 +174,7 @@ fn oracle(errno: i32, page: &[u8]) -> Exit {
 }
 
 #[test]
-fn the_reason_decides_only_where_the_errno_lets_it() {
+fn the_errno_decides_before_the_exit_reason() {
     let fault = MemoryFault {
         flags: 1 << 3,
         gpa: 0x7000,
@@ -188,52 +188,52 @@ fn the_reason_decides_only_where_the_errno_lets_it() {
     assert_eq!(page.decode(libc::EHWPOISON), Exit::Poison(fault));
     assert_eq!(page.decode(libc::EIO), Exit::Failed(Errno(libc::EIO)));
     assert_eq!(page.decode(libc::EINVAL), Exit::Failed(Errno(libc::EINVAL)));
-    // With r == 0 it is a leftover of asynchronous page-ready handling, or of pre-faulting.
+    // Where KVM_RUN succeeded, asynchronous page-ready handling or a KVM_PRE_FAULT_MEMORY left it there.
     assert_eq!(page.decode(0), Exit::Unknown { reason: MEMORY_FAULT });
 }
 
 #[test]
-fn an_efault_without_annotation_is_broken_host_memory() {
+fn an_efault_without_a_memory_fault_is_bad_backing() {
     for reason in KNOWN.into_iter().chain([0, SENTINEL, MEMORY_FAULT + 1]) {
-        let page = RunPage::new(reason);
+        let page = KvmRun::new(reason);
         assert_eq!(page.decode(libc::EFAULT), Exit::BadBacking, "reason {reason}");
         assert_eq!(page.decode(libc::EHWPOISON), Exit::Failed(Errno(libc::EHWPOISON)));
     }
 }
 
 #[test]
-fn each_exit_is_read_from_its_place() {
-    assert_eq!(RunPage::new(HLT).decode(0), Exit::Halt);
-    assert_eq!(RunPage::new(SHUTDOWN).decode(0), Exit::Shutdown);
-    assert_eq!(RunPage::new(INTR).decode(0), Exit::Interrupted);
-    assert_eq!(RunPage::new(SENTINEL).decode(0), Exit::Unknown { reason: SENTINEL });
-    assert_eq!(RunPage::new(0).decode(0), Exit::Unknown { reason: 0 });
+fn each_exit_is_read_at_its_offsets() {
+    assert_eq!(KvmRun::new(HLT).decode(0), Exit::Halt);
+    assert_eq!(KvmRun::new(SHUTDOWN).decode(0), Exit::Shutdown);
+    assert_eq!(KvmRun::new(INTR).decode(0), Exit::Interrupted);
+    assert_eq!(KvmRun::new(SENTINEL).decode(0), Exit::Unknown { reason: SENTINEL });
+    assert_eq!(KvmRun::new(0).decode(0), Exit::Unknown { reason: 0 });
 
     let words = [12, 0xffff_ffff_ffff_f000, 1 << 52, 0x10, 0x55];
     let call = Hypercall {
         nr: 12,
         args: [words[1], words[2], words[3]],
     };
-    assert_eq!(RunPage::new(HYPERCALL).words(&words).decode(0), Exit::Hypercall(call));
+    assert_eq!(KvmRun::new(HYPERCALL).words(&words).decode(0), Exit::Hypercall(call));
 
     let error = 0xffff_ffff_0000_0001;
     let suberror = 1;
     assert_eq!(
-        RunPage::new(INTERNAL_ERROR).words(&[error]).decode(0),
+        KvmRun::new(INTERNAL_ERROR).words(&[error]).decode(0),
         Exit::InternalError { suberror }
     );
     assert_eq!(
-        RunPage::new(SYSTEM_EVENT).words(&[error]).decode(0),
+        KvmRun::new(SYSTEM_EVENT).words(&[error]).decode(0),
         Exit::SystemEvent { kind: 1 }
     );
     assert_eq!(
-        RunPage::new(FAIL_ENTRY).words(&[error]).decode(0),
+        KvmRun::new(FAIL_ENTRY).words(&[error]).decode(0),
         Exit::FailEntry { reason: error }
     );
 
     let data = 0x1122_3344_5566_7788_u64;
     for (write, len) in [(false, 1), (true, 2), (true, 4), (false, 8)] {
-        let page = RunPage::new(MMIO)
+        let page = KvmRun::new(MMIO)
             .words(&[0xfec0_0000, data, u64::from(len) | u64::from(write) << 32])
             .clone();
         let mmio = Mmio {
@@ -245,13 +245,13 @@ fn each_exit_is_read_from_its_place() {
         assert_eq!(page.decode(0), Exit::Mmio(mmio));
     }
     for len in [0, 9, 256, 257, u64::from(u32::MAX)] {
-        let page = RunPage::new(MMIO).words(&[0xfec0_0000, data, len]).clone();
+        let page = KvmRun::new(MMIO).words(&[0xfec0_0000, data, len]).clone();
         assert_eq!(page.decode(0), Exit::Unknown { reason: MMIO }, "len {len}");
     }
 }
 
 #[test]
-fn io_beyond_the_page_is_no_io() {
+fn io_whose_data_lies_outside_kvm_run_is_unknown() {
     let io = |size: u8, count: u32, at: usize| io_page(1, size, 0x3f8, count, at as u64).decode(0);
     let data = PAGE - START;
     let sane = Io {
@@ -282,7 +282,7 @@ fn only_io_mmio_and_hypercalls_await_a_reply() {
             .set(EXIT_REASON, &reason.to_le_bytes())
             .clone();
         let exit = match reason {
-            MMIO => RunPage::new(MMIO).words(&[0, 0, 4]).decode(0),
+            MMIO => KvmRun::new(MMIO).words(&[0, 0, 4]).decode(0),
             _ => exit.decode(0),
         };
         assert_ne!(exit, Exit::Unknown { reason });
@@ -298,13 +298,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1024))]
 
     #[test]
-    fn total_and_as_the_table_says(errno in prop_oneof![Just(0), errnos()], page in pages()) {
+    fn any_errno_and_exit_decode_as_expected(errno in prop_oneof![Just(0), errnos()], page in pages()) {
         let result = if errno == 0 { Ok(()) } else { Err(Errno(errno)) };
-        prop_assert_eq!(decode(result, &page), oracle(errno, &page));
+        prop_assert_eq!(decode(result, &page), expected(errno, &page));
     }
 
     #[test]
-    fn total_on_any_bytes(errno in any::<i32>(), page in vec(any::<u8>(), 0..400)) {
+    fn any_bytes_decode_without_a_panic(errno in any::<i32>(), page in vec(any::<u8>(), 0..400)) {
         for result in [Ok(()), Err(Errno(errno))] {
             let exit = decode(result, &page);
             if let (Exit::Io(io), true) = (exit, result.is_ok()) {
@@ -314,7 +314,7 @@ proptest! {
     }
 
     #[test]
-    fn a_failed_entry_with_the_sentinel_believes_nothing_of_the_page(
+    fn kvm_run_is_ignored_unless_kvm_filled_it_in(
         errno in errnos(),
         page in vec(any::<u8>(), 24..200),
         other in vec(any::<u8>(), 24..200),
@@ -333,7 +333,7 @@ proptest! {
     }
 
     #[test]
-    fn io_keeps_its_fields_and_its_data_inside(
+    fn io_has_the_fields_of_kvm_run_and_its_data_inside(
         direction in 0..2_u8,
         size in prop::sample::select(vec![1_u8, 2, 4]),
         port in any::<u16>(),

@@ -1,4 +1,4 @@
-//! Images: what a good file says is found, and what a bad one says hurts nobody.
+//! Images: good files are loaded as they say, and bad ones are refused without a panic.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use pagegate_core::error::Error;
 use pagegate_core::hypervisor::fake::FakeVm;
 use pagegate_core::machine::assembly::Machine;
 use pagegate_core::machine::config::Config;
-use pagegate_core::memory::address::{PAGE_SIZE, State};
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
 use pagegate_core::policy::simple::Allow;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -63,7 +63,8 @@ fn elf(machine: u16, entry: u64, programs: &[Program], body: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Two segments, the second one with zeroes behind it and linked high.
+/// A good file and its segments' bytes: two segments linked at high virtual addresses, the second one with zeroes after
+/// its bytes.
 fn good() -> (Vec<u8>, Vec<u8>) {
     let body: Vec<u8> = (0..200).collect();
     let start = (HEADER + 3 * PROGRAM_HEADER) as u64;
@@ -135,7 +136,7 @@ fn segments_go_to_their_physical_addresses() {
         zeroes: 0x2010 - 80,
     };
     assert_eq!(image.segments, [code, data]);
-    // Linked at a virtual address, begun at the physical one.
+    // The entry in the file is a virtual address; the guest starts at the physical one.
     assert_eq!(image.entry, 0x1020);
 }
 
@@ -168,13 +169,13 @@ fn a_loaded_image_is_shared_and_has_its_zeroes() {
             "old bytes in place of zeroes"
         );
         assert_eq!(read(0x3fe0, 16), [0xaa; 16], "bytes before the image changed");
-        assert_eq!(read(0x6000, 16), [0xaa; 16], "bytes behind the image changed");
-        assert_eq!(machine.memory().describe(pages(0x8000)), initial.as_str());
+        assert_eq!(read(0x6000, 16), [0xaa; 16], "bytes after the image changed");
+        assert_eq!(machine.memory().describe(page(0x8000)), initial.as_str());
     }
 }
 
-fn pages(gpa: u64) -> pagegate_core::memory::address::Range {
-    pagegate_core::memory::address::Range::new(gpa, PAGE_SIZE).unwrap()
+fn page(gpa: u64) -> Range {
+    Range::new(gpa, PAGE_SIZE).unwrap()
 }
 
 #[test]
@@ -275,7 +276,7 @@ fn images_outside_memory_are_refused() {
 }
 
 #[test]
-fn truncated_anywhere() {
+fn truncated_files_are_refused() {
     let (file, _) = good();
     let mut found = 0;
     for len in 0..file.len() {
@@ -326,7 +327,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn any_bytes(file in vec(any::<u8>(), 0..600), magic in any::<bool>()) {
+    fn any_bytes_are_loaded_or_refused(file in vec(any::<u8>(), 0..600), magic in any::<bool>()) {
         let mut file = file;
         if magic && file.len() > 6 {
             file[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
@@ -337,7 +338,7 @@ proptest! {
     }
 
     #[test]
-    fn mutated_bytes(changes in vec((0..432_usize, any::<u8>()), 1..12), len in prop_oneof![4 => Just(432_usize), 1 => 0..432_usize]) {
+    fn a_good_file_with_bytes_changed_is_loaded_or_refused(changes in vec((0..432_usize, any::<u8>()), 1..12), len in prop_oneof![4 => Just(432_usize), 1 => 0..432_usize]) {
         let (mut file, _) = good();
         prop_assert_eq!(file.len(), 432);
         for (at, byte) in changes {
@@ -351,7 +352,7 @@ proptest! {
     }
 
     #[test]
-    fn hostile_headers(entry in edges(), programs in vec(programs(), 0..5), body in vec(any::<u8>(), 0..300)) {
+    fn program_headers_with_any_numbers_are_loaded_or_refused(entry in edges(), programs in vec(programs(), 0..5), body in vec(any::<u8>(), 0..300)) {
         let file = elf(EM_X86_64, entry, &programs, &body);
         let loaded = programs.iter().filter(|program| program.kind == PT_LOAD && program.memsz > 0);
         let inside = |program: &Program| u128::from(program.offset) + u128::from(program.filesz) <= file.len() as u128;

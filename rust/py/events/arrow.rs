@@ -1,4 +1,4 @@
-//! Record batches across the border: the Arrow PyCapsule interface.
+//! Record batches to and from Python, by the Arrow PyCapsule interface.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use pyo3::types::PyCapsule;
 use pyo3_arrow::ffi::{ArrayIterator, to_schema_pycapsule, to_stream_pycapsule};
 use pyo3_arrow::input::AnyRecordBatch;
 
-/// For ``__arrow_c_stream__``.
+/// What ``__arrow_c_stream__`` returns.
 pub(crate) fn stream<'py>(
     py: Python<'py>,
     schema: &SchemaRef,
@@ -24,14 +24,14 @@ pub(crate) fn stream<'py>(
     Ok(to_stream_pycapsule(py, Box::new(reader), requested_schema)?)
 }
 
-/// For ``__arrow_c_schema__``.
+/// What ``__arrow_c_schema__`` returns.
 pub(crate) fn schema<'py>(py: Python<'py>, schema: &SchemaRef) -> PyResult<Bound<'py, PyCapsule>> {
     Ok(to_schema_pycapsule(py, schema.as_ref())?)
 }
 
-/// The trace in any object that has ``__arrow_c_stream__`` or ``__arrow_c_array__``.
+/// Reads a trace from an object that has ``__arrow_c_stream__`` or ``__arrow_c_array__``.
 pub(crate) fn trace(table: &Bound<'_, PyAny>, about: Option<About>) -> PyResult<Result<Trace, TraceError>> {
     let reader: Box<dyn RecordBatchReader + Send> = table.extract::<AnyRecordBatch>()?.into_reader()?;
-    // Not detached: who produces the batches may be Python code.
+    // Not detached: the batches may be made by Python code.
     Ok(Trace::collect(reader.schema(), reader, about))
 }

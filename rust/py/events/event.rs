@@ -1,64 +1,69 @@
-//! One request, from exit to resume.
+//! One row of the log as a Python object.
 
 use pagegate_core::events::event::Event;
 use pyo3::prelude::*;
 
 use crate::interpreter::fields::RangeState;
 
-/// One request, from exit to resume.
+/// One request: what was asked for, decided and done.
 #[pyclass(name = "Event", module = "pagegate", frozen, get_all, eq)]
 #[derive(PartialEq, Eq)]
 pub(crate) struct PyEvent {
-    /// Position in the log, from 0: in the order in which requests were over.
+    /// Number in the log, from 0, in the order in which requests were completed.
     sequence: u64,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``; the order of the questions.
+    /// When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: u64,
+    /// Index of the vCPU.
     vcpu: u32,
+    /// How it came: by an access, by KVM_HC_MAP_GPA_RANGE, or by an access to a poisoned page.
     kind: &'static str,
-    /// What was asked for: start in bytes.
+    /// Start of the pages that were asked for, in bytes.
     gpa: u64,
-    /// What was asked for: bytes.
+    /// Bytes that were asked for.
     size: u64,
-    /// What was asked for: the state.
+    /// The state that was asked for; for a poisoned page the accessed one.
     to: &'static str,
-    /// The state that the pages were in.
+    /// The state of the pages when the policy was asked.
     state: &'static str,
-    /// Explicit: the guest's hint in bytes; else 0.
+    /// The guest's page size hint in bytes; 0 unless explicit.
     page_size: u32,
-    /// Explicit: RDX; else 0.
+    /// RDX; 0 unless explicit.
     raw: u32,
-    /// Implicit: KVM_MEMORY_EXIT_FLAG_*; else 0.
+    /// KVM_MEMORY_EXIT_FLAG_*; 0 if explicit.
     flags: u32,
-    /// Implicit: the guest's instruction pointer; else 0.
+    /// The guest's instruction pointer; 0 if explicit.
     rip: u64,
-    /// Implicit: how often this very fault came before, with no change in between; else 0.
+    /// How often this same fault came before, in a row, with no change of its page; 0 if explicit.
     repeats: u32,
-    /// What the policy decided; "none" if it failed.
+    /// What the policy decided; "none" if its hook failed.
     decision: &'static str,
-    /// What was to be converted: start in bytes; 0 for all decisions but "convert".
+    /// Start of what was to be converted, in bytes; 0 unless the decision is "convert".
     decision_gpa: u64,
-    /// What was to be converted: bytes; 0 for all decisions but "convert".
+    /// Bytes that were to be converted; 0 unless the decision is "convert".
     decision_size: u64,
-    /// What it was to be converted to.
+    /// The state to convert to; the one asked for unless the decision is "convert".
     decision_to: &'static str,
-    /// The decision said ``prefault=True``.
+    /// Whether the decision was a ``Convert(prefault=True)``.
     decision_prefault: bool,
-    /// The decision did not say ``discard=False``.
+    /// Whether the decision was to convert and to free the old side (``discard=True``).
     decision_discard: bool,
     /// The errno of a "deny"; else 0.
     decision_errno: i32,
+    /// What came of the request.
+    ///
+    /// "superseded": another vCPU had converted the page meanwhile. "failed": no decision, or a conversion that failed.
     outcome: &'static str,
-    /// What was converted: start in bytes.
+    /// Start of what was converted, in bytes.
     done_gpa: u64,
-    /// What was converted: bytes; 0 for nothing.
+    /// Bytes that were converted; 0 if nothing was.
     done_size: u64,
-    /// What it was converted to.
+    /// The state that it was converted to.
     done_to: &'static str,
-    /// Bytes whose state really changed.
+    /// Bytes whose state changed; those that were in that state already are not counted.
     changed: u64,
-    /// What the guest was told: 0, or a positive errno.
+    /// What an explicit request got in RAX: 0, or a positive errno. For the others: that of a refusal, or 0.
     errno: i32,
-    /// Exit to resume in nanoseconds.
+    /// Nanoseconds from exit to resume.
     latency: u64,
 }
 

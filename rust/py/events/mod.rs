@@ -1,4 +1,4 @@
-//! Requests as events, and tables of them.
+//! Events, as objects and as Arrow tables.
 
 pub(crate) mod arrow;
 pub(crate) mod event;

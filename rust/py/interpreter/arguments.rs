@@ -1,4 +1,4 @@
-//! Arguments from Python, checked, and the words for the core's values.
+//! Reading and checking arguments from Python.
 
 use std::fmt::Display;
 
@@ -43,7 +43,7 @@ pub(crate) fn choose<T>(word: &str, what: &str, choices: impl IntoIterator<Item 
     )))
 }
 
-/// An integer that fits its type: what does not is a ValueError, as everywhere else, and not an OverflowError.
+/// An integer argument. One that does not fit raises ValueError, as other bad values do, and not OverflowError.
 pub(crate) trait Integer: for<'a, 'py> FromPyObject<'a, 'py, Error = PyErr> + Display {
     const MIN: Self;
     const MAX: Self;
@@ -67,7 +67,7 @@ pub(crate) fn integer<T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<T> {
         .map_err(|error: PyErr| out_of_range(value, error, &T::MIN, &T::MAX))
 }
 
-/// The same, or None.
+/// As [`integer`], or None.
 pub(crate) fn optional<T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<Option<T>> {
     match value.is_none() {
         true => Ok(None),

@@ -1,7 +1,7 @@
 //! Attaching vCPU threads to the interpreter, once for each hook.
 //!
-//! A thread keeps the thread state that it got when it began, so that a hook takes and releases the interpreter and
-//! nothing else. `Python::attach` looks for the state each time, which costs half as much again, and more from 3.13 on.
+//! A vCPU thread keeps one Python thread state for its whole life, so that calling a hook only takes and releases the
+//! interpreter. `Python::attach` looks the state up each time, which takes half as long again, and more from 3.13 on.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -15,7 +15,7 @@ thread_local! {
     static DETACHED: Cell<*mut ffi::PyThreadState> = const { Cell::new(ptr::null_mut()) };
 }
 
-/// Puts back on every way out.
+/// Sets [`DETACHED`] to this when dropped.
 struct Detached(*mut ffi::PyThreadState);
 
 impl Drop for Detached {
@@ -24,21 +24,21 @@ impl Drop for Detached {
     }
 }
 
-/// Detaches on every way out.
+/// Detaches the thread when dropped.
 struct Attached;
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        // SAFETY: `attached` attached this thread, and whatever ran since left it so, as `Python` tokens require.
+        // SAFETY: `attached` attached this thread, and it still is: code that holds a `Python` token may not detach it.
         let state = unsafe { ffi::PyEval_SaveThread() };
         DETACHED.set(state);
     }
 }
 
-/// Runs the body of a thread that attaches often, detached. What it kept is freed at the end.
+/// Runs `body` detached, on a thread that attaches often. `at_end` runs attached, to free what the thread kept.
 pub(crate) fn thread(body: impl FnOnce() + Send, at_end: impl FnOnce(Python<'_>)) {
     Python::attach(|py| {
-        // SAFETY: the thread is attached, as `py` says.
+        // SAFETY: the thread is attached: there is a `py`.
         let state = unsafe { ffi::PyThreadState_Get() } as usize;
         py.detach(move || {
             let _forgets = Detached(ptr::null_mut());
@@ -55,10 +55,10 @@ pub(crate) fn attached<T>(body: impl FnOnce(Python<'_>) -> T) -> T {
     if state.is_null() {
         return Python::attach(body);
     }
-    // SAFETY: the state is this thread's own, alive until `thread` returns, and the thread is detached: only then it is
-    // found there.
+    // SAFETY: the state is this thread's own and lives until `thread` returns, and the thread is detached: `DETACHED` is
+    // null while it is attached.
     unsafe { ffi::PyEval_RestoreThread(state) };
     let _attached = Attached;
-    // SAFETY: the line above attached it, and it stays so until the guard drops, after `body`.
+    // SAFETY: PyEval_RestoreThread attached the thread, which stays so until the guard is dropped, after `body`.
     body(unsafe { Python::assume_attached() })
 }

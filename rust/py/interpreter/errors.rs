@@ -1,4 +1,4 @@
-//! From the core's errors to Python's.
+//! Converts the core's errors to Python exceptions.
 
 use pagegate_core::error::{ConvertError, Error, Failure, Site};
 use pyo3::exceptions::PyValueError;
@@ -23,12 +23,12 @@ pub(crate) fn busy(py: Python<'_>, message: &str) -> PyErr {
     new(py, "PagegateError", message.to_owned())
 }
 
-/// What a hook raised, on its way through the core.
+/// Wraps what a hook raised, for the core to pass on.
 pub(crate) fn failure(error: PyErr) -> Failure {
     Box::new(error)
 }
 
-/// The exception for a core's error, with where it happened as attributes.
+/// The exception for an error of the core. Its attributes say where it happened.
 pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
     let message = error.to_string();
     match error {
@@ -55,7 +55,7 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
     }
 }
 
-/// The hook's own exception with notes, or a PolicyError for an answer that the core did not accept.
+/// The exception that the hook raised, with notes, or a PolicyError for an answer that the core did not accept.
 fn hook(py: Python<'_>, failure: Failure, site: &Site) -> PyErr {
     match downcast(failure) {
         Ok(error) => {
@@ -64,7 +64,7 @@ fn hook(py: Python<'_>, failure: Failure, site: &Site) -> PyErr {
             notes.extend(site.state.map(|state| format!("state {state}")));
             notes.push(format!("rip {:#x}", site.rip));
             for note in notes {
-                // An exception without add_note is a strange one; it is raised all the same.
+                // An exception class can override add_note and fail; the exception itself matters more.
                 let _ = error.value(py).call_method1("add_note", (note,));
             }
             match is_policy_error(py, &error) {
@@ -76,7 +76,7 @@ fn hook(py: Python<'_>, failure: Failure, site: &Site) -> PyErr {
     }
 }
 
-/// One that the binding made of a hook's answer, as against one that the hook raised.
+/// Whether it is the PolicyError that the binding raises for a wrong answer, and not the hook's own exception.
 fn is_policy_error(py: Python<'_>, error: &PyErr) -> bool {
     let class = py.import(MODULE).and_then(|errors| errors.getattr("PolicyError"));
     class.is_ok_and(|class| error.get_type(py).is(&class))
@@ -95,6 +95,6 @@ fn at(py: Python<'_>, error: PyErr, site: &Site) -> PyErr {
 }
 
 fn set<'py>(py: Python<'py>, error: &PyErr, name: &str, value: impl IntoPyObject<'py>) {
-    // The classes are ours and take any attribute.
+    // The classes are defined in pagegate.errors and take any attribute.
     let _ = error.value(py).setattr(name, value);
 }

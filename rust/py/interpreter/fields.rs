@@ -1,4 +1,4 @@
-//! Fields of request objects, written anew where nobody kept the object of the request before.
+//! Fields of request objects that are reused: see [`super::reuse`].
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,14 +7,14 @@ use pagegate_core::memory::address::State;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-/// What fits into a [`Field`].
+/// A value that fits into a [`Field`].
 pub(crate) trait Word: Copy {
     fn from_word(word: u64) -> Self;
     fn to_word(self) -> u64;
 }
 
-/// One value. An atomic, so that the object that has it can be written while it is shared: only who made it writes, and
-/// only while nobody else refers to it.
+/// A field of a frozen Python object. It is an atomic, because such an object is written through a shared reference: by
+/// the thread that made it, and only while there is no other reference to it.
 pub(crate) struct Field<T> {
     word: AtomicU64,
     of: PhantomData<T>,
@@ -75,7 +75,7 @@ impl Word for bool {
     }
 }
 
-/// The state of a range, in words that exist once.
+/// The state of a range. Its words are interned Python strings.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RangeState {
     Shared,

@@ -1,4 +1,4 @@
-//! What every class of the binding needs of the interpreter.
+//! What all of the binding needs: arguments, errors, attaching threads, request objects that are reused.
 
 pub(crate) mod arguments;
 pub(crate) mod attach;

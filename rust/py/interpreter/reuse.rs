@@ -1,6 +1,6 @@
-//! Calling hooks with the same object again and again, as long as they do not keep it.
+//! Calling hooks with the same request object again, unless a hook kept it.
 //!
-//! Making and freeing an object is a quarter of what asking a hook costs.
+//! Making and freeing the object is a quarter of what calling a hook costs.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -9,17 +9,17 @@ use std::thread::LocalKey;
 use pyo3::PyClass;
 use pyo3::prelude::*;
 
-/// What a thread asks its next question of this class with.
+/// The object that a thread reuses for its next call.
 pub(crate) type Spare<T> = Cell<Option<Py<T>>>;
 
-/// What a core's question becomes for a hook.
+/// A class whose objects hooks are called with.
 pub(crate) trait HookArgument: PyClass<Frozen = pyo3::pyclass::boolean_struct::True> + Sync {
-    /// What the core asks.
+    /// The core's type of the same.
     type Question;
 
     fn make<'py>(py: Python<'py>, question: &Self::Question) -> PyResult<Bound<'py, Self>>;
 
-    /// Makes the object, which nobody else knows, this question.
+    /// Writes a question into the object, to which there is no other reference.
     fn set(&self, question: &Self::Question);
 
     fn spare() -> &'static LocalKey<Spare<Self>>;
@@ -45,12 +45,12 @@ pub(crate) fn call<'py, T: HookArgument>(
     answer
 }
 
-/// Frees what this thread kept.
+/// Frees the object that this thread kept.
 pub(crate) fn forget<T: HookArgument>() {
     drop(T::spare().take());
 }
 
-/// Whether this is the only reference, as far as anybody but the garbage collector can tell.
+/// Whether this is the only reference. (`gc.get_objects` finds an object all the same.)
 fn is_unshared<T: PyClass>(request: &Bound<'_, T>) -> bool {
     // SAFETY: the object is alive, for `request` refers to it, and the thread is attached.
     let count = unsafe { pyo3::ffi::Py_REFCNT(request.as_ptr()) };

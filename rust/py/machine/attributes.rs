@@ -1,4 +1,4 @@
-//! The states of pages, and the memory that they take.
+//! The states of pages, and how much memory is resident.
 
 use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
 use pyo3::exceptions::{PyIndexError, PyValueError};
@@ -8,7 +8,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::parts::OfVm;
 use crate::interpreter::arguments;
 
-/// The state of every page: the only copy, since KVM has no ioctl to read attributes back.
+/// The state of every page. This is the only copy: KVM has no ioctl to read attributes back.
 #[pyclass(name = "Attributes", module = "pagegate", frozen)]
 pub(crate) struct PyAttributes(pub(super) OfVm);
 
@@ -36,6 +36,8 @@ impl PyAttributes {
     }
 
     /// Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending, by default of all memory.
+    ///
+    /// Raises as ``state`` does.
     #[pyo3(signature = (gpa = 0, size = None))]
     fn runs(
         &self,
@@ -49,7 +51,7 @@ impl PyAttributes {
         let range = range
             .ok_or_else(|| PyValueError::new_err(format!("{gpa:#x} + {size:#x} is no page-aligned part of memory")))?;
         let machine = self.0.machine(py)?;
-        // From a snapshot, so that no vCPU waits for a long list.
+        // From a snapshot, so that no vCPU waits while a long list is made.
         let snapshot = machine.memory().snapshot();
         let runs = snapshot.runs_in(range);
         Ok(runs
@@ -58,6 +60,9 @@ impl PyAttributes {
     }
 
     /// The state of a range of whole pages, by default of the page at ``gpa``.
+    ///
+    /// ``gpa`` and ``size``: bytes, multiples of 4096. IndexError for a gpa outside memory, ValueError for what is no
+    /// range of pages in memory.
     #[pyo3(signature = (gpa, size = None))]
     fn state(
         &self,
@@ -85,7 +90,7 @@ impl PyAttributes {
         self.0.traverse(&visit)
     }
 
-    /// Grows by one with every change.
+    /// How many conversions changed the state of at least one page. One that was undone does not count.
     #[getter]
     fn generation(&self, py: Python<'_>) -> PyResult<u64> {
         Ok(self.0.machine(py)?.memory().generation())
@@ -95,11 +100,13 @@ impl PyAttributes {
 /// Resident bytes of guest memory.
 #[pyclass(name = "MemoryUsage", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyMemoryUsage {
+    /// Resident bytes of the shared side.
     pub(super) shared: u64,
+    /// Resident bytes of the private side; see ``exact``.
     pub(super) private: u64,
-    /// Whether ``private`` was counted (cachestat(2), Linux 6.5 and later, left out of some small kernels).
+    /// Whether ``private`` was counted, by cachestat(2): Linux 6.5 and later, left out of some small kernels.
     ///
-    /// Where it could not be, it is the most that may be there: the bytes in state private.
+    /// If not, it is an upper bound: the bytes in state private.
     pub(super) exact: bool,
 }
 

@@ -15,13 +15,13 @@ use crate::interpreter::errors;
 use crate::interpreter::fields::Field;
 use crate::interpreter::reuse::{self, HookArgument, Spare};
 
-/// Bytes of an access that is no string IO, in one word; of a read there are none yet.
+/// The bytes that an access writes, in one word: for all but string IO. Empty for a read.
 struct Data {
     word: Field<u64>,
     len: Field<u32>,
 }
 
-/// The most that a [`Data`] has.
+/// The most bytes that a [`Data`] holds.
 const WORD: usize = 8;
 
 impl Data {
@@ -48,28 +48,30 @@ impl Data {
     }
 }
 
-/// One port IO exit. String IO keeps its access size and count.
+/// One port IO exit. For string IO it stands for ``count`` accesses of ``size`` bytes.
 #[pyclass(name = "Io", module = "pagegate", frozen)]
 pub(crate) struct PyIo {
+    /// Index of the vCPU.
     #[pyo3(get)]
     vcpu: Field<u32>,
+    /// The port.
     #[pyo3(get)]
     port: Field<u16>,
-    /// OUT, not IN.
+    /// Whether it is OUT, not IN.
     #[pyo3(get)]
     write: Field<bool>,
     /// Bytes of one access: 1, 2 or 4.
     #[pyo3(get)]
     size: Field<u8>,
-    /// Accesses.
+    /// Number of accesses.
     #[pyo3(get)]
     count: Field<u32>,
     data: Data,
-    /// What string IO wrote.
+    /// What was written, if it is more than a [`Data`] holds (string IO).
     long: Option<Vec<u8>>,
 }
 
-/// A port IO exit, and what was written.
+/// A port IO exit, and the bytes that were written.
 pub(crate) struct PortIo {
     vcpu: u32,
     io: Io,
@@ -118,7 +120,7 @@ impl HookArgument for PyIo {
 
 #[pymethods]
 impl PyIo {
-    /// What was written, ``size * count`` bytes; empty for a read.
+    /// The bytes that were written, ``size * count`` of them; empty for a read.
     #[getter]
     fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         match &self.long {
@@ -136,23 +138,25 @@ impl PyIo {
     }
 }
 
-/// One access to an address outside memory.
+/// One access to an address outside guest memory.
 #[pyclass(name = "Mmio", module = "pagegate", frozen)]
 pub(crate) struct PyMmio {
+    /// Index of the vCPU.
     #[pyo3(get)]
     vcpu: Field<u32>,
+    /// The guest-physical address.
     #[pyo3(get)]
     gpa: Field<u64>,
-    /// A store, not a load.
+    /// Whether it is a store, not a load.
     #[pyo3(get)]
     write: Field<bool>,
-    /// Bytes, 1 to 8.
+    /// Bytes of the access: 1 to 8.
     #[pyo3(get)]
     size: Field<u8>,
     data: Data,
 }
 
-/// An MMIO exit, and what was stored.
+/// An MMIO exit, and the bytes that were stored.
 pub(crate) struct DeviceMmio {
     vcpu: u32,
     mmio: Mmio,
@@ -193,7 +197,7 @@ impl HookArgument for PyMmio {
 
 #[pymethods]
 impl PyMmio {
-    /// What was stored; empty for a load.
+    /// The bytes that were stored; empty for a load.
     #[getter]
     fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         self.data.bytes(py)
@@ -212,16 +216,16 @@ fn python_bool(value: bool) -> &'static str {
     if value { "True" } else { "False" }
 }
 
-/// Frees what a thread keeps for asking handlers. For its end.
+/// Frees the objects that a thread keeps for calling handlers. Called when the thread ends.
 pub(crate) fn forget_accesses(_attached: Python<'_>) {
     reuse::forget::<PyIo>();
     reuse::forget::<PyMmio>();
 }
 
-/// A Python callable that answers accesses.
+/// A Python callable that answers a port or an MMIO range.
 pub(crate) struct Handler(pub(crate) Py<PyAny>);
 
-/// Takes what a handler answered to a read. `access` is made for the message alone.
+/// Copies what a handler returned for a read into `data`. `access` is made only for the message of an error.
 fn take<'py>(
     answer: &Bound<'py, PyAny>,
     data: &mut [u8],

@@ -1,4 +1,4 @@
-//! The log of requests.
+//! The log of requests, for Python.
 
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -9,11 +9,11 @@ use crate::events::arrow;
 use crate::events::event::PyEvent;
 use crate::interpreter::arguments;
 
-/// The machine's log of requests. It keeps the newest; iterating it gives them oldest first.
+/// The machine's log of requests: the newest of each vCPU. Iterating gives the oldest first.
 ///
-/// It is an Arrow table too, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
-/// ``pandas.DataFrame.from_arrow(vm.events)``. The columns lie in the log's own memory and are not copied. Those of one
-/// vCPU are in order; with several, sort by ``sequence`` (order of completion) or ``time`` (order of the questions).
+/// It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
+/// ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
+/// vCPU are in order; with several vCPUs, sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
 #[pyclass(name = "Events", module = "pagegate", frozen)]
 pub(crate) struct PyEvents(pub(crate) OfVm);
 
@@ -27,13 +27,13 @@ impl PyEvents {
 
 #[pymethods]
 impl PyEvents {
-    /// Events there were, kept or dropped.
+    /// Number of events so far, kept or dropped.
     #[getter]
     fn total(&self, py: Python<'_>) -> PyResult<u64> {
         Ok(self.0.machine(py)?.events().total())
     }
 
-    /// Events that gave way to newer ones.
+    /// Number of events that were dropped to make room for newer ones.
     #[getter]
     fn dropped(&self, py: Python<'_>) -> PyResult<u64> {
         let machine = self.0.machine(py)?;

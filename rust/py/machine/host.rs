@@ -3,28 +3,30 @@
 use pagegate_core::hypervisor::host::{EnforcementMode, Host};
 use pyo3::prelude::*;
 
-/// What /dev/kvm offers, as far as pagegate uses it.
+/// What /dev/kvm on this host offers, as far as pagegate uses it.
 #[pyclass(name = "Host", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyHost {
-    /// VM types (KVM_CAP_VM_TYPES): "default", "sw-protected", "sev", "sev-es", "snp", "tdx".
+    /// Types that a VM can have (KVM_CAP_VM_TYPES): "default", "sw-protected", "sev", "sev-es", "snp", "tdx".
     vm_types: Vec<&'static str>,
-    /// Mask of attributes that KVM_SET_MEMORY_ATTRIBUTES takes on the type with private memory; PRIVATE is 8.
+    /// What KVM_SET_MEMORY_ATTRIBUTES accepts, a mask: PRIVATE is 8; 0 without private memory.
+    ///
+    /// Asked of a VM of the type with private memory (KVM_CAP_MEMORY_ATTRIBUTES).
     memory_attributes: u64,
-    /// Whether a guest_memfd can be made (KVM_CAP_GUEST_MEMFD).
+    /// Whether a guest_memfd can be created (KVM_CAP_GUEST_MEMFD).
     guest_memfd: bool,
-    /// Flags for it (KVM_CAP_GUEST_MEMFD_FLAGS): MMAP is 1, INIT_SHARED is 2.
+    /// Flags that a guest_memfd can have (KVM_CAP_GUEST_MEMFD_FLAGS): MMAP is 1, INIT_SHARED is 2.
     guest_memfd_flags: u64,
     /// Whether KVM_HC_MAP_GPA_RANGE can exit to user space (KVM_CAP_EXIT_HYPERCALL).
     exit_hypercall: bool,
-    /// Whether there is KVM_PRE_FAULT_MEMORY.
+    /// Whether there is KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY).
     pre_fault: bool,
-    /// vCPUs a VM can have.
+    /// vCPUs that a VM can have (KVM_CAP_MAX_VCPUS).
     max_vcpus: u32,
-    /// Memslots a VM can have.
+    /// Memslots that a VM can have (KVM_CAP_NR_MEMSLOTS).
     max_memslots: u32,
-    /// What ``enforcement="auto"`` gives; ``None`` where no VM can be made.
+    /// What ``enforcement="auto"`` selects; ``None`` if no VM can be created.
     enforcement: Option<&'static str>,
-    /// What is missing: a sentence each, with what to do about it.
+    /// What is missing, one sentence each, with what to do about it.
     problems: Vec<String>,
 }
 
@@ -68,7 +70,7 @@ impl PyHost {
     }
 }
 
-/// What this host's KVM offers. Never raises: what is missing is in ``problems``.
+/// Asks /dev/kvm what this host offers. Never raises: ``problems`` of the result says what is missing.
 #[pyfunction]
 pub(crate) fn probe(py: Python<'_>) -> PyHost {
     py.detach(pagegate_core::hypervisor::host::probe).into()

@@ -7,16 +7,16 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::interpreter::errors;
 
-/// Pages that change hands, all of them from the one state to the other.
+/// Pages that are converted, all of them from one state to the other, as a listener is told.
 #[pyclass(name = "Change", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyChange {
-    /// Start in bytes, shared bit stripped.
+    /// Start in bytes, without the shared bit.
     gpa: u64,
-    /// Bytes.
+    /// Length in bytes.
     size: u64,
-    /// What they become.
+    /// The state that they are converted to.
     to: &'static str,
-    /// They are that already: this is what a listener that joins is told first.
+    /// Whether they are in that state already: a new listener is told of the present states first.
     initial: bool,
 }
 
@@ -31,7 +31,7 @@ impl PyChange {
 
 type Method = Option<Py<PyAny>>;
 
-/// A listener's methods, found once.
+/// A listener's methods, looked up once.
 pub(crate) struct PyListener {
     object: Py<PyAny>,
     prepare: Method,
@@ -62,7 +62,7 @@ impl PyListener {
     }
 }
 
-/// Calls a method, if there is one: whether it did anything but return `False`.
+/// Calls a method, if there is one. Returns false only if the method returned `False`.
 fn tell(method: &Method, change: &Change) -> Result<bool, Failure> {
     let Some(method) = method else {
         return Ok(true);

@@ -1,4 +1,4 @@
-//! A device of Rust at which a guest says where it is.
+//! A port at which a guest marks the beginning and the end of what is measured.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,7 +10,7 @@ use pagegate_core::hypervisor::exit::Io;
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
-/// What was written, when, and by which vCPU.
+/// A write to the port: the vCPU, the byte, and nanoseconds since `born`.
 type Mark = (u32, u8, u64);
 
 pub(crate) struct Marks {
@@ -19,9 +19,9 @@ pub(crate) struct Marks {
     count: AtomicU32,
 }
 
-/// A port for ``Vm.on_io`` that notes when it is written, without entering Python.
+/// A handler for ``Vm.on_io`` that notes each write to its port, without entering Python.
 ///
-/// Read, it answers how often that was.
+/// A read of the port returns how many writes there were.
 #[pyclass(name = "Marks", module = "pagegate._core", frozen)]
 pub(crate) struct PyMarks(pub(crate) Arc<Marks>);
 
@@ -42,7 +42,7 @@ impl PyMarks {
         self.0.born.elapsed().as_nanos() as u64
     }
 
-    /// Each as ``(vcpu, value, nanoseconds)``, the time since this object was made.
+    /// The writes so far: ``(vcpu, value, nanoseconds)``, timed from when this object was made.
     #[getter]
     fn written(&self) -> Vec<Mark> {
         self.0.written.lock().clone()
@@ -50,7 +50,7 @@ impl PyMarks {
 }
 
 impl Marks {
-    /// Whatever is not the answer of a byte.
+    /// All accesses but a read of one byte, which is the frequent one.
     #[cold]
     fn other(&self, vcpu: u32, io: &Io, data: &mut [u8]) {
         match (io.write, data.first()) {

@@ -1,4 +1,4 @@
-//! The machine, what belongs to it, and what it calls.
+//! The machine, the objects that belong to it, and the Python objects that it calls.
 
 pub(crate) mod attributes;
 pub(crate) mod device_io;

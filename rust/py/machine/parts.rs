@@ -1,4 +1,5 @@
-//! What a ``Vm`` and the objects that belong to it have in common: the core's machine, and the Python objects that it calls.
+//! What a ``Vm`` and its objects (``vm.policy``, ``vm.events`` ...) share: the core's machine, and the Python objects that
+//! it calls.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,10 +16,10 @@ use crate::interpreter::errors;
 use crate::policy::hooks::PyPolicy;
 use crate::policy::judge::Judge;
 
-/// What Python objects a machine refers to, for the garbage collector.
+/// The Python objects that a machine refers to, for the garbage collector.
 pub(super) struct Callbacks {
     pub judge: Judge,
-    /// The judge as it was given.
+    /// The policy as it was given.
     pub policy: Option<Py<PyAny>>,
     pub handlers: Vec<Arc<Handler>>,
     pub listeners: Vec<Arc<PyListener>>,
@@ -28,16 +29,16 @@ pub(super) struct Callbacks {
 pub(crate) struct Parts {
     pub(super) machine: Mutex<Option<Arc<Machine>>>,
     pub(super) callbacks: Mutex<Option<Callbacks>>,
-    /// vCPU threads keep a Python thread state only where something may be called.
+    /// Whether a vCPU thread may call Python, so that it needs a thread state.
     pub(super) enters_python: Arc<AtomicBool>,
     pub(crate) memory: u64,
-    /// The memory as it was at first, for whoever reads the log later.
+    /// The page states before the first event, for traces made of the log.
     pub(crate) about: About,
     pub(super) shared_bit: Option<u32>,
     pub(super) enforcement: &'static str,
 }
 
-/// The parts of a ``Vm``, and the ``Vm`` itself, which whatever belongs to it keeps alive.
+/// The parts of a ``Vm`` for an object that belongs to it, and the ``Vm``, which that object keeps alive.
 pub(crate) struct OfVm {
     pub vm: Py<PyAny>,
     pub parts: Arc<Parts>,
@@ -53,7 +54,7 @@ impl OfVm {
     }
 }
 
-/// No code that holds these locks can panic half-way.
+/// Ignores poisoning: no code that holds these locks panics half-way.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -90,7 +91,7 @@ impl Parts {
             }
             None => None,
         };
-        // Outside the lock: what it refers to may run Python code when it goes.
+        // Not with the lock held: dropping the old policy may run Python code.
         drop(old);
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The policy in place: replacing it, and what it said for whole regions.
+//! ``vm.policy``: the policy in place and its remembered decisions.
 
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
@@ -6,13 +6,13 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::parts::OfVm;
 use crate::policy::decision::PyRegion;
 
-/// Who judges a machine's requests, and what a Python policy taught (``remember=``).
+/// The policy that judges a machine's requests, and its remembered decisions (``remember=``).
 #[pyclass(name = "PolicyHandle", module = "pagegate", frozen)]
 pub(crate) struct PyPolicyHandle(pub(crate) OfVm);
 
 #[pymethods]
 impl PyPolicyHandle {
-    /// The policy, as it was given; ``None`` for the default.
+    /// The policy as it was given; ``None`` for the default, which converts as asked.
     #[getter]
     fn current(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.0.parts.given(py)
@@ -20,14 +20,15 @@ impl PyPolicyHandle {
 
     /// Puts another policy in place, also while the machine runs.
     ///
-    /// Each request is judged by one of them: what comes after this has returned by the new one, what is being judged
-    /// meanwhile by the old one. What the old one taught goes with it. Raises PolicyError for an object that is no
-    /// policy; then the old one stays.
+    /// Each request is judged by one of the two: those that come after this has returned by the new one, those that are
+    /// being judged meanwhile by the old one. ``seen``, ``spared`` and the remembered decisions are those of the new
+    /// one; a built-in policy keeps those of the Python policy in its chain, also while it is not in place. Raises
+    /// PolicyError for an object that is no policy, and the old one stays; PagegateError if the machine is closed.
     fn replace(&self, py: Python<'_>, policy: &Bound<'_, PyAny>) -> PyResult<()> {
         self.0.parts.replace(py, policy)
     }
 
-    /// Forgets what was remembered about a region, or everything: the policy is asked again.
+    /// Drops remembered decisions for the pages of a region, or all: the policy is asked again.
     #[pyo3(signature = (region = None))]
     fn forget(&self, py: Python<'_>, region: Option<&PyRegion>) {
         let hooks = self.0.parts.hooks();
@@ -36,13 +37,13 @@ impl PyPolicyHandle {
         }
     }
 
-    /// Requests that the Python policy was asked about.
+    /// Requests that the Python policy was asked about; poisoned pages are not counted.
     #[getter]
     fn seen(&self) -> u64 {
         self.0.parts.hooks().map_or(0, |hooks| hooks.policy().asked())
     }
 
-    /// Requests that it was spared, because it had said ``remember=``.
+    /// Requests that were answered by a remembered decision, without asking the policy.
     #[getter]
     fn spared(&self) -> u64 {
         self.0.parts.hooks().map_or(0, |hooks| hooks.spared())

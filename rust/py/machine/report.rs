@@ -1,9 +1,11 @@
-//! What a run did.
+//! The report of a run.
 
 use pagegate_core::machine::report::Report;
 use pyo3::prelude::*;
 
-/// Exit to resume of the requests of a run, in nanoseconds, to three digits; 0 where there were none.
+/// Time from exit to resume of a run's requests, in nanoseconds, to three digits.
+///
+/// 0 if there were no requests.
 #[pyclass(name = "Latency", module = "pagegate", frozen, get_all)]
 #[derive(Clone)]
 pub(crate) struct PyLatency {
@@ -24,31 +26,37 @@ impl PyLatency {
 /// What a run did, and why it ended.
 #[pyclass(name = "Report", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyReport {
-    /// One of "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or a Stop's own.
+    /// Why it ended: "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or a Stop's reason.
     reason: String,
     /// Requests that reached the policy: ``faults + hypercalls``.
+    ///
+    /// Poisoned pages are not among them.
     requests: u64,
-    /// Requests that ended in a conversion, also where nothing had to change.
+    /// Requests that ended in a conversion, including those whose pages were in that state already.
     conversions: u64,
+    /// Requests that the policy refused.
     denied: u64,
+    /// Requests that the guest had to make again.
     retries: u64,
-    /// Implicit requests.
+    /// Implicit requests that reached the policy.
     faults: u64,
-    /// Explicit requests, by hypercall or doorbell.
+    /// Explicit requests that reached the policy, by hypercall or doorbell.
     hypercalls: u64,
-    /// Accesses to poisoned memory.
+    /// Accesses to poisoned pages.
     poisons: u64,
-    /// Explicit requests that were refused before any policy saw them.
+    /// Explicit requests that were refused without asking the policy, and unknown hypercalls.
     malformed: u64,
-    /// Faults that another vCPU's conversion had overtaken: the guest just looked again.
+    /// Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed.
     stale: u64,
-    /// Bytes that KVM mapped ahead of the guest, for ``Convert(prefault=True)``.
+    /// Bytes that KVM mapped before the guest touched them, for ``Convert(prefault=True)``.
     bytes_prefaulted: u64,
-    /// Bytes whose state really changed.
+    /// Bytes that became private; those that were already are not counted.
     bytes_to_private: u64,
-    /// Bytes whose state really changed.
+    /// Bytes that became shared; those that were already are not counted.
     bytes_to_shared: u64,
+    /// Time from exit to resume of its requests.
     latency: PyLatency,
+    /// How long the run took.
     seconds: f64,
 }
 
@@ -56,10 +64,6 @@ impl From<Report> for PyReport {
     fn from(report: Report) -> Self {
         let tally = report.tally;
         let latency = &tally.latency;
-        let at = |quantile| match latency.is_empty() {
-            true => 0,
-            false => latency.value_at_quantile(quantile),
-        };
         Self {
             reason: report.reason,
             requests: tally.requests(),
@@ -75,9 +79,9 @@ impl From<Report> for PyReport {
             bytes_to_private: tally.bytes_to_private,
             bytes_to_shared: tally.bytes_to_shared,
             latency: PyLatency {
-                p50: at(0.5),
-                p90: at(0.9),
-                p99: at(0.99),
+                p50: latency.at(0.5),
+                p90: latency.at(0.9),
+                p99: latency.at(0.99),
                 max: latency.max(),
             },
             seconds: report.duration.as_secs_f64(),

@@ -10,10 +10,11 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::parts::OfVm;
 use crate::interpreter::{arguments, errors};
 
-/// One vCPU.
+/// One vCPU of a machine.
 #[pyclass(name = "Vcpu", module = "pagegate", frozen)]
 pub(crate) struct PyVcpu {
     pub(super) vm: OfVm,
+    /// Its number, from 0.
     #[pyo3(get)]
     pub(super) index: usize,
 }
@@ -22,18 +23,19 @@ pub(crate) struct PyVcpu {
 impl PyVcpu {
     /// Sets all registers for the next run.
     ///
-    /// Those not named are 0, but ``rsp`` in mode "long": it has a page for each vCPU, below the tables. Any general
-    /// register can be named; cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base; and segments, by selector.
+    /// ``registers``: any general register; cr0, cr2, cr3, cr4, cr8, efer, fs_base, gs_base; and segment registers, by
+    /// selector. General registers that are not named are 0, except ``rsp`` in mode "long": each vCPU has a page of
+    /// stack below the page tables.
     ///
     /// "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, the
-    /// first GiB and its shared views mapped to themselves by tables in the top six pages of memory, which become
-    /// shared. There is no IDT: an exception ends the run as "shutdown".
+    /// first GiB and its shared views identity-mapped by tables in the top six pages of memory, which become shared.
+    /// There is no IDT: an exception ends the run as "shutdown".
     ///
-    /// With a shared bit, ``rip`` is taken at the shared view where its page is shared: an instruction cannot be
-    /// fetched from the view that its page is not in.
+    /// With a shared bit, ``rip`` is moved to the shared view if its page is shared, because an instruction can be
+    /// fetched only through the view of the page's state.
     ///
-    /// Raises TypeError for a register that does not exist, ValueError for a value that does not fit, PagegateError
-    /// while the vCPU runs.
+    /// Raises TypeError for a register that does not exist, ValueError for a value that does not fit, NotSupported for
+    /// a shared bit that mode "long" cannot map, PagegateError while the vCPU runs.
     #[pyo3(signature = (*, mode = "long", **registers))]
     fn start(&self, py: Python<'_>, mode: &str, registers: Option<&Bound<'_, PyDict>>) -> PyResult<()> {
         let modes = [
@@ -51,7 +53,7 @@ impl PyVcpu {
             .map_err(|error| errors::raise(py, error))
     }
 
-    /// The general registers by name, between runs.
+    /// The general registers by name. PagegateError while the vCPU runs.
     fn regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let machine = self.vm.machine(py)?;
         let mut regs = machine.regs(self.index).map_err(|error| errors::raise(py, error))?;
@@ -81,7 +83,7 @@ fn register((name, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)) -> PyResult<(St
         )));
     }
     let value = arguments::integer(&value).map_err(|error| {
-        // Which of the registers is not in the error of the value.
+        // The error of the value does not say which register it is for.
         let message = format!("{name}: {}", error.value(value.py()));
         match error.is_instance_of::<PyTypeError>(value.py()) {
             true => PyTypeError::new_err(message),

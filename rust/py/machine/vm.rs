@@ -29,19 +29,21 @@ use crate::policy::hooks::forget_requests;
 use crate::policy::judge::Judge;
 use crate::testing::fake::PyFake;
 
-/// A virtual machine whose guest asks before a page changes hands.
+/// A virtual machine in which a policy decides whether pages are converted.
 ///
-/// ``memory``: bytes from gpa 0 on, a multiple of 4096. ``policy``: any object with hooks, see ``Policy``; ``None``
-/// converts as asked. ``vm_type``: "auto", "default" or "sw-protected". ``enforcement``: "auto", "attributes" or
-/// "memslots". ``shared_bit``: the address bit that selects a page's shared view. ``initial``: the state of all pages
-/// at first. ``events``: how many the log keeps. ``memslots``: memory is laid out in this many equal parts.
+/// ``memory``: bytes from gpa 0 on, a multiple of 4096. ``vcpus``: at least 1. ``policy``: any object with hooks, see
+/// ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected". ``enforcement``: "auto",
+/// "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory) or "memslots" (on any host).
+/// ``shared_bit``: the address bit that selects a page's shared view, above all of memory and below 52; ``None`` for
+/// one view of each page. ``initial``: the state of all pages at first. ``events``: how many requests the log keeps.
+/// ``memslots``: memory is divided into this many equal parts, and no memslot crosses from one to the next.
 /// ``hypervisor``: a ``pagegate.testing.Fake`` in place of /dev/kvm.
 ///
 /// Raises KvmUnavailable, NotSupported, PolicyError, and ValueError for an argument out of range.
 #[pyclass(name = "Vm", module = "pagegate", frozen, weakref)]
 pub(crate) struct PyVm(pub(crate) Arc<Parts>);
 
-/// One attach for the thread's whole life, so that each hook only switches to a thread state that is there already.
+/// Gives a vCPU thread one Python thread state for its whole life, if it may call Python.
 fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
     Arc::new(move |body| match enters_python.load(Ordering::Relaxed) {
         true => attach::thread(body, |py| {
@@ -52,7 +54,7 @@ fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
     })
 }
 
-/// `None` for no limit, and for one that no clock reaches.
+/// `None` for no limit, and for one that is too long for a `Duration`.
 fn timeout(seconds: Option<f64>) -> PyResult<Option<Duration>> {
     match seconds {
         Some(seconds) if seconds.is_nan() || seconds < 0.0 => {
@@ -123,21 +125,25 @@ impl PyVm {
         self.0.memory
     }
 
+    /// The address bit that selects a page's shared view; ``None`` if each page has one view.
     #[getter]
     fn shared_bit(&self) -> Option<u32> {
         self.0.shared_bit
     }
 
+    /// How page states are enforced.
     #[getter]
     fn enforcement(&self) -> &'static str {
         self.0.enforcement
     }
 
+    /// Whether the machine is closed.
     #[getter]
     fn closed(&self) -> bool {
         lock(&self.0.machine).is_none()
     }
 
+    /// The vCPUs, by index.
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let count = slf.get().0.machine(slf.py())?.vcpu_count();
@@ -145,25 +151,29 @@ impl PyVm {
         PyTuple::new(slf.py(), (0..count).map(vcpu).collect::<Vec<_>>())
     }
 
+    /// The state of every page.
     #[getter]
     fn attributes(slf: &Bound<'_, Self>) -> PyAttributes {
         PyAttributes(of_vm(slf))
     }
 
+    /// The policy in place, to look at or replace.
     #[getter]
     fn policy(slf: &Bound<'_, Self>) -> PyPolicyHandle {
         PyPolicyHandle(of_vm(slf))
     }
 
+    /// The log of requests.
     #[getter]
     fn events(slf: &Bound<'_, Self>) -> PyEvents {
         PyEvents(of_vm(slf))
     }
 
-    /// Puts bytes, a raw file or an ELF file's segments into memory and returns the entry point.
+    /// Loads bytes, a raw file or an ELF file's segments into guest memory, and returns the entry point.
     ///
-    /// ``at`` is for what is no ELF file. Private pages that the image covers become shared first: KVM reads code
-    /// through the shared side, and no host can fill the private one.
+    /// ``image``: bytes, which are loaded as they are, or a path. ``at``: where they go, for what is no ELF file. Pages
+    /// that the image covers become shared first: KVM reads code from the shared side, and the host cannot write to the
+    /// private one. Raises OSError, ValueError for an image that does not fit or is malformed, PagegateError.
     #[pyo3(signature = (image, at = 0x1000))]
     fn load(
         &self,
@@ -189,9 +199,10 @@ impl PyVm {
         }
     }
 
-    /// Answers a port. For a read the handler returns ``size * count`` bytes, for a write its result is ignored.
+    /// Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
     ///
-    /// A port without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler.
+    /// Handlers are called on vCPU threads. A read answered with anything else ends the run with PolicyError. A port
+    /// without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler already.
     fn on_io(
         &self,
         py: Python<'_>,
@@ -211,7 +222,7 @@ impl PyVm {
         Ok(())
     }
 
-    /// Answers a range outside memory and its views; as ``on_io``.
+    /// Sets the handler of ``size`` bytes outside guest memory and its views; otherwise as ``on_io``.
     fn on_mmio(
         &self,
         py: Python<'_>,
@@ -228,9 +239,9 @@ impl PyVm {
         Ok(())
     }
 
-    /// Tells an object the present state, and from then on of every conversion; see ``pagegate.Listener``.
+    /// Tells an object the present states, and from then on every conversion; see ``pagegate.Listener``.
     ///
-    /// Nothing is lost or doubled in between. PolicyError for an object that is none.
+    /// No conversion in between is missed or told twice. Raises PolicyError for an object that is no listener.
     fn add_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
         let machine = self.0.machine(py)?;
         let listener = Arc::new(PyListener::resolve(listener)?);
@@ -243,7 +254,7 @@ impl PyVm {
         Ok(())
     }
 
-    /// Tells it nothing more. ValueError for an object that is no listener of this machine.
+    /// Stops telling an object of conversions. ValueError if it is no listener of this machine.
     fn remove_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
         let machine = self.0.machine(py)?;
         let known = {
@@ -262,17 +273,19 @@ impl PyVm {
         Ok(())
     }
 
-    /// Runs every started vCPU, each in a thread of its own, until one ends the run or ``timeout`` seconds passed.
+    /// Runs every started vCPU, each in its own thread, until one ends the run, all halt or ``timeout`` is over.
     ///
-    /// The first exception of a hook is raised here, once, with notes that say where. ``timeout``, ``stop`` and Ctrl-C
-    /// bring every vCPU out of the guest at once; a hook or handler that is running is Python code, which nothing can
-    /// interrupt, so they wait until it returns.
+    /// ``timeout``: seconds, ``None`` for no limit. ``timeout``, ``stop`` and Ctrl-C bring every vCPU out of the guest
+    /// at once. A hook or handler that is being called is not interrupted: the run ends after it returns. An exception
+    /// that a hook raises ends the run and is raised here, with vCPU, gpa, state and rip as notes; if there are
+    /// several, only the first.
     ///
-    /// After "timeout", "stopped", "denied", "livelock", a Stop or an exception the run can be taken up again, and a
-    /// request that nobody answered is asked again (after a Stop an explicit one finds EAGAIN). After "halt" it goes on
-    /// behind the HLT; after "shutdown" the vCPU has to be started again.
+    /// After "timeout", "stopped", "denied", "livelock", a Stop or an exception, ``run`` can be called again, and a
+    /// request that was not answered is put to the policy again (after a Stop, an explicit one has got EAGAIN). After
+    /// "halt" the guest continues after the HLT; after "shutdown" the vCPU has to be started again.
     ///
-    /// Raises BadBacking, Livelock, PolicyError, and PagegateError for what KVM reports and nobody can handle.
+    /// Raises BadBacking, Livelock, PolicyError, PagegateError for an exit that cannot be handled or if no vCPU is
+    /// started, and ValueError for a negative ``timeout``.
     #[pyo3(signature = (timeout = None))]
     fn run(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<PyReport> {
         let timeout = self::timeout(timeout)?;
@@ -282,7 +295,7 @@ impl PyVm {
         report.map(PyReport::from).map_err(|error| errors::raise(py, error))
     }
 
-    /// Ends the run in progress as "stopped", from any thread; without one it does nothing.
+    /// Ends the run in progress as "stopped", from any thread. Does nothing if there is none.
     fn stop(&self, py: Python<'_>) {
         let machine = lock(&self.0.machine).clone();
         if let Some(machine) = machine {
@@ -290,7 +303,9 @@ impl PyVm {
         }
     }
 
-    /// ``n`` bytes of shared pages. PrivateMemoryError names the first private page.
+    /// Reads ``n`` bytes of shared pages.
+    ///
+    /// Raises PrivateMemoryError, which names the first private page, and ValueError outside memory.
     fn read<'py>(
         &self,
         py: Python<'py>,
@@ -310,7 +325,10 @@ impl PyVm {
         })
     }
 
-    /// Writes to shared pages. PrivateMemoryError names the first private page; then nothing was written.
+    /// Writes ``data`` to shared pages.
+    ///
+    /// Raises PrivateMemoryError, which names the first private page, and ValueError outside memory; then nothing is
+    /// written.
     fn write(
         &self,
         py: Python<'_>,
@@ -322,7 +340,10 @@ impl PyVm {
             .map_err(|error| errors::raise(py, error))
     }
 
-    /// Converts on the host's account: no policy is asked. What was in the pages is gone: they read as zeroes.
+    /// Converts pages without asking the policy. They lose their bytes and read as zeroes.
+    ///
+    /// ``gpa`` and ``size``: bytes, multiples of 4096. Raises ValueError for what is no range of pages in memory,
+    /// PagegateError if the kernel or a listener refuses, and what a listener raises.
     #[pyo3(signature = (gpa, size, *, to))]
     fn convert(
         &self,
@@ -338,7 +359,7 @@ impl PyVm {
         Ok(())
     }
 
-    /// Resident bytes of each side.
+    /// Resident bytes of guest memory, on each side.
     fn memory_usage(&self, py: Python<'_>) -> PyResult<PyMemoryUsage> {
         let machine = self.0.machine(py)?;
         let resident = py
@@ -351,7 +372,7 @@ impl PyVm {
         })
     }
 
-    /// Lets go of the machine, its memory and all descriptors. PagegateError while it runs.
+    /// Frees the machine, its memory and all descriptors. PagegateError while it runs.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let mut slot = lock(&self.0.machine);
         if slot.as_ref().is_some_and(|machine| machine.running()) {
@@ -391,7 +412,7 @@ impl PyVm {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        // A lock that is taken belongs to a call in progress, which refers to this object: it is no garbage.
+        // If the lock is taken, a call is in progress; it refers to this object, which therefore is no garbage.
         if let Ok(Some(callbacks)) = self.0.callbacks.try_lock().as_deref() {
             callbacks.judge.traverse(&visit)?;
             if let Some(policy) = &callbacks.policy {
@@ -427,7 +448,7 @@ fn callable(handler: Bound<'_, PyAny>) -> PyResult<Arc<Handler>> {
     }
 }
 
-/// As Python's own functions raise it: FileNotFoundError and its like, with the path.
+/// The OSError that Python's own functions would raise, such as FileNotFoundError, with the path.
 fn os_error(error: &std::io::Error, path: &std::path::Path) -> PyErr {
     match error.raw_os_error() {
         Some(errno) => {

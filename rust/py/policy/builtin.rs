@@ -21,7 +21,7 @@ use crate::interpreter::arguments;
 
 type Made<T> = PyResult<PyClassInitializer<T>>;
 
-/// A link around whatever `then` is.
+/// Makes a built-in policy that asks `then`, which may be a Python policy.
 fn link<T: PyClass<BaseType = PyBuiltin>>(
     class: T,
     then: Option<&Bound<'_, PyAny>>,
@@ -37,7 +37,7 @@ where
     Ok((class, PyBuiltin(judge)).into())
 }
 
-/// Converts whatever is asked for. It protects against nothing: the guest decides.
+/// Converts whatever the guest asks for. It protects nothing.
 #[pyclass(name = "Allow", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyAllow;
 
@@ -49,7 +49,7 @@ impl PyAllow {
     }
 }
 
-/// Refuses everything: no page changes hands. ``errno`` is in 1..=4095.
+/// Refuses every request, as ``Deny(errno)`` does. ``errno`` is in 1..=4095, else ValueError.
 #[pyclass(name = "DenyAll", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyDenyAll;
 
@@ -67,7 +67,9 @@ impl PyDenyAll {
     }
 }
 
-/// Converts what is asked for in so many words, and refuses what is merely touched, which may be a guest bug.
+/// Converts explicit requests as asked, and refuses implicit ones, which may be guest bugs.
+///
+/// An implicit request ends the run as "denied".
 #[pyclass(name = "ExplicitOnly", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyExplicitOnly;
 
@@ -79,10 +81,11 @@ impl PyExplicitOnly {
     }
 }
 
-/// Widens what ``then`` converts to whole blocks of ``size`` bytes, as far as memory goes.
+/// Widens what ``then`` converts to whole blocks of ``size`` bytes, up to the end of memory.
 ///
-/// Against a storm of exits: one for a block in place of one for each page. ``size`` is a power of two from 4096 on.
-/// Every page of the block that changes state loses its bytes, so this is for guests that use whole blocks alike.
+/// For guests that touch page after page: one exit for each block in place of one for each page. ``size`` is a power of
+/// two, at least 4096, else ValueError. Every page of the block that changes state loses its bytes, so it is only for
+/// guests that keep all pages of a block in one state.
 #[pyclass(name = "Align", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyAlign;
 
@@ -98,8 +101,8 @@ impl PyAlign {
 
 /// Refuses conversions after which more than ``max_shared`` bytes would be shared.
 ///
-/// Against a guest that exposes itself bit by bit. It is counted with the pages locked, so that no two vCPUs slip
-/// through together. An explicit request finds EINVAL, an implicit one ends the run as "denied".
+/// Bounds what a guest can expose. The bytes are counted with the pages locked, so that requests of several vCPUs
+/// cannot exceed it together. An explicit request gets EINVAL in RAX, an implicit one ends the run as "denied".
 #[pyclass(name = "Quota", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyQuota;
 
@@ -112,9 +115,11 @@ impl PyQuota {
     }
 }
 
-/// Lets pages become shared inside ``ranges`` only, ``(gpa, size)`` in bytes; EINVAL elsewhere.
+/// Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes.
 ///
-/// Against sharing anything but the buffers that are meant for it, such as a swiotlb window.
+/// For guests whose shared buffers lie in one place, such as a swiotlb window. Elsewhere an explicit request gets
+/// EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``. ``gpa``
+/// and ``size`` are multiples of 4096, else ValueError.
 #[pyclass(name = "Window", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyWindow;
 
@@ -134,10 +139,11 @@ impl PyWindow {
     }
 }
 
-/// Lets ``per_second`` requests through on average and ``burst`` at once.
+/// Lets ``per_second`` requests through on average, and ``burst`` at once.
 ///
-/// Against a guest that keeps the host busy converting. An explicit request above that finds EAGAIN, an implicit one
-/// waits, which slows down its own vCPU.
+/// Bounds the work that a guest's requests cause on the host. A request above the rate does not reach ``then``: an
+/// explicit one gets EAGAIN in RAX, an implicit one makes its vCPU wait. ``per_second`` is above 0 and ``burst`` at
+/// least 1, else ValueError.
 #[pyclass(name = "RateLimit", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyRateLimit;
 
@@ -162,7 +168,9 @@ impl PyRateLimit {
 
 /// Ends the run when a page is asked for in alternating states more than ``limit`` times in ``window`` seconds.
 ///
-/// Against two owners that fight over a page. The report's reason is the evidence: which page, how often, how fast.
+/// For pages that two owners in the guest fight over. The report's reason says which page, how often it changed
+/// direction and in what time. The last 256 ranges that were asked for are watched. ``limit`` is in 1..=65536 and
+/// ``window`` not negative, else ValueError.
 #[pyclass(name = "PingPong", module = "pagegate.policies", frozen, extends = PyBuiltin)]
 pub(crate) struct PyPingPong;
 

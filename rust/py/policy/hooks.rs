@@ -1,4 +1,4 @@
-//! A Python policy as the core sees it.
+//! A Python policy, as a policy of the core.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,7 +16,7 @@ use crate::interpreter::{errors, reuse};
 
 type Hook = Option<Py<PyAny>>;
 
-/// A policy's hooks, resolved once.
+/// A policy's hooks, looked up once.
 pub(crate) struct PyPolicy {
     memory_fault: Hook,
     map_gpa_range: Hook,
@@ -38,7 +38,7 @@ impl PyPolicy {
         })
     }
 
-    /// In the order of their names in Python.
+    /// The hooks, in the order of `pagegate.hooks.NAMES`.
     pub(crate) fn cloned(&self, py: Python<'_>) -> [Hook; 3] {
         let clone = |hook: &Hook| hook.as_ref().map(|hook| hook.clone_ref(py));
         [&self.memory_fault, &self.map_gpa_range, &self.memory_poison].map(clone)
@@ -67,7 +67,7 @@ impl PyPolicy {
     }
 }
 
-/// Asks about a poisoned page, which is rare.
+/// Asks about a poisoned page. That is rare, so the object is not reused and the request not counted.
 fn ask_about_poison(hook: &Py<PyAny>, poison: &ImplicitRequest) -> Result<Decision, Failure> {
     Python::attach(|py| {
         let request = Bound::new(py, PyMemoryPoison::of(poison))?;
@@ -76,7 +76,7 @@ fn ask_about_poison(hook: &Py<PyAny>, poison: &ImplicitRequest) -> Result<Decisi
     .map_err(errors::failure)
 }
 
-/// Frees what a thread keeps for asking hooks, for one that may not do so again.
+/// Frees the objects that this thread keeps for calling hooks. Called when it may not call hooks again.
 pub(crate) fn forget_requests(_attached: Python<'_>) {
     reuse::forget::<PyMemoryFault>();
     reuse::forget::<PyMapGpaRange>();

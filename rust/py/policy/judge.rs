@@ -1,4 +1,4 @@
-//! From a Python object to a policy of the core.
+//! Makes a policy of the core from any Python object that is one.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::hooks::PyPolicy;
 
-/// Whatever judges, as the core takes it, and what of Python that refers to.
+/// A policy as the core takes it, and the Python objects that it refers to.
 pub(crate) struct Judge {
     pub(crate) policy: Arc<dyn Policy>,
     /// Whether a request may enter Python.
@@ -19,7 +19,7 @@ pub(crate) struct Judge {
     held: Held,
 }
 
-/// What keeps a judge's Python objects alive: each is one reference, visited by one owner.
+/// The reference to a judge's Python objects. There is one, so that the garbage collector counts each object once.
 enum Held {
     Nothing,
     Hooks(Arc<Remember<PyPolicy>>),
@@ -27,7 +27,7 @@ enum Held {
 }
 
 impl Judge {
-    /// Of a built-in policy, of any object with hooks, or of nothing, which leaves all to the defaults.
+    /// For a built-in policy, an object with hooks, or `None`, which is `Allow`.
     pub(crate) fn of(policy: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         let Some(policy) = policy else {
             return Ok(Self::native(Arc::new(Allow)));
@@ -75,13 +75,15 @@ impl Judge {
     }
 }
 
-/// What all built-in policies are.
+/// The base class of the built-in policies.
 #[pyclass(name = "Builtin", module = "pagegate.policies", frozen, subclass)]
 pub(crate) struct PyBuiltin(pub(crate) Judge);
 
 #[pymethods]
 impl PyBuiltin {
-    /// The hooks of the Python policy at the end of the chain: memory_fault, map_gpa_range, memory_poison.
+    /// The Python policy's hooks at the end of the chain: memory_fault, map_gpa_range, memory_poison.
+    ///
+    /// ``None`` for each that there is not.
     #[getter]
     fn hooks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let hooks = self

@@ -1,4 +1,4 @@
-//! Policies: what hooks are asked and answer, and the built-in ones.
+//! Policies: requests, decisions, Python policies and the built-in ones.
 
 pub(crate) mod builtin;
 pub(crate) mod decision;

@@ -1,4 +1,4 @@
-//! What a hook is asked.
+//! The requests that hooks are called with.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
@@ -17,7 +17,7 @@ use crate::interpreter::reuse::{HookArgument, Spare};
 /// KVM_MEMORY_EXIT_FLAG_PRIVATE.
 const FLAG_PRIVATE: u64 = 1 << 3;
 
-/// What only tests and replays need: those of the machine are in order.
+/// Checks the pages of a request made in Python; the core makes only valid ones.
 fn pages(gpa: u64, size: u64) -> PyResult<Range> {
     Range::new(gpa, size).ok_or_else(|| {
         PyValueError::new_err(format!(
@@ -42,31 +42,35 @@ fn accessed(private: bool) -> State {
     }
 }
 
-/// An implicit request: an access met a page that is not in the accessed state (KVM_EXIT_MEMORY_FAULT).
+/// An implicit request: the guest accessed a page that is not in the accessed state.
 ///
-/// One can be made, to try a policy on it. ``flags`` are by default those of the access, ``state`` is the opposite of
-/// what was accessed. ``gpa`` and ``size`` are multiples of 4096. Raises ValueError.
+/// KVM reports it by KVM_EXIT_MEMORY_FAULT (attributes) or KVM_EXIT_MMIO (memslots).
+///
+/// One can be made to test a policy: ``flags`` are by default those of the access, ``state`` is the opposite of the
+/// accessed state. ``gpa`` and ``size`` are in bytes, multiples of 4096; ``errno`` is in 1..=4095. Raises ValueError.
 #[pyclass(name = "MemoryFault", module = "pagegate", frozen, get_all, subclass)]
 pub(crate) struct PyMemoryFault {
     /// Index of the vCPU.
     vcpu: Field<u32>,
-    /// The page, in bytes, shared bit stripped.
+    /// The page's address in bytes, without the shared bit.
     gpa: Field<u64>,
     /// Bytes: 4096 on x86.
     size: Field<u64>,
-    /// Whether the access was to the private side.
+    /// Whether the access was one to private memory, else to shared.
+    ///
+    /// With two views: whether it was through the private view. With one: what KVM's PRIVATE flag says.
     private: Field<bool>,
-    /// KVM_MEMORY_EXIT_FLAG_* as KVM reported them; PRIVATE is 8.
+    /// KVM_MEMORY_EXIT_FLAG_*, as KVM reports them or, with memslots, as it would; PRIVATE is 8.
     flags: Field<u64>,
-    /// EFAULT; EHWPOISON for poison.
+    /// EFAULT (14); EHWPOISON (133) for a poisoned page.
     errno: Field<i32>,
     /// The page's present state.
     state: Field<RangeState>,
     /// The guest's instruction pointer.
     rip: Field<u64>,
-    /// How often this very fault came before with no change of its page in between; 0 the first time.
+    /// How often this same fault came before, in a row, with no change of its page; 0 for the first one.
     repeats: Field<u32>,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
+    /// When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: Field<u64>,
 }
 
@@ -114,7 +118,7 @@ impl HookArgument for PyMemoryFault {
 }
 
 impl PyMemoryFault {
-    /// What the core would ask about, in a machine with so much memory.
+    /// The core's request, in a machine with this many bytes of memory.
     pub(crate) fn fault(&self, memory: u64) -> PyResult<ImplicitRequest> {
         Ok(ImplicitRequest {
             vcpu: self.vcpu.get(),
@@ -199,9 +203,9 @@ impl PyMemoryFault {
     }
 }
 
-/// An access met a poisoned page (EHWPOISON). No conversion repairs that: ``Convert`` is no answer here.
+/// The guest accessed a poisoned page (EHWPOISON). ``Convert`` is no answer: it does not repair the page.
 ///
-/// One can be made, as a ``MemoryFault``; ``state`` is by default what was accessed.
+/// One can be made, as a ``MemoryFault``; ``state`` is by default the accessed one.
 #[pyclass(name = "MemoryPoison", module = "pagegate", frozen, extends = PyMemoryFault)]
 pub(crate) struct PyMemoryPoison;
 
@@ -237,27 +241,31 @@ impl PyMemoryPoison {
     }
 }
 
-/// An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE. Malformed ones find EINVAL and reach no policy.
+/// An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE, by hypercall or doorbell.
 ///
-/// One can be made, to try a policy on it. ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
+/// A malformed one gets EINVAL in RAX and reaches no policy.
+///
+/// One can be made to test a policy: ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
 /// ``state`` is by default the opposite of ``to``. Raises ValueError.
 #[pyclass(name = "MapGpaRange", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyMapGpaRange {
     /// Index of the vCPU.
     vcpu: Field<u32>,
-    /// Start in bytes, shared bit stripped; a multiple of 4096.
+    /// Start in bytes, a multiple of 4096, without the shared bit.
     gpa: Field<u64>,
-    /// Bytes; a multiple of 4096. The whole range lies in memory.
+    /// Length in bytes, a multiple of 4096. The whole range lies in guest memory.
     size: Field<u64>,
-    /// What the guest wants the pages to be.
+    /// The state that the guest asks for.
     to: Field<RangeState>,
-    /// The guest's hint: 4096, 2 MiB or 1 GiB.
+    /// The guest's page size hint in bytes: 4096, 2 MiB or 1 GiB.
     page_size: Field<u64>,
-    /// RDX: bits 3:0 are the hint, bit 4 is "encrypted".
+    /// RDX: bits 3:0 are the page size hint, bit 4 (encrypted) asks for private.
     raw: Field<u64>,
-    /// The state of the range. If it is another when its turn comes, the policy is asked again, up to 16 times.
+    /// The state of the range when the policy is asked.
+    ///
+    /// If the pages change while the policy decides, it is asked again, up to 16 times; then the guest gets EAGAIN.
     state: Field<RangeState>,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
+    /// When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: Field<u64>,
 }
 
@@ -301,7 +309,7 @@ impl HookArgument for PyMapGpaRange {
 }
 
 impl PyMapGpaRange {
-    /// What the core would ask about, in a machine with so much memory.
+    /// The core's request, in a machine with this many bytes of memory.
     pub(crate) fn call(&self, memory: u64) -> PyResult<ExplicitRequest> {
         Ok(ExplicitRequest {
             vcpu: self.vcpu.get(),
@@ -316,9 +324,9 @@ impl PyMapGpaRange {
     }
 }
 
-fn standing(word: &str) -> PyResult<RangeState> {
+fn range_state(word: &str) -> PyResult<RangeState> {
     let all = [RangeState::Shared, RangeState::Private, RangeState::Mixed];
-    arguments::choose(word, "state", all.map(|standing| (standing.as_str(), standing)))
+    arguments::choose(word, "state", all.map(|state| (state.as_str(), state)))
 }
 
 #[pymethods]
@@ -340,7 +348,7 @@ impl PyMapGpaRange {
     ) -> PyResult<Self> {
         let range = pages(gpa, size)?;
         let to = arguments::state(to, "to")?;
-        let state = state.map_or(Ok(to.other().into()), standing)?;
+        let state = state.map_or(Ok(to.other().into()), range_state)?;
         let implied = map_gpa_range::attributes(to, page_size).ok_or_else(|| {
             PyValueError::new_err(format!("page_size is {page_size:#x}: it must be 4 KiB, 2 MiB or 1 GiB"))
         })?;

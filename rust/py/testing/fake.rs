@@ -10,20 +10,20 @@ use pyo3::types::PyBytes;
 
 use crate::interpreter::arguments;
 
-/// What a vCPU of a Fake does next.
+/// One step of a script: what a vCPU of a Fake does next.
 #[pyclass(name = "Step", module = "pagegate.testing", frozen, from_py_object)]
 #[derive(Clone)]
 pub(crate) struct PyStep(Step);
 
 #[pymethods]
 impl PyStep {
-    /// KVM_RUN fails and writes nothing.
+    /// KVM_RUN fails with ``errno`` and does not write kvm_run.
     #[staticmethod]
     fn fail(errno: i32) -> Self {
         Self(Step::Fail(errno))
     }
 
-    /// KVM_RUN ends with this exit_reason, these first words of the union, and this errno.
+    /// KVM_RUN ends with this exit_reason, these first words of kvm_run's union, and this errno (0: success).
     #[staticmethod]
     #[pyo3(signature = (reason, words = (0, 0, 0), *, errno = 0), text_signature = "(reason, words=(0, 0, 0), *, errno=0)")]
     fn exit(reason: u32, words: (u64, u64, u64), errno: i32) -> Self {
@@ -34,7 +34,7 @@ impl PyStep {
         })
     }
 
-    /// KVM_EXIT_MEMORY_FAULT, once.
+    /// KVM_EXIT_MEMORY_FAULT, once, whatever state the page is in.
     #[staticmethod]
     #[pyo3(signature = (gpa, *, flags = 8, size = 4096, errno = 14))]
     fn memory_fault(gpa: u64, flags: u64, size: u64, errno: i32) -> Self {
@@ -45,7 +45,7 @@ impl PyStep {
         })
     }
 
-    /// An access, as KVM would treat it with its slots and attributes; again after a fault.
+    /// An access that faults or not as the slots and attributes have it; it is executed again after a fault.
     #[staticmethod]
     #[pyo3(signature = (gpa, *, write = false))]
     fn access(gpa: u64, write: bool) -> Self {
@@ -59,21 +59,21 @@ impl PyStep {
         Self(Step::Hypercall([nr, gpa, pages, attributes]))
     }
 
-    /// The same by port. Reply: RAX.
+    /// The same request by the doorbell. Reply: RAX.
     #[staticmethod]
     #[pyo3(signature = (gpa, pages, attributes, *, nr = 12))]
     fn doorbell(gpa: u64, pages: u64, attributes: u64, nr: u64) -> Self {
         Self(Step::Doorbell([nr, gpa, pages, attributes]))
     }
 
-    /// OUT, or OUTS of several.
+    /// OUT, or OUTS if ``data`` is more than ``size`` bytes.
     #[staticmethod]
     #[pyo3(signature = (port, data, *, size = 1))]
     fn io_write(port: u16, data: Vec<u8>, size: u8) -> PyResult<Self> {
         io(port, true, size, data)
     }
 
-    /// IN, or INS of several. Reply: the data.
+    /// IN, or INS if ``count`` is above 1. Reply: the data.
     #[staticmethod]
     #[pyo3(signature = (port, *, size = 1, count = 1))]
     fn io_read(port: u16, size: u8, count: usize) -> PyResult<Self> {
@@ -85,22 +85,25 @@ impl PyStep {
         )
     }
 
-    /// KVM_RUN does not return until it is kicked.
+    /// KVM_RUN does not return until the vCPU is kicked.
     #[staticmethod]
     fn block() -> Self {
         Self(Step::Block)
     }
 
+    /// HLT.
     #[staticmethod]
     fn halt() -> Self {
         Self(Step::Halt)
     }
 
+    /// A triple fault: KVM_EXIT_SHUTDOWN.
     #[staticmethod]
     fn shutdown() -> Self {
         Self(Step::Shutdown)
     }
 
+    /// KVM_EXIT_INTERNAL_ERROR.
     #[staticmethod]
     fn internal_error(suberror: u32) -> Self {
         Self(Step::InternalError(suberror))
@@ -126,7 +129,7 @@ fn io(port: u16, write: bool, size: u8, data: Vec<u8>) -> PyResult<PyStep> {
     }))
 }
 
-/// What a vCPU of a Fake found as the answer to a step.
+/// What a vCPU of a Fake got as the answer to a step.
 #[pyclass(name = "Reply", module = "pagegate.testing", frozen)]
 pub(crate) struct PyReply(Reply);
 
@@ -138,12 +141,13 @@ impl PyReply {
         self.0.step
     }
 
+    /// The bytes: RAX, or the data that was read.
     #[getter]
     fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.0.value)
     }
 
-    /// ``data`` as a signed word, where it is eight bytes.
+    /// ``data`` as a signed integer if it is eight bytes, else ``None``.
     #[getter]
     fn value(&self) -> Option<i64> {
         Some(i64::from_le_bytes(self.0.value.as_slice().try_into().ok()?))
@@ -154,9 +158,9 @@ impl PyReply {
     }
 }
 
-/// A hypervisor that replays one script a vCPU, ``cycles`` times, and then halts.
+/// A hypervisor without KVM: each vCPU executes its script ``cycles`` times, then halts.
 ///
-/// ``private_memory``: like a host with attributes, or like one without. ``memslots``: how many there are.
+/// ``private_memory``: whether it acts as a host with private memory. ``memslots``: how many a VM can have.
 #[pyclass(name = "Fake", module = "pagegate.testing", frozen)]
 pub(crate) struct PyFake(Arc<FakeVm>);
 
@@ -194,9 +198,10 @@ impl PyFake {
         )))
     }
 
-    /// Makes a call fail, after ``after`` more that go well; all the later ones too if ``forever``.
+    /// Makes a call fail with ``errno``, after ``after`` more calls that succeed.
     ///
-    /// ``half_done``: it does its work on the first half of its range all the same.
+    /// ``forever``: all later ones fail too. ``half_done``: before it fails it does its work on the first half of its
+    /// range.
     #[pyo3(signature = (call, errno, *, after = 0, half_done = false, forever = false))]
     fn inject(&self, call: &str, errno: i32, after: u64, half_done: bool, forever: bool) -> PyResult<()> {
         self.0.inject(Injection {
@@ -209,29 +214,29 @@ impl PyFake {
         Ok(())
     }
 
-    /// The answers so far; none are kept with ``cycles`` above 1.
+    /// The answers that a vCPU got so far; none are kept if ``cycles`` is above 1.
     #[pyo3(signature = (vcpu = 0))]
     fn replies(&self, vcpu: usize) -> Vec<PyReply> {
         self.0.replies(vcpu).into_iter().map(PyReply).collect()
     }
 
-    /// Whether the page carries PRIVATE.
+    /// Whether the page at ``gpa`` has the attribute PRIVATE.
     fn is_private(&self, gpa: u64) -> bool {
         self.0.is_private(gpa)
     }
 
-    /// ``None`` without a slot; else whether a guest_memfd is bound to it.
+    /// Whether the memslot at ``gpa`` has a guest_memfd; ``None`` if there is no memslot.
     fn slot_at(&self, gpa: u64) -> Option<bool> {
         self.0.slot_at(gpa)
     }
 
-    /// How many slots there are.
+    /// How many memslots there are.
     #[getter]
     fn slots(&self) -> usize {
         self.0.slot_count()
     }
 
-    /// How many calls were made.
+    /// How many calls of this kind were made.
     fn calls(&self, call: &str) -> PyResult<u64> {
         Ok(self.0.calls(self::call(call)?))
     }

@@ -1,4 +1,4 @@
-//! What `pagegate.testing` is made of.
+//! The native part of `pagegate.testing`.
 
 pub(crate) mod fake;
 pub(crate) mod trial;

@@ -1,4 +1,4 @@
-//! A policy on trial: requests that no guest made, and what would come of them.
+//! Asking a policy without a machine.
 
 use pagegate_core::memory::address::State;
 use pagegate_core::policy::trial::{Question, Trial};
@@ -12,7 +12,7 @@ use crate::policy::hooks::forget_requests;
 use crate::policy::judge::Judge;
 use crate::policy::request::{PyMapGpaRange, PyMemoryFault, PyMemoryPoison};
 
-/// Asks a policy as a machine does, without one, and carries its decisions out on a map of states.
+/// Asks a policy without a machine, and carries its decisions out on a map of page states.
 #[pyclass(name = "Trial", module = "pagegate.testing", frozen)]
 pub(crate) struct PyTrial {
     judge: Judge,
@@ -37,7 +37,7 @@ impl PyTrial {
         })
     }
 
-    /// What the policy decides; what it converts is converted here. ValueError for a request outside memory.
+    /// Asks the policy, and converts in the map what it converts. ValueError for a request outside memory.
     fn judge(&self, py: Python<'_>, request: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
         let memory = self.trial.memory();
         let question = if let Ok(call) = request.cast::<PyMapGpaRange>() {
@@ -50,12 +50,12 @@ impl PyTrial {
             }
         };
         let decision = self.trial.judge(&question);
-        // This thread may ask never again.
+        // This thread may never call a hook again.
         forget_requests(py);
         decision::write(py, decision.map_err(|error| errors::raise(py, error))?)
     }
 
-    /// The state of a range of whole pages: "private", "shared" or "mixed".
+    /// The state of a range of whole pages.
     fn state(
         &self,
         py: Python<'_>,
@@ -67,7 +67,7 @@ impl PyTrial {
         Ok(RangeState::from(state).as_str())
     }
 
-    /// Maximal runs of one state as ``(gpa, size, state)``, ascending.
+    /// Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending.
     fn runs(&self) -> Vec<(u64, u64, &'static str)> {
         let runs = self.trial.runs().into_iter();
         runs.map(|run| (run.range.gpa(), run.range.size(), run.state.as_str()))

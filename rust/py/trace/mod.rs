@@ -1,4 +1,4 @@
-//! Recorded requests.
+//! Traces: recorded requests.
 
 pub(crate) mod recorded;
 pub(crate) mod recorder;

@@ -1,4 +1,4 @@
-//! Traces: read, made up, and written.
+//! Reading, generating and writing traces.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::events::arrow;
 use crate::events::event::PyEvent;
 use crate::interpreter::arguments;
 
-/// Some 15 GB of them.
+/// These take some 15 GB.
 const MOST_SYNTHETIC: u64 = 100_000_000;
 
 pub(crate) fn failed(error: TraceError) -> PyErr {
@@ -30,13 +30,13 @@ pub(crate) fn failed(error: TraceError) -> PyErr {
     }
 }
 
-/// Without the number, which an OSError shows by itself.
+/// The error's text without the number, which OSError adds itself.
 fn strerror(error: &std::io::Error) -> String {
     let text = error.to_string();
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
-/// What the caller says of the machine, in place of the trace.
+/// What the caller says about the machine; it replaces what the trace says.
 fn about(memory: Option<u64>, initial: Option<&str>) -> PyResult<Option<About>> {
     let initial = initial.map(|state| arguments::state(state, "initial")).transpose()?;
     match (memory, initial) {
@@ -52,9 +52,9 @@ fn about(memory: Option<u64>, initial: Option<&str>) -> PyResult<Option<About>> 
     }
 }
 
-/// Requests that were recorded, or made up, and the machine they were made in: a sequence, and an Arrow table.
+/// Requests that were recorded or generated, and facts about their machine: a sequence of events.
 ///
-/// A table by ``__arrow_c_stream__``, as ``vm.events``.
+/// It is also an Arrow table, by ``__arrow_c_stream__``, as ``vm.events``.
 #[pyclass(name = "Trace", module = "pagegate.trace", frozen)]
 pub(crate) struct PyTrace(pub(super) Arc<Trace>);
 
@@ -72,13 +72,13 @@ impl PyTrace {
         self.0.about.shared_bytes()
     }
 
-    /// It was read from an IPC stream that ends in the middle: whoever wrote it was killed.
+    /// Whether it was read from an IPC stream that ends in the middle, because its writer was killed.
     #[getter]
     fn truncated(&self) -> bool {
         self.0.truncated
     }
 
-    /// Writes it to a file: .parquet, .arrow (IPC file) or .arrows (IPC stream).
+    /// Writes it to a file that ends in .parquet, .arrow (IPC file) or .arrows (IPC stream).
     ///
     /// Raises OSError, and ValueError for another name.
     fn write(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
@@ -131,7 +131,7 @@ impl PyTrace {
     }
 }
 
-/// One event after the other.
+/// Iterates over the events of a trace.
 #[pyclass(name = "TraceIterator", module = "pagegate.trace", frozen)]
 pub(crate) struct PyTraceIterator {
     trace: Arc<Trace>,
@@ -150,11 +150,11 @@ impl PyTraceIterator {
     }
 }
 
-/// Reads a trace: a file of any of the formats, ``vm.events``, or any table that has their columns.
+/// Reads a trace from a file of any of the formats, ``vm.events``, or any Arrow table with their columns.
 ///
-/// ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table that lost its schema's
-/// metadata, which tell both. Of an IPC stream that ends in the middle what is there is read, and ``truncated`` says
-/// so. Raises OSError, and ValueError for what is no trace.
+/// ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table whose schema metadata, which
+/// has both, was lost. An IPC stream that ends in the middle is read up to there, and ``truncated`` is set. Raises
+/// OSError, TypeError for another ``source``, and ValueError for what is no trace.
 #[pyfunction]
 #[pyo3(signature = (source, *, memory = None, initial = None))]
 pub(crate) fn read_trace(
@@ -186,11 +186,12 @@ pub(crate) fn read_trace(
     Ok(PyTrace(Arc::new(trace.map_err(failed)?)))
 }
 
-/// A trace of ``requests`` requests that no guest made: a busy guest of 1 GiB that starts out private.
+/// Generates a trace of ``requests`` requests: a busy guest of 1 GiB that starts out private.
 ///
-/// Each is converted as asked. The same arguments give the same trace. Of a hundred requests about 60 share bounce
-/// buffers of 256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages
-/// privately and shared in turn (implicit), and 5 are for 2 MiB blocks (explicit).
+/// Each is converted as asked. The same arguments give the same trace. About 60 of 100 requests share bounce buffers of
+/// 256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages privately and
+/// shared in turn (implicit), and 5 are for 2 MiB blocks (explicit). ``requests`` is at most 100 million and ``vcpus``
+/// at least 1, else ValueError.
 #[pyfunction]
 #[pyo3(signature = (requests = 1_000_000, *, seed = 0, vcpus = 1))]
 pub(crate) fn synthetic_trace(

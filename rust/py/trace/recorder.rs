@@ -1,4 +1,4 @@
-//! A machine's events, written to a file while it runs.
+//! Writing a machine's events to a file while it runs.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,12 +11,14 @@ use super::recorded::failed;
 use crate::interpreter::arguments;
 use crate::machine::vm::PyVm;
 
-/// Writes a machine's events to a file while it runs, in a thread of its own, from the moment it is made.
+/// Writes a machine's events to a file while it runs, from now on, in a thread of its own.
 ///
-/// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); it is made, or emptied. The first two can be
-/// read once this is closed, the last at any time. No vCPU waits for it: what the log drops before it is written is
-/// counted, and so is what comes after ``limit`` events, for a guest asks as often as it likes. What cannot be written
-/// ends the run in progress as "stopped", and ``close`` says why. Raises OSError, and ValueError for another name.
+/// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
+/// two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
+/// before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
+/// cannot be written, the run in progress ends as "stopped" and ``close`` raises the error.
+///
+/// Raises OSError, and ValueError for another name.
 #[pyclass(name = "Recorder", module = "pagegate.trace", frozen)]
 pub(crate) struct PyRecorder {
     recorder: Mutex<Option<Recorder>>,
@@ -41,7 +43,7 @@ impl PyRecorder {
         let start = || {
             let about = About::now(machine.events(), machine.memory());
             let running = Arc::downgrade(&machine);
-            // What happens from now on would be off the record.
+            // Requests from now on would not be recorded.
             let failed = move || {
                 if let Some(machine) = running.upgrade() {
                     machine.stop();
@@ -62,19 +64,19 @@ impl PyRecorder {
         })
     }
 
-    /// Events that are in the file, once it is closed.
+    /// Events that are in the file; 0 until it is closed.
     #[getter]
     fn written(&self) -> u64 {
         lock(&self.recorded).written
     }
 
-    /// Events that are not in the file: dropped by the log before, or above the limit. Once it is closed.
+    /// Events that are not in the file: dropped by the log, or above ``limit``. 0 until it is closed.
     #[getter]
     fn lost(&self) -> u64 {
         lock(&self.recorded).lost
     }
 
-    /// Writes what there is and closes the file. Raises OSError if anything could not be written. Once is enough.
+    /// Writes the remaining events and closes the file; a second call does nothing. Raises OSError.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let Some(recorder) = lock(&self.recorder).take() else {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The requests of a trace, put to other policies.
+//! Putting the requests of a trace to other policies.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::policy::decision;
 use crate::policy::hooks::forget_requests;
 use crate::policy::judge::Judge;
 
-/// What a policy made of all requests of a trace.
+/// What a policy decided on the requests of a trace, in counts.
 #[pyclass(name = "Judged", module = "pagegate.trace", frozen, get_all, eq)]
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct PyJudged {
@@ -33,11 +33,11 @@ pub(crate) struct PyJudged {
     bytes_to_private: u64,
     /// Bytes that became shared.
     bytes_to_shared: u64,
-    /// The most bytes that were shared at any time.
+    /// The most bytes that were shared at a time.
     peak_shared: u64,
-    /// Conversions that turned pages back: of which some had been converted before.
+    /// Conversions of pages of which some had been converted before.
     ping_pongs: u64,
-    /// The sequence number of the first request at which the run would have ended; ``None`` if at none.
+    /// Sequence number of the first request at which the run would have ended; ``None`` if at none.
     ends: Option<u64>,
     /// Decisions that are not the recorded ones.
     differences: u64,
@@ -81,12 +81,12 @@ impl PyJudged {
     }
 }
 
-/// A request on which the policies and the record do not agree.
+/// A request on which the policies and the recording do not agree.
 #[pyclass(name = "Difference", module = "pagegate.trace", frozen, get_all)]
 pub(crate) struct PyDifference {
     /// The request, with what was decided when it was recorded.
     event: Py<PyEvent>,
-    /// What each policy decided, in their order.
+    /// What each policy decided, in the order of the policies.
     decisions: Py<PyTuple>,
 }
 
@@ -98,20 +98,20 @@ impl PyDifference {
     }
 }
 
-/// What a replay found.
+/// The result of a replay.
 #[pyclass(name = "Replay", module = "pagegate.trace", frozen, get_all)]
 pub(crate) struct PyReplay {
     /// Requests that were put to each policy.
     requests: u64,
-    /// Requests that the trace lacks, by the sequence numbers of the others.
+    /// Requests that are not in the trace, by the gaps between the sequence numbers.
     missing: u64,
     /// What was decided and done when the trace was recorded.
     recorded: Py<PyJudged>,
-    /// What each policy would have decided and done, in their order.
+    /// What each policy would have decided and done, in the order of the policies.
     policies: Py<PyTuple>,
-    /// Requests on which the policies and the record disagree: the first ones.
+    /// The first requests on which the policies and the recording do not agree.
     differences: Py<PyTuple>,
-    /// How many there are in all.
+    /// Number of all such requests.
     different: u64,
 }
 
@@ -125,12 +125,12 @@ impl PyReplay {
     }
 }
 
-/// Puts the requests of a trace to each of these policies, in the order in which the recorded one was asked.
+/// Puts the requests of a trace to each policy, in the order in which the recorded one was asked.
 ///
 /// No KVM is needed, and a chain of built-in policies never enters Python. ``trace`` is a Trace, or what ``read``
-/// takes. ``policies`` are as for ``Vm``; each keeps states of its own, and ``remember=`` is remembered. ``keep``: how
-/// many of the differences are kept. The requests stay as they were, whatever a policy decides: of a guest that is
-/// refused something, nobody knows what it would have asked next.
+/// takes. ``policies`` are as for ``Vm``; each has page states of its own, and decisions with ``remember=`` are
+/// remembered. ``keep``: how many differences are kept. The requests are always the recorded ones: what the guest would
+/// have asked for after another decision is not known.
 ///
 /// Raises what a hook raises, with notes; PolicyError; ValueError for what is no trace.
 #[pyfunction]

@@ -1,32 +1,32 @@
-//! What is put into memory before a guest starts: raw bytes, or an ELF file's segments.
+//! Images to load into guest memory: raw bytes, or the segments of an ELF file.
 
 use object::elf;
 use object::read::elf::{FileHeader, ProgramHeader};
 
 use crate::error::Error;
 
-/// A piece of an image.
+/// A contiguous part of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment<'a> {
-    /// Where it belongs.
+    /// The gpa that it is loaded at.
     pub gpa: u64,
-    /// What is in it.
+    /// Its content.
     pub bytes: &'a [u8],
-    /// Zeroes that follow.
+    /// How many zero bytes follow it in memory.
     pub zeroes: u64,
 }
 
-/// Pieces, and where to begin.
+/// An image: its segments and its entry point.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image<'a> {
-    /// In the file's order.
+    /// In the order of the file.
     pub segments: Vec<Segment<'a>>,
-    /// The physical address of the first instruction.
+    /// The guest-physical address of the first instruction.
     pub entry: u64,
 }
 
 impl<'a> Image<'a> {
-    /// Bytes as they are, at `at`.
+    /// One segment with these bytes, loaded and entered at gpa `at`.
     pub fn raw(bytes: &'a [u8], at: u64) -> Self {
         let segments = vec![Segment {
             gpa: at,
@@ -36,15 +36,15 @@ impl<'a> Image<'a> {
         Self { segments, entry: at }
     }
 
-    /// Whether `bytes` begin like an ELF file.
+    /// Whether `bytes` begin with the magic number of ELF.
     pub fn is_elf(bytes: &[u8]) -> bool {
         bytes.starts_with(&elf::ELFMAG)
     }
 
-    /// The loadable segments of a 64-bit little-endian ELF file, at their physical addresses.
+    /// The loadable segments of an ELF file for x86-64, at their physical addresses (p_paddr).
     ///
     /// # Errors
-    /// `Invalid` for what is no such file, or one with nothing to load.
+    /// `Invalid` for any other file, or one that is damaged or has no such segment.
     pub fn elf(bytes: &'a [u8]) -> Result<Self, Error> {
         let broken = |error: object::Error| Error::Invalid(format!("not an x86-64 ELF file: {error}"));
         let header = elf::FileHeader64::<object::LittleEndian>::parse(bytes).map_err(broken)?;

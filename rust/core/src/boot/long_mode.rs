@@ -13,18 +13,19 @@ const ENTRIES: usize = 512;
 const LARGE_PAGE: u64 = 2 << 20;
 const GIB_SHIFT: u32 = 30;
 const PML4_SHIFT: u32 = 39;
-/// Above this bit a linear address that equals its gpa is not canonical.
+/// The highest bit that a gpa may have set to be mapped at the same linear address: above it that is not canonical.
 const HIGHEST_IDENTITY_BIT: u32 = 46;
 
 const CODE64_DESCRIPTOR: u64 = 0x00af_9b00_0000_ffff;
 const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
 
-/// The page tables and the GDT of mode "long", and where they belong.
+/// The page tables and the GDT of mode "long", to be written to guest memory.
 pub struct Tables {
-    /// Their first byte, without the shared bit.
+    /// The gpa that they are to be at, without the shared bit.
     pub gpa: u64,
-    /// Whole pages.
+    /// Their bytes: whole pages.
     pub bytes: Vec<u8>,
+    /// The GDT's address, in the shared view.
     pub(crate) gdt: u64,
 }
 
@@ -35,13 +36,13 @@ struct Builder {
 }
 
 impl Builder {
-    /// The address of a table's page as the CPU must walk it: a page walk never asks for a conversion.
+    /// A table's address in the shared view, which its page is in: walking the page tables is never a request.
     fn address(&self, page: usize) -> u64 {
         self.views.address(self.base + page as u64 * PAGE_SIZE, State::Shared)
     }
 
-    /// The table that `entry` of `table` points to, made if need be.
-    fn below(&mut self, table: usize, entry: u64, next: &mut usize) -> usize {
+    /// The index of the table that `entry` of `table` refers to. Without one it becomes the table `next`.
+    fn child(&mut self, table: usize, entry: u64, next: &mut usize) -> usize {
         let entry = (entry as usize) % ENTRIES;
         let present = self.pages[table][entry];
         if present != 0 {
@@ -53,10 +54,10 @@ impl Builder {
         page
     }
 
-    /// Maps the GiB at `at` to itself.
-    fn gib(&mut self, at: u64, next: &mut usize) {
-        let pdpt = self.below(0, at >> PML4_SHIFT, next);
-        let pd = self.below(pdpt, at >> GIB_SHIFT, next);
+    /// Identity-maps the GiB at `at`.
+    fn map_gib(&mut self, at: u64, next: &mut usize) {
+        let pdpt = self.child(0, at >> PML4_SHIFT, next);
+        let pd = self.child(pdpt, at >> GIB_SHIFT, next);
         for (i, entry) in self.pages[pd].iter_mut().enumerate() {
             *entry = ((at >> GIB_SHIFT << GIB_SHIFT) + i as u64 * LARGE_PAGE) | ENTRY_LARGE;
         }
@@ -66,7 +67,7 @@ impl Builder {
 /// PML4; PDPT and PD of the private views; PDPT and PD of the shared ones; the GDT last.
 const TABLE_PAGES: usize = 6;
 
-/// Builds the tables for this memory.
+/// Builds page tables that identity-map the first GiB of each view, and a GDT. They go to the top of memory.
 ///
 /// # Errors
 /// `Invalid` for memory without room for them, `NotSupported` for a shared bit that long mode cannot map.
@@ -88,9 +89,9 @@ pub fn tables(views: Views) -> Result<Tables, Error> {
         views,
     };
     let mut next = 1;
-    builder.gib(0, &mut next);
+    builder.map_gib(0, &mut next);
     if views.split() {
-        builder.gib(views.shared_mask(), &mut next);
+        builder.map_gib(views.shared_mask(), &mut next);
     }
     let gdt = TABLE_PAGES - 1;
     builder.pages[gdt][usize::from(CODE_SELECTOR / 8)] = CODE64_DESCRIPTOR;

@@ -18,13 +18,13 @@ pub enum CpuMode {
     Real,
     /// 32 bits, flat segments, no paging.
     Protected,
-    /// 64 bits, the first GiB and its shared views mapped to themselves.
+    /// 64 bits, with the first GiB of each view identity-mapped.
     Long,
 }
 
 impl CpuMode {
-    /// The first address that an instruction pointer cannot have in this mode.
-    pub(crate) fn reach(self) -> u64 {
+    /// The first value that RIP cannot have in this mode.
+    pub(crate) fn rip_end(self) -> u64 {
         match self {
             CpuMode::Real => 1 << 16,
             CpuMode::Protected => 1 << 32,
@@ -55,7 +55,7 @@ fn set_segments(sregs: &mut kvm_sregs, code: u16, data: u16, bits: u8) {
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
 }
 
-/// The special registers for `mode`, from those after reset.
+/// The special registers (KVM_SET_SREGS) to start in `mode` with, made from those after reset.
 pub fn sregs(mode: CpuMode, reset: &kvm_sregs, tables: Option<&Tables>, views: Views) -> kvm_sregs {
     let mut sregs = *reset;
     match (mode, tables) {
@@ -72,17 +72,17 @@ pub fn sregs(mode: CpuMode, reset: &kvm_sregs, tables: Option<&Tables>, views: V
             sregs.efer = EFER_LME | EFER_LMA;
             sregs.gdt.base = tables.gdt;
             sregs.gdt.limit = 3 * 8 - 1;
-            // No IDT: an exception is a triple fault, which ends the run as "shutdown".
+            // No IDT: any exception becomes a triple fault, which ends the run as "shutdown".
             sregs.idt.limit = 0;
         }
     }
     sregs
 }
 
-/// The general registers, as named by the caller.
+/// The general registers to start with; `given` system and segment registers are set in `sregs`.
 ///
 /// # Errors
-/// A name that is none, a value that does not fit the mode, with what would do.
+/// `Invalid` for a register that does not exist, and for a selector of more than 16 bits.
 pub(crate) fn regs(given: &[(String, u64)], stack: u64, sregs: &mut kvm_sregs) -> Result<kvm_regs, Error> {
     let mut regs = kvm_regs {
         rflags: RFLAGS_FIXED,

@@ -1,4 +1,4 @@
-//! Who answers port IO, and MMIO outside of memory.
+//! The bus: which handler answers a port, or an MMIO range outside of guest memory.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
@@ -12,31 +12,32 @@ use crate::hypervisor::exit::{Io, Mmio};
 use crate::hypervisor::hypercall::DOORBELL_PORT;
 use crate::memory::views::Views;
 
-/// Answers port IO. Called on vCPU threads.
+/// Answers port IO. Called on vCPU threads, several at once.
 pub trait IoHandler: Send + Sync {
-    /// `data` is what a write wrote, or what a read is to read: `io.len()` bytes.
+    /// `data` holds what an OUT wrote, or takes what an IN is to read: `io.len()` bytes.
     ///
     /// # Errors
     /// A failure ends the run.
     fn io(&self, vcpu: u32, io: &Io, data: &mut [u8]) -> Result<(), Failure>;
 }
 
-/// Answers MMIO. Called on vCPU threads.
+/// Answers MMIO. Called on vCPU threads, several at once.
 pub trait MmioHandler: Send + Sync {
-    /// `data` is what a store stored, or what a load is to load: `mmio.len` bytes.
+    /// `data` holds what a store wrote, or takes what a load is to read: `mmio.len` bytes.
     ///
     /// # Errors
     /// A failure ends the run.
     fn mmio(&self, vcpu: u32, mmio: &Mmio, data: &mut [u8]) -> Result<(), Failure>;
 }
 
-/// Bytes, and who answers there.
+/// The size of a range in bytes, and its handler.
 type Region = (u64, Arc<dyn MmioHandler>);
 
-/// The port that a vCPU used last, and who answers there: a guest that uses one does so again.
+/// The port that a vCPU used last, and its handler: a guest that uses a port uses it many times in a row.
 #[derive(Default)]
 pub(crate) struct KnownPort {
     port: u16,
+    /// The bus's version when the handler was looked up.
     version: u64,
     handler: Option<Arc<dyn IoHandler>>,
 }
@@ -44,15 +45,23 @@ pub(crate) struct KnownPort {
 #[derive(Default)]
 pub(crate) struct Bus {
     ports: RwLock<HashMap<u16, Arc<dyn IoHandler>>>,
-    /// Grows with every change of the ports.
+    /// Counts changes of `ports`, so that a [`KnownPort`] can tell whether it is out of date.
     version: AtomicU64,
+    /// By the first gpa. No two overlap.
     mmio: RwLock<BTreeMap<u64, Region>>,
 }
 
 impl Bus {
-    /// Who answers a port, through what the calling vCPU remembers.
+    /// The handler of a port, if it is the one that the calling vCPU used last.
+    #[inline]
+    pub(crate) fn handler_if_known<'a>(&self, port: u16, known: &'a KnownPort) -> Option<&'a dyn IoHandler> {
+        let is_known = known.port == port && known.version == self.version.load(Ordering::Acquire);
+        known.handler.as_deref().filter(|_| is_known)
+    }
+
+    /// The handler of a port. `known` is the calling vCPU's own; it spares the lock while the port stays the same.
     pub(crate) fn port<'a>(&self, port: u16, known: &'a mut KnownPort) -> Option<&'a dyn IoHandler> {
-        // Acquire: a change that is counted is there to be read.
+        // Acquire: the lookup below sees every change that this version counts.
         let version = self.version.load(Ordering::Acquire);
         if known.port != port || known.version != version {
             *known = KnownPort {
@@ -64,6 +73,7 @@ impl Bus {
         known.handler.as_deref()
     }
 
+    /// The handler of an access, if one range holds all of it.
     pub(crate) fn mmio(&self, gpa: u64, len: u64) -> Option<Arc<dyn MmioHandler>> {
         let regions = self.mmio.read();
         let (start, (size, handler)) = regions.range(..=gpa).next_back()?;
@@ -111,7 +121,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Lets go of all handlers.
+    /// Removes all handlers.
     pub(crate) fn clear(&self) {
         self.ports.write().clear();
         self.version.fetch_add(1, Ordering::Release);

@@ -1,3 +1,3 @@
-//! What a guest reaches by port IO and MMIO.
+//! Devices: what answers a guest's port IO and MMIO.
 
 pub mod bus;

@@ -1,7 +1,7 @@
-//! Room for some events, one column beside the other, written by one vCPU and read by anybody meanwhile.
+//! A chunk: memory for a fixed number of events in columns. One vCPU writes it, and any thread may read it meanwhile.
 //!
-//! A row that was published never changes, so an Arrow array can lie over the rows of a column without a copy, while the
-//! rows behind it are still being written.
+//! A published row does not change any more, so an Arrow array can use the published part of a column without a copy,
+//! while the rows after it are still being written.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
@@ -17,17 +17,17 @@ use super::event::Event;
 use super::table;
 use crate::memory::address::State;
 
-/// Rows of a chunk: events that are dropped at once, and that memory is taken for at once.
+/// Rows of a chunk, the unit in which the log allocates and reuses memory.
 pub(super) const ROWS: usize = 1024;
 
 pub(super) struct Chunk {
-    /// Rows that are published.
+    /// How many rows are published.
     len: AtomicUsize,
     columns: Box<Columns>,
 }
 
-/// Fixed sizes, so that a row's places are known without arithmetic on every column. Each column is longer than its rows
-/// by a cache line: else those of one row would all meet in one set of the cache.
+/// Fixed sizes, so that the address of a value takes no arithmetic at run time. Each column has a cache line more than
+/// its rows need: otherwise all values of a row would map to the same set of the cache.
 struct Columns {
     words: [[AtomicU64; ROWS + LINE / 8]; WORDS],
     halves: [[AtomicU32; ROWS + LINE / 4]; HALVES],
@@ -37,7 +37,7 @@ struct Columns {
 const LINE: usize = 64;
 
 impl Columns {
-    /// Memory that the kernel has zeroed need not be written once more.
+    /// All zero. `alloc_zeroed` gets zeroed pages from the kernel, which need not be written again.
     fn zeroes() -> Box<Self> {
         let layout = Layout::new::<Self>();
         // SAFETY: the layout's size is not zero.
@@ -45,7 +45,7 @@ impl Columns {
         if memory.is_null() {
             handle_alloc_error(layout);
         }
-        // SAFETY: it was just allocated with this layout, and zeroes are valid for what it holds.
+        // SAFETY: it was just allocated with this layout, and atomics may be all zero.
         unsafe { Box::from_raw(memory.cast()) }
     }
 }
@@ -57,8 +57,8 @@ pub(super) struct Draft<'a> {
 }
 
 impl Draft<'_> {
-    /// What was asked for: the first page, and the state that it was to become.
-    pub(super) fn wanted(&self) -> (u64, State) {
+    /// What was asked for: the first gpa, and the state.
+    pub(super) fn asked_for(&self) -> (u64, State) {
         let to = self.columns.bytes[byte::TO][self.at].load(Ordering::Relaxed);
         let to = if to == State::Private as u8 {
             State::Private
@@ -98,24 +98,24 @@ impl Chunk {
         self.len.load(Ordering::Acquire)
     }
 
-    /// A row that is not published yet, to be written by one thread.
+    /// A row that is not published yet, for the one thread that writes this chunk.
     #[inline]
     pub(super) fn row(&self, at: usize) -> Draft<'_> {
-        debug_assert!(at >= self.len(), "a row that is published does not change");
+        debug_assert!(at >= self.len(), "a published row does not change");
         Draft {
             columns: &self.columns,
-            // Which it is already; this way it need not be looked at once for each column.
+            // `at` is below ROWS already. This spares a bounds check for each column.
             at: at % ROWS,
         }
     }
 
-    /// Whoever finds the first `len` rows published finds what was written to them.
+    /// Publishes the first `len` rows. A thread that reads this `len` sees what was written to them.
     #[inline]
     pub(super) fn publish(&self, len: usize) {
         self.len.store(len, Ordering::Release);
     }
 
-    /// Makes it as new, for who has the only reference.
+    /// Unpublishes all rows. Takes the only reference, so nothing reads them any more.
     pub(super) fn clear(&mut self) {
         *self.len.get_mut() = 0;
     }
@@ -135,12 +135,9 @@ impl Chunk {
         row.event()
     }
 
-    /// The rows `[from, to)`, which are published, without a copy.
+    /// The rows `[from, to)` without a copy. They must be published.
     pub(super) fn batch(self: &Arc<Self>, from: usize, to: usize) -> RecordBatch {
-        assert!(
-            from <= to && to <= self.len(),
-            "rows that are not published may still change"
-        );
+        assert!(from <= to && to <= self.len(), "unpublished rows may still change");
         table::assemble(|source| self.column(source, from, to))
     }
 
@@ -152,11 +149,11 @@ impl Chunk {
         }
     }
 
-    /// A buffer over published values, which are a part of this chunk.
+    /// A buffer that uses published values of this chunk in place.
     fn over<T>(self: &Arc<Self>, values: &[T]) -> Buffer {
         let start = NonNull::from(values).cast();
-        // SAFETY: the memory belongs to this chunk, which the buffer keeps alive. The values are published, and those
-        // are written again only after `clear`, which takes the only reference there is.
+        // SAFETY: the memory belongs to this chunk, which the buffer keeps alive. The values are published, so they are
+        // written again only after `clear`, which takes the only reference.
         unsafe { Buffer::from_custom_allocation(start, size_of_val(values), self.clone()) }
     }
 }

@@ -1,4 +1,4 @@
-//! Events as columns: what they are called in an Arrow table, and of which type each is.
+//! The columns of events: their names and types in an Arrow table, and the mapping from and to [`Event`].
 
 use std::sync::{Arc, LazyLock};
 
@@ -7,7 +7,7 @@ use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use super::event::{Asked, Done, Event, Kind, Outcome, RecordedDecision, Verdict};
 use crate::memory::address::State;
 
-/// Which of the columns of words, of halves and of bytes has what.
+/// Indices of the 64-bit columns (words).
 pub(super) mod word {
     pub const SEQUENCE: usize = 0;
     pub const TIME: usize = 1;
@@ -22,6 +22,7 @@ pub(super) mod word {
     pub const LATENCY: usize = 10;
 }
 
+/// Indices of the 32-bit columns (halves).
 pub(super) mod half {
     pub const VCPU: usize = 0;
     pub const PAGE_SIZE: usize = 1;
@@ -32,6 +33,7 @@ pub(super) mod half {
     pub const ERRNO: usize = 6;
 }
 
+/// Indices of the 8-bit columns (bytes).
 pub(super) mod byte {
     pub const KIND: usize = 0;
     pub const TO: usize = 1;
@@ -48,7 +50,7 @@ pub(super) const WORDS: usize = word::LATENCY + 1;
 pub(super) const HALVES: usize = half::ERRNO + 1;
 pub(super) const BYTES: usize = byte::DONE_TO + 1;
 
-/// An event as its columns hold it.
+/// One event's value in each column.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Row {
     pub words: [u64; WORDS],
@@ -56,19 +58,20 @@ pub(super) struct Row {
     pub bytes: [u8; BYTES],
 }
 
-/// Where in a [`Row`] a column's values are, and what they mean.
+/// Where in a [`Row`] the values of a table's column are, and what they are.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Source {
     Word(usize),
     Half(usize),
+    /// A half that holds an i32.
     Signed(usize),
     /// 0 or 1.
     Flag(usize),
-    /// The number of one of these.
+    /// A byte that stands for one of these names.
     Code(usize, Vocabulary),
 }
 
-/// A column of words has numbers in place of them.
+/// A set of names that a column holds as numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Vocabulary {
     Kinds,
@@ -77,6 +80,7 @@ pub(super) enum Vocabulary {
     Outcomes,
 }
 
+/// In column `state`, the number of a mixed one.
 const MIXED: u8 = 2;
 
 impl Vocabulary {
@@ -87,8 +91,8 @@ impl Vocabulary {
         Vocabulary::Outcomes,
     ];
 
-    /// The words, each at its number.
-    pub(super) fn words(self) -> Vec<&'static str> {
+    /// The names, each at the index that is its number.
+    pub(super) fn names(self) -> Vec<&'static str> {
         match self {
             Vocabulary::Kinds => Kind::ALL.map(Kind::as_str).to_vec(),
             Vocabulary::States => vec![State::Shared.as_str(), State::Private.as_str(), "mixed"],
@@ -98,7 +102,7 @@ impl Vocabulary {
     }
 }
 
-/// The columns, in order.
+/// The columns of a table, in order.
 pub(super) static COLUMNS: [(&str, Source); WORDS + HALVES + BYTES] = [
     ("sequence", Source::Word(word::SEQUENCE)),
     ("time", Source::Word(word::TIME)),
@@ -150,7 +154,7 @@ pub fn schema() -> SchemaRef {
     SCHEMA.clone()
 }
 
-/// Where the values of an event are put as they become known.
+/// A row to write to: each part of an event when it becomes known.
 pub(super) trait Cells {
     fn put_word(&mut self, column: usize, value: u64);
     fn put_half(&mut self, column: usize, value: u32);
@@ -247,7 +251,7 @@ impl From<&Event> for Row {
 }
 
 impl Row {
-    /// `None` where a number stands for nothing.
+    /// The event; `None` if a byte does not stand for a name of its column.
     pub(super) fn event(&self) -> Option<Event> {
         let [
             sequence,

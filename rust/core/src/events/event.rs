@@ -1,17 +1,17 @@
-//! One request, from exit to resume: what was asked, decided and done.
+//! An event: what was asked, decided and done for one request.
 
 use crate::errno::Errno;
 use crate::memory::address::{Range, State};
 use crate::policy::decision::{Convert, Decision};
 
-/// How a request came.
+/// What kind of request it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// By an access.
+    /// The guest touched a page in the wrong state.
     Implicit,
-    /// By KVM_HC_MAP_GPA_RANGE.
+    /// The guest asked, by KVM_HC_MAP_GPA_RANGE.
     Explicit,
-    /// An access to a poisoned page.
+    /// The guest touched a poisoned page.
     Poison,
 }
 
@@ -19,7 +19,7 @@ impl Kind {
     /// All of them.
     pub const ALL: [Kind; 3] = [Kind::Implicit, Kind::Explicit, Kind::Poison];
 
-    /// The field's word.
+    /// Its name in tables and Python.
     pub const fn as_str(self) -> &'static str {
         match self {
             Kind::Implicit => "implicit",
@@ -29,20 +29,20 @@ impl Kind {
     }
 }
 
-/// What came of a request.
+/// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Converted, as asked or as the policy had it.
+    /// Converted, as asked or as the policy decided.
     Converted,
     /// Refused by the policy.
     Denied,
-    /// To be tried again.
+    /// The guest is to try again.
     Retried,
     /// The policy ended the run.
     Stopped,
-    /// Another vCPU was faster; the guest looks again.
+    /// Not converted, because another vCPU changed the pages meanwhile. The guest resumes.
     Superseded,
-    /// Decided to convert, but that failed; or no decision could be had.
+    /// The conversion failed, or the policy did.
     Failed,
     /// The poisoned page was freed.
     Discarded,
@@ -60,7 +60,7 @@ impl Outcome {
         Outcome::Discarded,
     ];
 
-    /// One word.
+    /// Its name in tables and Python.
     pub const fn as_str(self) -> &'static str {
         match self {
             Outcome::Converted => "converted",
@@ -81,13 +81,13 @@ pub enum Verdict {
     Convert,
     /// Deny.
     Deny,
-    /// Retry, at once or after a while.
+    /// Retry or Wait.
     Retry,
     /// Discard the poisoned page.
     Discard,
     /// End the run.
     Stop,
-    /// There was no decision: the hook failed.
+    /// There was none: the policy failed.
     None,
 }
 
@@ -102,7 +102,7 @@ impl Verdict {
         Verdict::None,
     ];
 
-    /// One word.
+    /// Its name in tables and Python.
     pub const fn as_str(self) -> &'static str {
         match self {
             Verdict::Convert => "convert",
@@ -115,28 +115,28 @@ impl Verdict {
     }
 }
 
-/// A decision as events hold it, with what it leaves to the request filled in: two of them are equal if they would do the
+/// A decision as an event holds it. What it leaves to the request is filled in, so two of them are equal if they do the
 /// same. A Stop's reason is not part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordedDecision {
-    /// Which decision.
+    /// The kind of the decision.
     pub verdict: Verdict,
-    /// What is to be converted: start. 0 for all but Convert.
+    /// Convert: the first gpa; else 0.
     pub gpa: u64,
-    /// What is to be converted: bytes. 0 for all but Convert.
+    /// Convert: the size in bytes; else 0.
     pub size: u64,
-    /// What it is to be converted to; else what was asked for.
+    /// Convert: the state to convert to; else the one that was asked for.
     pub to: State,
-    /// Convert: map the pages at once.
+    /// Convert: whether KVM is to map the pages before the guest touches them.
     pub prefault: bool,
-    /// Convert: discard the old side.
+    /// Convert: whether the old side is to be discarded.
     pub discard: bool,
-    /// Deny: what the guest is told. 0 for all but Deny.
+    /// Deny: the errno for the guest; else 0.
     pub errno: i32,
 }
 
 impl RecordedDecision {
-    /// No decision on a request for pages to become `to`.
+    /// No decision, on a request for pages to become `to`.
     pub const fn none(to: State) -> Self {
         Self {
             verdict: Verdict::None,
@@ -149,7 +149,7 @@ impl RecordedDecision {
         }
     }
 
-    /// A refusal of the same.
+    /// A refusal of such a request.
     pub const fn deny(to: State, errno: Errno) -> Self {
         Self {
             verdict: Verdict::Deny,
@@ -158,7 +158,7 @@ impl RecordedDecision {
         }
     }
 
-    /// What a decision on such a request says.
+    /// A decision on a request for the pages `asked` to become `to`.
     pub fn of(decision: &Decision, asked: Range, to: State) -> Self {
         let verdict = match decision {
             Decision::Convert(convert) => return Self::convert(convert, asked, to),
@@ -174,7 +174,7 @@ impl RecordedDecision {
         }
     }
 
-    /// What a decision to convert says.
+    /// The same, of a decision to convert.
     #[inline]
     pub(crate) fn convert(convert: &Convert, asked: Range, to: State) -> Self {
         Self {
@@ -189,54 +189,54 @@ impl RecordedDecision {
     }
 }
 
-/// One request, from exit to resume.
+/// One request, from its exit until the guest resumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// Position in the log, from 0: in the order in which requests were over.
+    /// The event's number, from 0, in the order in which requests were completed.
     pub sequence: u64,
-    /// When it came: nanoseconds of CLOCK_MONOTONIC. The order in which policies were asked.
+    /// When its exit was seen, in nanoseconds of CLOCK_MONOTONIC. A replay goes by this order.
     pub time: u64,
     /// The vCPU's index.
     pub vcpu: u32,
-    /// How it came.
+    /// The kind of request.
     pub kind: Kind,
-    /// What was asked for: start, without the shared bit.
+    /// What was asked for: the first gpa, without the shared bit.
     pub gpa: u64,
-    /// What was asked for: bytes.
+    /// What was asked for: the size in bytes.
     pub size: u64,
     /// What was asked for: the state.
     pub to: State,
-    /// The state that the pages were in; `None` where it was mixed.
+    /// The state of the pages when it came; `None` where it was mixed.
     pub state: Option<State>,
     /// Explicit: the guest's page-size hint in bytes; else 0.
     pub page_size: u32,
-    /// Explicit: the attribute word as the guest gave it; else 0.
+    /// Explicit: the attributes (RDX) as the guest gave them; else 0.
     pub raw: u32,
     /// Implicit: KVM_MEMORY_EXIT_FLAG_*; else 0.
     pub flags: u32,
     /// Implicit: the guest's instruction pointer; else 0.
     pub rip: u64,
-    /// Implicit: how often this very fault came before, with no change in between; else 0.
+    /// Implicit: how often the same fault came before, with no change of the page in between; else 0.
     pub repeats: u32,
     /// What was decided.
     pub decision: RecordedDecision,
-    /// What came of it.
+    /// How it ended.
     pub outcome: Outcome,
-    /// What was converted: start.
+    /// What was converted: the first gpa.
     pub done_gpa: u64,
-    /// What was converted: bytes, 0 for none.
+    /// What was converted: the size in bytes, 0 for nothing.
     pub done_size: u64,
-    /// What it was converted to.
+    /// What was converted: the state that it was converted to.
     pub done_to: State,
-    /// Bytes whose state really changed.
+    /// Of these, the bytes that were not in that state before.
     pub changed: u64,
-    /// What the guest was told: 0, or a positive errno.
+    /// What the guest was answered: 0, or a positive errno.
     pub errno: i32,
-    /// Exit to resume, in nanoseconds.
+    /// From the exit until the guest resumes, in nanoseconds.
     pub latency: u64,
 }
 
-/// What a request is about, which is known when it comes. The fields are [`Event`]'s.
+/// The part of an [`Event`] that is known when the request comes. The fields are the same.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
     pub time: u64,
@@ -252,7 +252,7 @@ pub(crate) struct Asked {
     pub repeats: u32,
 }
 
-/// What was converted for it.
+/// The part of an [`Event`] that says what was converted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Done {
     pub gpa: u64,
@@ -262,7 +262,7 @@ pub(crate) struct Done {
 }
 
 impl Done {
-    /// Nothing of these pages.
+    /// Nothing was converted, for a request for the page at `gpa` to become `to`.
     pub(crate) const fn nothing(gpa: u64, to: State) -> Self {
         Self {
             gpa,

@@ -1,4 +1,5 @@
-//! The bounded log of requests.
+//! The log: a bounded ring of chunks for each vCPU. Only its vCPU writes to it, and readers never block the vCPU for
+//! longer than it takes to copy a list of chunks.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,53 +14,53 @@ use super::event::{Asked, Done, Event, Outcome, RecordedDecision};
 use super::table;
 use crate::errno::Errno;
 
-/// The events of one vCPU. Alone in its cache lines, for it is written at every request.
+/// The events of one vCPU. Shares no cache line with another vCPU's, because each request writes to it.
 #[repr(align(128))]
 struct Ring {
-    /// The last one is being written. Held for a moment, once in a chunk by the vCPU.
+    /// The last one is being written. Locked only for a moment, by the vCPU once a chunk.
     chunks: Mutex<VecDeque<Arc<Chunk>>>,
-    /// No event of this vCPU that is still on its way here has a lower number.
+    /// While the vCPU publishes an event: a number that is not above the event's. Else [`NONE_ARRIVING`].
     arriving: AtomicU64,
 }
 
 const NONE_ARRIVING: u64 = u64::MAX;
 
-/// The last events of each vCPU. A full ring drops its oldest.
+/// The last events of each vCPU. When a ring is full, its oldest are dropped.
 pub struct EventLog {
     rings: Vec<Ring>,
-    /// Events that a ring keeps.
+    /// How many events a ring keeps.
     capacity: usize,
     sequence: Sequence,
 }
 
-/// The number of the next event, which all vCPUs take. Alone in its cache lines.
+/// The number of the next event of any vCPU. Shares no cache line with anything else.
 #[repr(align(128))]
 #[derive(Default)]
 struct Sequence(AtomicU64);
 
-/// Writes the events of one vCPU, one after the other: each while its request is being answered, and then published.
+/// Writes the events of one vCPU, one at a time: each field when it becomes known, and then the event is published.
 pub(crate) struct Writer {
     vcpu: u32,
-    /// Its next event has no lower number.
+    /// A number that is not above its next event's.
     next: u64,
-    /// Where the present or the next event is written; `None` where no events are kept.
+    /// The chunk that the present or the next event is written to; `None` where no events are kept.
     chunk: Option<Arc<Chunk>>,
-    /// Which row: the first that is not published.
+    /// The event's row: the first that is not published.
     row: usize,
     stage: Stage,
 }
 
-/// What was written of the present event.
+/// How far the present event has been written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// There is none.
+    /// There is no event.
     Nothing,
     Asked,
     Decided,
     Ended,
 }
 
-/// Some of a chunk's rows.
+/// The rows `[from, to)` of a chunk.
 struct Part {
     chunk: Arc<Chunk>,
     from: usize,
@@ -67,7 +68,7 @@ struct Part {
 }
 
 impl EventLog {
-    /// Room for `capacity` events in all, 0 for none; and for each vCPU what writes there.
+    /// A log of at most `capacity` events of all vCPUs together, 0 for none, and each vCPU's writer.
     pub(crate) fn new(capacity: usize, vcpus: usize) -> (Self, Vec<Writer>) {
         let capacity = capacity.div_ceil(vcpus.max(1));
         let ring = |_| Ring {
@@ -90,14 +91,14 @@ impl EventLog {
         (log, writers)
     }
 
-    /// The request is over: its event is there to be read. Nobody who reads is waited for.
+    /// Completes the present event and makes it visible to readers. Does not wait for them.
     #[inline]
     pub(crate) fn publish(&self, writer: &mut Writer, latency: u64) {
         if writer.stage != Stage::Ended {
             writer.end_early();
         }
         let ring = &self.rings[writer.vcpu as usize];
-        // Whoever finds the number that is taken next counted finds this, too.
+        // Before the number is taken: a reader that sees the number counted sees this, too.
         ring.arriving.store(writer.next, Ordering::Release);
         let sequence = self.sequence.0.fetch_add(1, Ordering::AcqRel);
         writer.next = sequence + 1;
@@ -106,6 +107,7 @@ impl EventLog {
         writer.stage = Stage::Nothing;
     }
 
+    /// Writes the rest of the row and publishes it.
     #[inline]
     fn put(&self, writer: &mut Writer, sequence: u64, latency: u64) {
         let Some(chunk) = &writer.chunk else {
@@ -115,28 +117,29 @@ impl EventLog {
         writer.row += 1;
         chunk.publish(writer.row);
         if writer.row == ROWS {
-            self.turn(writer);
+            self.next_chunk(writer);
         }
     }
 
+    /// Goes on with another chunk.
     #[cold]
-    fn turn(&self, writer: &mut Writer) {
+    fn next_chunk(&self, writer: &mut Writer) {
         writer.chunk = Some(self.rings[writer.vcpu as usize].open_chunk(self.capacity));
         writer.row = 0;
     }
 
-    /// Events there were, kept or dropped.
+    /// How many events there were, kept or dropped.
     pub fn total(&self) -> u64 {
         self.sequence.0.load(Ordering::Relaxed)
     }
 
-    /// Events that are kept.
+    /// How many events are kept.
     pub fn kept(&self) -> usize {
         self.parts().map(|part| part.to - part.from).sum()
     }
 
-    /// The events that are kept, from sequence `since` on, in order. One that is not here yet hides those after it, so
-    /// that whoever goes on after the last one misses none.
+    /// The events that are kept, from sequence `since` on, in order. Those after one that is still being published are
+    /// left out, so that a reader that goes on after the last one misses none.
     pub fn since(&self, since: u64) -> Vec<Event> {
         let mut events: Vec<Event> = Vec::new();
         for part in self.parts_since(since) {
@@ -146,7 +149,8 @@ impl EventLog {
         events
     }
 
-    /// The same as columns, in order. Those of one vCPU lie in the log's own memory, those of several are merged.
+    /// The same as Arrow batches, in order. With one vCPU they use the log's memory in place; those of several are
+    /// merged into one, which is a copy.
     pub fn batches_since(&self, since: u64) -> Vec<RecordBatch> {
         let parts = self.parts_since(since);
         let batches = parts.iter().map(|part| part.chunk.batch(part.from, part.to)).collect();
@@ -157,7 +161,7 @@ impl EventLog {
     }
 
     fn parts_since(&self, since: u64) -> Vec<Part> {
-        // Whoever takes a number after this one finds its rows after those that are looked at.
+        // Before the rows are read: every event with a lower number is published by then.
         let horizon = self.horizon();
         let cut = |part: Part| Part {
             from: part.find(since),
@@ -167,14 +171,15 @@ impl EventLog {
         self.parts().map(cut).filter(|part| part.from < part.to).collect()
     }
 
+    /// All events with a lower number are published.
     fn horizon(&self) -> u64 {
         let total = self.sequence.0.load(Ordering::Acquire);
         let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::Acquire));
         arriving.min().unwrap_or(total).min(total)
     }
 
-    /// The events that are kept as Arrow batches over the log's own memory. Those of one vCPU are in order; those of
-    /// several take turns, a batch each.
+    /// The events that are kept, as Arrow batches that use the log's memory in place. Each batch has events of one
+    /// vCPU, in order, and the batches are ordered by their first event.
     pub fn batches(&self) -> Vec<RecordBatch> {
         let mut parts: Vec<Part> = self.parts().filter(|part| part.from < part.to).collect();
         parts.sort_by_key(|part| part.chunk.sequence(part.from));
@@ -185,7 +190,7 @@ impl EventLog {
         self.rings.iter().flat_map(|ring| ring.parts(self.capacity))
     }
 
-    /// The last `n` events that asked for the page at `gpa`.
+    /// The last `n` events whose request was for the page at `gpa`, among others.
     pub(crate) fn about(&self, gpa: u64, n: usize) -> Vec<Event> {
         let mut events = self.since(0);
         events.retain(|event| event.gpa <= gpa && gpa - event.gpa < event.size);
@@ -194,7 +199,7 @@ impl EventLog {
 }
 
 impl Writer {
-    /// Whether there is a request that is not over.
+    /// Whether there is an event that is not published.
     #[inline]
     pub(crate) fn is_open(&self) -> bool {
         self.stage != Stage::Nothing
@@ -205,13 +210,13 @@ impl Writer {
         self.chunk.as_ref().map(|chunk| chunk.row(self.row))
     }
 
-    /// There is no request: that of an earlier run, which did not come to its end, is none of this one's, and one that is
-    /// judged anew is written anew.
+    /// Drops the present event, if any: one that an earlier run left incomplete, or one of a request that is judged
+    /// again and gets a new event.
     pub(crate) fn forget(&mut self) {
         self.stage = Stage::Nothing;
     }
 
-    /// A request came.
+    /// Starts the event of a request.
     #[inline]
     pub(crate) fn begin(&mut self, asked: &Asked) {
         if let Some(mut row) = self.draft() {
@@ -220,47 +225,47 @@ impl Writer {
         self.stage = Stage::Asked;
     }
 
-    /// What the policy answered.
+    /// Notes the policy's decision.
     #[inline]
     pub(crate) fn decided(&mut self, decision: &RecordedDecision) {
-        debug_assert!(self.is_open(), "there is no request that this could be an answer to");
+        debug_assert!(self.is_open(), "there is no request");
         if let Some(mut row) = self.draft() {
             row.decided(decision);
         }
         self.stage = Stage::Decided;
     }
 
-    /// What came of it.
+    /// Notes how the request ended.
     #[inline]
     pub(crate) fn ended(&mut self, outcome: Outcome, errno: i32, done: &Done) {
-        debug_assert!(self.is_open(), "there is no request of which this could come");
+        debug_assert!(self.is_open(), "there is no request");
         if let Some(mut row) = self.draft() {
             row.ended(outcome, errno, done);
         }
         self.stage = Stage::Ended;
     }
 
-    /// What came of it, where nothing was converted.
+    /// Notes how the request ended, where nothing was converted.
     pub(crate) fn ended_with_nothing(&mut self, outcome: Outcome, errno: i32) {
-        if let Some((gpa, to)) = self.draft().map(|row| row.wanted()) {
+        if let Some((gpa, to)) = self.draft().map(|row| row.asked_for()) {
             self.ended(outcome, errno, &Done::nothing(gpa, to));
         }
         self.stage = Stage::Ended;
     }
 
-    /// What the gate refused because of the policy's own condition.
+    /// Notes a refusal by the conversion itself: it would have exceeded the decision's `max_shared`.
     pub(crate) fn refused(&mut self, errno: Errno) {
-        if let Some((_, to)) = self.draft().map(|row| row.wanted()) {
+        if let Some((_, to)) = self.draft().map(|row| row.asked_for()) {
             self.decided(&RecordedDecision::deny(to, errno));
         }
         self.ended_with_nothing(Outcome::Denied, errno.0);
     }
 
-    /// Something failed before that.
+    /// Fills in the rest of an event whose request failed before it was decided or ended.
     #[cold]
     fn end_early(&mut self) {
         if self.stage == Stage::Asked
-            && let Some((_, to)) = self.draft().map(|row| row.wanted())
+            && let Some((_, to)) = self.draft().map(|row| row.asked_for())
         {
             self.decided(&RecordedDecision::none(to));
         }
@@ -284,7 +289,7 @@ impl Part {
 }
 
 impl Ring {
-    /// Another chunk, made of the oldest if the others hold enough and nobody has it.
+    /// Adds a chunk. Reuses the oldest one, if the others hold enough events and nothing refers to it.
     fn open_chunk(&self, capacity: usize) -> Arc<Chunk> {
         let mut chunks = self.chunks.lock();
         let held: usize = chunks.iter().map(|chunk| chunk.len()).sum();
@@ -303,7 +308,7 @@ impl Ring {
         chunk
     }
 
-    /// What of the chunks is kept: the last `capacity` rows.
+    /// The last `capacity` published rows.
     fn parts(&self, capacity: usize) -> Vec<Part> {
         let chunks: Vec<Arc<Chunk>> = self.chunks.lock().iter().cloned().collect();
         let mut parts: Vec<Part> = Vec::with_capacity(chunks.len());

@@ -1,7 +1,7 @@
-//! The log of requests: one event each, in columns.
+//! The log: one event for each request, in columns.
 //!
-//! - [`event`]: what an event says; `columns`: where it is kept, and under which name
-//! - `chunk`: some rows of all columns; [`log`]: a bounded ring of chunks for each vCPU
+//! - [`event`]: an event's fields; `columns`: the columns that hold them, by name and type
+//! - `chunk`: memory for some rows of all columns; [`log`]: a bounded ring of chunks for each vCPU
 //! - [`table`]: events as Arrow record batches
 
 mod chunk;

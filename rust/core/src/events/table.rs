@@ -1,4 +1,4 @@
-//! Events as Arrow record batches, and back.
+//! From events to Arrow record batches, and back.
 
 use std::sync::{Arc, LazyLock};
 
@@ -16,10 +16,10 @@ pub use super::columns::schema;
 use super::columns::{COLUMNS, Row, Source, Vocabulary};
 use super::event::Event;
 
-/// Where `sequence` is in `COLUMNS`.
+/// The index of `sequence` in `COLUMNS`.
 const SEQUENCE_COLUMN: usize = 0;
 
-/// A batch of columns that have these values.
+/// A batch whose columns have these values.
 pub(super) fn assemble(values: impl Fn(Source) -> Buffer) -> RecordBatch {
     let columns = COLUMNS.iter().map(|(_, source)| array(*source, values(*source)));
     #[expect(clippy::expect_used, reason = "the schema is made of the same list")]
@@ -36,21 +36,21 @@ fn array(source: Source, values: Buffer) -> ArrayRef {
         Source::Signed(_) => Arc::new(numbers::<Int32Type>(values)),
         Source::Flag(_) => Arc::new(numbers::<UInt8Type>(values)),
         Source::Code(_, vocabulary) => {
-            let words = dictionary(vocabulary);
+            let names = dictionary(vocabulary);
             #[expect(clippy::expect_used, reason = "only rows made of events come here")]
-            Arc::new(DictionaryArray::<Int8Type>::try_new(numbers(values), words).expect("a number of a word"))
+            Arc::new(DictionaryArray::<Int8Type>::try_new(numbers(values), names).expect("a number of a name"))
         }
     }
 }
 
-/// One for all batches: who writes them to a file writes it once.
+/// The names as an Arrow array. All batches have the same one, so that it is written to a file only once.
 fn dictionary(vocabulary: Vocabulary) -> ArrayRef {
-    static WORDS: LazyLock<[ArrayRef; 4]> =
-        LazyLock::new(|| Vocabulary::ALL.map(|vocabulary| Arc::new(StringArray::from(vocabulary.words())) as ArrayRef));
-    WORDS[vocabulary as usize].clone()
+    static NAMES: LazyLock<[ArrayRef; 4]> =
+        LazyLock::new(|| Vocabulary::ALL.map(|vocabulary| Arc::new(StringArray::from(vocabulary.names())) as ArrayRef));
+    NAMES[vocabulary as usize].clone()
 }
 
-/// The rows of all batches, in the order of their sequence numbers. The batches are this module's own.
+/// The rows of all batches in one, ordered by sequence number. The batches are [`assemble`]'s.
 pub(super) fn merge(batches: &Vec<RecordBatch>) -> Option<RecordBatch> {
     let whole = concat_batches(&schema(), batches)
         .ok()
@@ -59,7 +59,7 @@ pub(super) fn merge(batches: &Vec<RecordBatch>) -> Option<RecordBatch> {
     take_record_batch(&whole, &order).ok()
 }
 
-/// The sequence number of the last row of a batch of this module's own.
+/// The sequence number of the last row of a batch that [`assemble`] or [`merge`] made.
 pub(crate) fn last_sequence(batch: &RecordBatch) -> Option<u64> {
     let sequences = batch.column(SEQUENCE_COLUMN).as_primitive::<UInt64Type>();
     sequences.values().last().copied()
@@ -75,8 +75,8 @@ pub fn batch(events: &[Event]) -> RecordBatch {
     })
 }
 
-/// The events of a batch, which may have passed through other hands: columns may be in any order and of any type that
-/// holds the same values, and there may be more of them.
+/// The events of a batch. Another tool may have written it: its columns may be in any order and of any type that holds
+/// the same values, and there may be others.
 ///
 /// # Errors
 /// A sentence that names the column and what is wrong with it.
@@ -119,7 +119,8 @@ fn fill<T: ArrowPrimitiveType>(rows: &mut [Row], values: &PrimitiveArray<T>, put
     }
 }
 
-fn converted(column: &ArrayRef, to: &DataType) -> Result<ArrayRef, String> {
+/// The column as type `to`, in which every value must fit.
+fn cast_to(column: &ArrayRef, to: &DataType) -> Result<ArrayRef, String> {
     if column.logical_null_count() > 0 {
         return Err("it has nulls".to_owned());
     }
@@ -131,20 +132,20 @@ fn converted(column: &ArrayRef, to: &DataType) -> Result<ArrayRef, String> {
 }
 
 fn numbers<T: ArrowPrimitiveType>(column: &ArrayRef) -> Result<PrimitiveArray<T>, String> {
-    Ok(converted(column, &T::DATA_TYPE)?.as_primitive::<T>().clone())
+    Ok(cast_to(column, &T::DATA_TYPE)?.as_primitive::<T>().clone())
 }
 
-/// The column's keys, and what each stands for.
+/// The column's dictionary keys, and the number that each key stands for in the vocabulary.
 fn coded(column: &ArrayRef, vocabulary: Vocabulary) -> Result<(PrimitiveArray<Int32Type>, Vec<u8>), String> {
-    let words = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-    let column = converted(column, &words)?;
+    let dictionary = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
+    let column = cast_to(column, &dictionary)?;
     let column = column.as_dictionary::<Int32Type>();
-    let known = vocabulary.words();
-    let code = |word: Option<&str>| {
-        let word = word.unwrap_or_default();
-        match known.iter().position(|known| *known == word) {
+    let known = vocabulary.names();
+    let code = |name: Option<&str>| {
+        let name = name.unwrap_or_default();
+        match known.iter().position(|known| *known == name) {
             Some(code) => Ok(code as u8),
-            None => Err(format!("{word:?} is none of {}", known.join(", "))),
+            None => Err(format!("{name:?} is none of {}", known.join(", "))),
         }
     };
     let codes = column.values().as_string::<i32>().iter().map(code);

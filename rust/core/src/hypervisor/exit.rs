@@ -1,15 +1,17 @@
-//! What a return of KVM_RUN means: from its result and kvm_run to one owned [`Exit`], pure and total.
+//! What a return of KVM_RUN means: its result and kvm_run are decoded into one owned [`Exit`]. Pure, and total over all
+//! bytes.
 //!
 //! `exit_reason` is not always written (early returns leave the previous value), so the caller writes [`SENTINEL`]
 //! before each entry, and kvm_run is ignored unless KVM filled it in, which the errno tells:
 //!
 //! | result | `exit_reason` | |
 //! |---|---|---|
-//! | EINTR, EAGAIN | ignored | nothing happened |
+//! | EINTR, EAGAIN, ENOMEM, other errnos | ignored | the errno alone says what happened |
 //! | EFAULT | MEMORY_FAULT | a page in the wrong state |
 //! | EHWPOISON | MEMORY_FAULT | a poisoned page, never a conversion |
-//! | EFAULT | anything else | the host memory behind the guest is broken |
-//! | 0 | dispatched on | |
+//! | EFAULT | anything else | the host memory of a memslot cannot be faulted in |
+//! | EHWPOISON | anything else | an error, as any other errno |
+//! | 0 | says which exit | |
 
 use std::mem::offset_of;
 
@@ -17,7 +19,8 @@ use kvm_bindings::kvm_run;
 
 use crate::errno::Errno;
 
-/// The byte of kvm_run at which the slice given to [`decode`] begins: `exit_reason`. Other threads may write those before.
+/// Where in kvm_run the slice that [`decode`] takes begins: at `exit_reason`. Other threads may write the bytes before
+/// it.
 pub const START: usize = offset_of!(kvm_run, exit_reason);
 /// `exit_reason` of an access to a page in the wrong state (KVM_EXIT_MEMORY_FAULT).
 pub const MEMORY_FAULT: u32 = kvm_bindings::KVM_EXIT_MEMORY_FAULT;
@@ -40,12 +43,14 @@ pub(crate) mod offset {
     pub const IO_PORT: usize = UNION + offset_of!(exits, io.port);
     pub const IO_COUNT: usize = UNION + offset_of!(exits, io.count);
     pub const IO_DATA_OFFSET: usize = UNION + offset_of!(exits, io.data_offset);
+    pub const AFTER_IO: usize = IO_DATA_OFFSET + size_of::<u64>();
     pub const MMIO_ADDRESS: usize = UNION + offset_of!(exits, mmio.phys_addr);
     pub const MMIO_DATA: usize = UNION + offset_of!(exits, mmio.data);
     pub const MMIO_LEN: usize = UNION + offset_of!(exits, mmio.len);
     pub const MMIO_IS_WRITE: usize = UNION + offset_of!(exits, mmio.is_write);
     pub const HYPERCALL_NR: usize = UNION + offset_of!(exits, hypercall.nr);
     pub const HYPERCALL_ARGS: usize = UNION + offset_of!(exits, hypercall.args);
+    pub const AFTER_HYPERCALL: usize = HYPERCALL_ARGS + 3 * size_of::<u64>();
     pub const HYPERCALL_RET: usize = UNION + offset_of!(exits, hypercall.ret);
     pub const MEMORY_FAULT_FLAGS: usize = UNION + offset_of!(exits, memory_fault.flags);
     pub const MEMORY_FAULT_GPA: usize = UNION + offset_of!(exits, memory_fault.gpa);
@@ -62,17 +67,17 @@ pub(crate) mod offset {
 /// Why KVM_RUN came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// A signal, or `immediate_exit`. Nothing is pending.
+    /// EINTR: a signal, or `immediate_exit`. There is nothing to answer.
     Interrupted,
-    /// EAGAIN: call again.
+    /// EAGAIN: call KVM_RUN again.
     TryAgain,
-    /// ENOMEM. Also a signal that hit KVM's worker creation on the first entry.
+    /// ENOMEM. Also where a signal interrupts the creation of KVM's worker thread at the first entry.
     OutOfMemory,
-    /// An access met a page in the wrong state (errno EFAULT). The instruction will execute again.
+    /// An access to a page in the wrong state (errno EFAULT). The next KVM_RUN executes the instruction again.
     MemoryFault(MemoryFault),
-    /// An access met a poisoned page (errno EHWPOISON).
+    /// An access to a poisoned page (errno EHWPOISON).
     Poison(MemoryFault),
-    /// EFAULT without annotation: the host mapping behind a slot cannot be faulted in.
+    /// EFAULT without KVM_EXIT_MEMORY_FAULT: the host memory of a memslot cannot be faulted in.
     BadBacking,
     /// Any other errno.
     Failed(Errno),
@@ -80,38 +85,39 @@ pub enum Exit {
     Io(Io),
     /// An access to an address without a memslot.
     Mmio(Mmio),
-    /// A hypercall that was enabled to exit.
+    /// A hypercall that exits because KVM_CAP_EXIT_HYPERCALL was enabled for it.
     Hypercall(Hypercall),
     /// HLT.
     Halt,
     /// A triple fault.
     Shutdown,
-    /// KVM could not go on: emulation failed, or worse.
+    /// KVM_EXIT_INTERNAL_ERROR: KVM's emulation failed, or KVM is in an unexpected state.
     InternalError {
         /// KVM_INTERNAL_ERROR_*: 1 is a failed emulation.
         suberror: u32,
     },
-    /// The CPU refused to enter the guest.
+    /// KVM_EXIT_FAIL_ENTRY: the CPU refused to enter the guest.
     FailEntry {
-        /// The hardware's reason.
+        /// `hardware_entry_failure_reason`.
         reason: u64,
     },
-    /// The guest wrote CR8, which without an interrupt controller is of no consequence.
+    /// The guest wrote CR8. Without an interrupt controller there is nothing to do about it.
     SetTpr,
     /// KVM_SYSTEM_EVENT_*.
     SystemEvent {
-        /// The kind of event.
+        /// Its number.
         kind: u32,
     },
-    /// An exit this core does not know, or whose fields make no sense.
+    /// An exit that this core does not know, or one with a field outside of its range, such as data past the end of
+    /// kvm_run.
     Unknown {
-        /// The exit reason; [`SENTINEL`] where the kernel wrote none.
+        /// `exit_reason`; [`SENTINEL`] where KVM wrote none.
         reason: u32,
     },
 }
 
 impl Exit {
-    /// Whether KVM waits for an answer in kvm_run, and the instruction will not execute again.
+    /// Whether the next KVM_RUN completes the instruction with an answer from kvm_run, in place of executing it again.
     pub fn awaits_reply(&self) -> bool {
         matches!(self, Exit::Io(_) | Exit::Mmio(_) | Exit::Hypercall(_))
     }
@@ -133,18 +139,18 @@ pub struct MemoryFault {
 pub struct Io {
     /// The port.
     pub port: u16,
-    /// OUT, not IN.
+    /// True for OUT, false for IN.
     pub write: bool,
     /// Bytes of one access: 1, 2 or 4.
     pub size: u8,
     /// Accesses; more than one for string IO.
     pub count: u32,
-    /// Where its `size * count` bytes of data are, from [`START`] on.
+    /// Where its `size * count` bytes of data are: an offset from [`START`].
     pub data: usize,
 }
 
 impl Io {
-    /// Bytes of data; all of them lie in kvm_run.
+    /// Bytes of data. All of them are inside of kvm_run.
     pub fn len(&self) -> usize {
         usize::from(self.size) * self.count as usize
     }
@@ -160,11 +166,11 @@ impl Io {
 pub struct Mmio {
     /// Guest-physical address.
     pub gpa: u64,
-    /// A store, not a load.
+    /// True for a store, false for a load.
     pub write: bool,
     /// Bytes, 1 to 8.
     pub len: u8,
-    /// What a store stores; the first `len` bytes count.
+    /// What a store writes: the first `len` bytes.
     pub data: [u8; 8],
 }
 
@@ -187,10 +193,32 @@ pub fn decode(result: Result<(), Errno>, kvm_run: &[u8]) -> Exit {
     }
 }
 
+/// The port IO that KVM_RUN came back for, and its data; `None` for any other exit.
+#[inline]
+pub(crate) fn port_io(result: Result<(), Errno>, kvm_run: &mut [u8]) -> Option<(Io, &mut [u8])> {
+    result.ok()?;
+    if u32_at(kvm_run, offset::EXIT_REASON)? != kvm_bindings::KVM_EXIT_IO {
+        return None;
+    }
+    let io = io_but_for_data(kvm_run)?;
+    let data = kvm_run.get_mut(io.data..)?.get_mut(..io.len())?;
+    Some((io, data))
+}
+
+/// The hypercall that KVM_RUN came back for; `None` for any other exit.
+#[inline]
+pub(crate) fn hypercall(result: Result<(), Errno>, kvm_run: &[u8]) -> Option<Hypercall> {
+    result.ok()?;
+    if u32_at(kvm_run, offset::EXIT_REASON)? != kvm_bindings::KVM_EXIT_HYPERCALL {
+        return None;
+    }
+    call(kvm_run)
+}
+
 #[inline]
 fn dispatch(reason: u32, kvm_run: &[u8]) -> Option<Exit> {
     Some(match reason {
-        kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(hypercall(kvm_run)?),
+        kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(call(kvm_run)?),
         kvm_bindings::KVM_EXIT_IO => Exit::Io(io(kvm_run)?),
         kvm_bindings::KVM_EXIT_MMIO => Exit::Mmio(mmio(kvm_run)?),
         kvm_bindings::KVM_EXIT_HLT => Exit::Halt,
@@ -226,7 +254,9 @@ fn failed(errno: Errno, reason: u32, kvm_run: &[u8]) -> Exit {
 }
 
 #[inline]
-fn hypercall(kvm_run: &[u8]) -> Option<Hypercall> {
+fn call(kvm_run: &[u8]) -> Option<Hypercall> {
+    // One check of its length for all fields.
+    let kvm_run: &[u8; offset::AFTER_HYPERCALL] = kvm_run.first_chunk()?;
     Some(Hypercall {
         nr: u64_at(kvm_run, offset::HYPERCALL_NR)?,
         args: [
@@ -245,9 +275,18 @@ fn memory_fault(kvm_run: &[u8]) -> Option<MemoryFault> {
     })
 }
 
-/// `None` where its data does not lie in kvm_run.
-#[inline]
+/// `None` for data outside of kvm_run.
 fn io(kvm_run: &[u8]) -> Option<Io> {
+    let io = io_but_for_data(kvm_run)?;
+    kvm_run.get(io.data..)?.get(..io.len())?;
+    Some(io)
+}
+
+/// `None` for a size that port IO does not have, or no data.
+#[inline]
+fn io_but_for_data(kvm_run: &[u8]) -> Option<Io> {
+    // One check of its length for all fields.
+    let kvm_run: &[u8; offset::AFTER_IO] = kvm_run.first_chunk()?;
     let [direction, size] = bytes(kvm_run, offset::IO_DIRECTION)?;
     let io = Io {
         write: direction == kvm_bindings::KVM_EXIT_IO_OUT as u8,
@@ -258,10 +297,10 @@ fn io(kvm_run: &[u8]) -> Option<Io> {
             .ok()?
             .checked_sub(START)?,
     };
-    let end = io.data.checked_add(io.len())?;
-    (matches!(size, 1 | 2 | 4) && io.count > 0 && end <= kvm_run.len()).then_some(io)
+    (matches!(size, 1 | 2 | 4) && io.count > 0).then_some(io)
 }
 
+/// `None` for a length that is not 1 to 8.
 fn mmio(kvm_run: &[u8]) -> Option<Mmio> {
     let len = u32_at(kvm_run, offset::MMIO_LEN)?;
     let mmio = Mmio {
@@ -285,7 +324,7 @@ pub(crate) fn u64_at(kvm_run: &[u8], at: usize) -> Option<u64> {
     bytes(kvm_run, at).map(u64::from_le_bytes)
 }
 
-/// Writes `bytes` into kvm_run. Every caller's offset is inside of it.
+/// Writes `bytes` into kvm_run; nothing, if they would end past it.
 pub(crate) fn put(kvm_run: &mut [u8], at: usize, bytes: &[u8]) {
     if let Some(place) = kvm_run.get_mut(at..at + bytes.len()) {
         place.copy_from_slice(bytes);

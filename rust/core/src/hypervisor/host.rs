@@ -1,4 +1,4 @@
-//! What this host offers.
+//! What this host's /dev/kvm offers, and what is missing.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -15,6 +15,7 @@ use crate::error::Error;
 
 const DEVICE: &str = "/dev/kvm";
 const KVM_API_VERSION: i32 = kvm_bindings::KVM_API_VERSION as i32;
+/// Ends a sentence on what this host's /dev/kvm lacks.
 const TESTBED: &str = "`pagegate testbed -- COMMAND` runs a command in a machine that has one";
 
 /// A VM type of KVM on x86 (KVM_CREATE_VM's argument).
@@ -35,7 +36,7 @@ pub enum VmType {
 }
 
 impl VmType {
-    /// All of them, by number.
+    /// All of them, in the order of their numbers.
     pub const ALL: [VmType; 6] = [
         VmType::Default,
         VmType::SwProtected,
@@ -45,7 +46,7 @@ impl VmType {
         VmType::Tdx,
     ];
 
-    /// The name that this project uses.
+    /// Its name in messages and Python.
     pub fn as_str(self) -> &'static str {
         match self {
             VmType::Default => "default",
@@ -57,18 +58,18 @@ impl VmType {
         }
     }
 
-    /// The number that KVM uses.
+    /// KVM's number for it.
     pub fn number(self) -> u32 {
         self as u32
     }
 }
 
-/// How KVM is made to enforce a page's state.
+/// How KVM is made to enforce the states of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EnforcementMode {
-    /// KVM_SET_MEMORY_ATTRIBUTES, and memslots that have a guest_memfd.
+    /// KVM_SET_MEMORY_ATTRIBUTES, with memslots that have a guest_memfd.
     Attributes,
-    /// A memslot over host memory is replaced by one over private memory, and back.
+    /// The memslot of a page is replaced: one over the shared side's memory by one over the private side's, and back.
     Memslots,
 }
 
@@ -90,21 +91,21 @@ impl EnforcementMode {
 pub struct Host {
     /// The VM types (KVM_CAP_VM_TYPES).
     pub vm_types: Vec<VmType>,
-    /// The memory attributes of the VM type that has private memory, PRIVATE is 8; 0 for none.
+    /// The memory attributes of a VM with private memory (KVM_CAP_MEMORY_ATTRIBUTES): PRIVATE is 8, 0 means none.
     pub memory_attributes: u64,
-    /// Whether a guest_memfd can be made.
+    /// Whether a VM can have a guest_memfd (KVM_CAP_GUEST_MEMFD).
     pub guest_memfd: bool,
     /// KVM_CAP_GUEST_MEMFD_FLAGS: MMAP is 1, INIT_SHARED is 2; 0 where the capability is unknown.
     pub guest_memfd_flags: u64,
-    /// Whether KVM_HC_MAP_GPA_RANGE can exit to user space.
+    /// Whether KVM_HC_MAP_GPA_RANGE can exit to user space (KVM_CAP_EXIT_HYPERCALL).
     pub exit_hypercall: bool,
-    /// Whether KVM_PRE_FAULT_MEMORY is there.
+    /// Whether vCPUs have KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY).
     pub pre_fault: bool,
-    /// vCPUs a VM can have.
+    /// The most vCPUs of a VM (KVM_CAP_MAX_VCPUS).
     pub max_vcpus: u32,
-    /// Memslots a VM can have.
+    /// The most memslots of a VM (KVM_CAP_NR_MEMSLOTS).
     pub max_memslots: u32,
-    /// What "auto" gives; `None` where no VM can be made.
+    /// What `enforcement="auto"` chooses; `None` where no VM can be created.
     pub enforcement: Option<EnforcementMode>,
     /// What is missing, a sentence each, with what to do about it.
     pub problems: Vec<String>,
@@ -113,16 +114,16 @@ pub struct Host {
 /// Opens /dev/kvm.
 ///
 /// # Errors
-/// `KvmUnavailable` with the remedy.
+/// `KvmUnavailable` with what to do about it.
 pub fn open() -> Result<Kvm, Error> {
-    // Asked of the file first, because its error tells what is wrong.
+    // The file first: its error says what is wrong, which kvm-ioctls' does not.
     let opened = OpenOptions::new().read(true).write(true).open(DEVICE);
     let unavailable = |why: String| Err(Error::KvmUnavailable(why));
     match opened.map_err(|error| (error.kind(), error)) {
         Ok(_) => match Kvm::new() {
             Ok(kvm) if kvm.get_api_version() == KVM_API_VERSION => Ok(kvm),
             _ => unavailable(format!(
-                "{DEVICE} is not KVM, or not a version of it that is in use; {TESTBED}"
+                "{DEVICE} is not KVM, or not API version {KVM_API_VERSION}; {TESTBED}"
             )),
         },
         Err((ErrorKind::NotFound, _)) => unavailable(format!(
@@ -136,10 +137,10 @@ pub fn open() -> Result<Kvm, Error> {
     }
 }
 
-/// Asks this host. Never fails: what is missing is in `problems`.
+/// Queries this host. Never fails: what is missing is in `problems`.
 pub fn probe() -> Host {
     match open() {
-        Ok(kvm) => ask(&kvm),
+        Ok(kvm) => query(&kvm),
         Err(error) => Host {
             problems: vec![error.to_string()],
             ..Host::default()
@@ -147,7 +148,7 @@ pub fn probe() -> Host {
     }
 }
 
-fn ask(kvm: &Kvm) -> Host {
+fn query(kvm: &Kvm) -> Host {
     let cap = |number: u32| kvm.check_extension_raw(number.into()).max(0);
     let types = cap(KVM_CAP_VM_TYPES) | 1;
     let vm_types: Vec<VmType> = VmType::ALL
@@ -155,7 +156,7 @@ fn ask(kvm: &Kvm) -> Host {
         .filter(|kind| types & (1 << kind.number()) != 0)
         .collect();
     let protected = vm_types.contains(&VmType::SwProtected);
-    let asked = if protected {
+    let kind = if protected {
         VmType::SwProtected
     } else {
         VmType::Default
@@ -168,8 +169,8 @@ fn ask(kvm: &Kvm) -> Host {
         max_memslots: kvm.get_nr_memslots() as u32,
         ..Host::default()
     };
-    // What a VM has is asked of a VM: the answers differ by type.
-    match kvm.create_vm_with_type(asked.number().into()) {
+    // These capabilities are those of a VM: they differ by its type.
+    match kvm.create_vm_with_type(kind.number().into()) {
         Ok(vm) => {
             let cap = |number: u32| vm.check_extension_raw(number.into()).max(0);
             host.memory_attributes = cap(KVM_CAP_MEMORY_ATTRIBUTES) as u64;
@@ -182,7 +183,7 @@ fn ask(kvm: &Kvm) -> Host {
             });
         }
         Err(error) => host.problems.push(format!(
-            "{DEVICE} makes no VM ({error}): something else may hold the CPU's virtualisation; {TESTBED}"
+            "{DEVICE} creates no VM ({error}): another hypervisor may be using the CPU's virtualisation; {TESTBED}"
         )),
     }
     if host.enforcement == Some(EnforcementMode::Memslots) {
@@ -192,8 +193,8 @@ fn ask(kvm: &Kvm) -> Host {
         ));
         if !host.guest_memfd {
             host.problems.push(
-                "no guest_memfd for ordinary VMs, so private pages lie in memory that pagegate refuses to give out: \
-                 Linux 6.18 or later has it"
+                "no guest_memfd for ordinary VMs, so private pages are host memory that pagegate refuses to read or \
+                 write: Linux 6.18 or later has it"
                     .to_owned(),
             );
         }

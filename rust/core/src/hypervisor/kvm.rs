@@ -1,4 +1,4 @@
-//! /dev/kvm, through the kvm-ioctls crate, and the few ioctls that it does not do as this core needs them.
+//! /dev/kvm: through the kvm-ioctls crate, and through `raw` for the ioctls that it lacks or decodes too early.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -25,24 +25,26 @@ use crate::errno::Errno;
 /// KVM_CAP_GUEST_MEMFD_FLAGS, not in kvm-bindings yet.
 pub const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 const SYNC_REGS: i32 = kvm_bindings::KVM_SYNC_X86_REGS as i32;
-/// Three pages that old Intel CPUs need for real mode; the usual place, just below the firmware's.
+/// KVM_SET_TSS_ADDR: three pages that Intel CPUs without unrestricted guest need for real mode. The usual address.
 const TSS_ADDRESS: u64 = 0xfffb_d000;
 
-/// One fallocate call is for at most this many bytes: it cannot be interrupted, and holds every vCPU that faults there.
-const PUNCHED_AT_ONCE: u64 = 2 << 20;
+/// The most bytes of one fallocate call: it cannot be interrupted, and every vCPU that faults in its range waits for
+/// it.
+const MAX_PUNCHED: u64 = 2 << 20;
 
 /// A virtual machine of KVM.
 pub struct KvmVm {
     kvm: Kvm,
     vm: VmFd,
     capabilities: Capabilities,
+    /// KVM_CAP_USER_MEMORY2: whether there is KVM_SET_USER_MEMORY_REGION2.
     region2: bool,
     sync_regs: bool,
 }
 
 impl KvmVm {
-    /// KVM_CREATE_VM with this type, hypercall exits enabled where KVM has them. `memory_end` is the end of the
-    /// guest's memory and its views.
+    /// KVM_CREATE_VM with this type. Enables the exits that the core needs, where KVM has them. `memory_end` is the
+    /// first address past the guest's memory and its views.
     ///
     /// # Errors
     /// Those of opening /dev/kvm and of KVM_CREATE_VM: EINVAL for a type that this host does not have.
@@ -58,8 +60,8 @@ impl KvmVm {
             })?;
         }
         if kind == u64::from(KVM_X86_DEFAULT_VM) && cap(KVM_CAP_EXIT_ON_EMULATION_FAILURE) > 0 {
-            // Without it KVM queues #UD besides telling us, and a fetch from the other view kills the guest. Where pages
-            // have attributes such a fetch is a memory fault.
+            // Without it KVM also injects #UD when it cannot fetch an instruction, and a fetch from the view that the
+            // page is not in kills the guest. With attributes such a fetch is a memory fault.
             vm.enable_cap(&kvm_enable_cap {
                 cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE,
                 args: [1, 0, 0, 0],
@@ -67,7 +69,7 @@ impl KvmVm {
             })?;
         }
         if memory_end <= TSS_ADDRESS {
-            // Needed only where real mode is not virtualised; elsewhere it changes nothing, so a refusal is none.
+            // Only CPUs without unrestricted guest need it. On others an error does not matter.
             let _ = vm.set_tss_address(TSS_ADDRESS as usize);
         }
         let capabilities = Capabilities {
@@ -130,7 +132,7 @@ impl Hypervisor for KvmVm {
             flags,
             ..Default::default()
         })?;
-        // SAFETY: the kernel just made this descriptor and nobody else has it.
+        // SAFETY: the kernel just created this descriptor, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         raw::set_cloexec(&fd)?;
         Ok(fd)
@@ -162,7 +164,7 @@ impl Hypervisor for KvmVm {
     fn punch_hole(&self, part: &FilePart<'_>) -> Result<(), Errno> {
         let (mut offset, end) = (part.offset, part.offset + part.len);
         while offset < end {
-            let next = (offset - offset % PUNCHED_AT_ONCE + PUNCHED_AT_ONCE).min(end);
+            let next = (offset - offset % MAX_PUNCHED + MAX_PUNCHED).min(end);
             raw::punch_hole(part.file, offset, next - offset)?;
             offset = next;
         }
@@ -175,13 +177,13 @@ impl Hypervisor for KvmVm {
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {
         let fd = self.vm.create_vcpu(index.into())?;
-        let page = RunPage::map(&fd, self.kvm.get_vcpu_mmap_size()?)?;
-        // After the first vCPU was made: from then on the kernel grants the process no more features for guests, so the
-        // size stays.
+        let kvm_run = KvmRunMapping::map(&fd, self.kvm.get_vcpu_mmap_size()?)?;
+        // After the first vCPU was created: from then on the kernel refuses this process further XSAVE features for
+        // guests (arch_prctl), so the size does not change any more.
         let xsave_size = self.vm.check_extension_raw(KVM_CAP_XSAVE2.into()).max(0);
         Ok(Box::new(KvmVcpu {
             fd,
-            page: Arc::new(page),
+            kvm_run: Arc::new(kvm_run),
             sync_regs: self.sync_regs,
             xsave_size: xsave_size as usize,
         }))
@@ -190,14 +192,14 @@ impl Hypervisor for KvmVm {
 
 struct KvmVcpu {
     fd: VcpuFd,
-    page: Arc<RunPage>,
+    kvm_run: Arc<KvmRunMapping>,
     sync_regs: bool,
-    /// KVM_CAP_XSAVE2: bytes of KVM_GET_XSAVE2 for this VM; 0 before Linux 5.17.
+    /// KVM_CAP_XSAVE2: the size of KVM_GET_XSAVE2's buffer in bytes; 0 before Linux 5.17.
     xsave_size: usize,
 }
 
 impl KvmVcpu {
-    /// Room for KVM_GET_XSAVE2 and KVM_SET_XSAVE.
+    /// A buffer for KVM_GET_XSAVE2 and KVM_SET_XSAVE.
     fn xsave_buffer(&self) -> Result<Xsave, Errno> {
         let more = self.xsave_size.saturating_sub(size_of::<kvm_xsave>());
         Xsave::new(more.div_ceil(size_of::<u32>())).map_err(|_| Errno(libc::ENOMEM))
@@ -207,22 +209,22 @@ impl KvmVcpu {
 impl Vcpu for KvmVcpu {
     #[inline]
     fn run(&mut self) -> Result<(), Errno> {
-        // kvm-ioctls decodes as it runs and drops the errno that tells a conversion from a poisoned page.
+        // kvm-ioctls decodes the exit itself and drops the errno, which tells EFAULT from EHWPOISON.
         raw::kvm_run(&self.fd)
     }
 
     #[inline]
     fn kvm_run(&mut self) -> &mut [u8] {
-        // SAFETY: inside the mapping, which is longer.
-        let start = unsafe { self.page.base.add(exit::START) };
-        // SAFETY: the mapping is this long and lives as long as `page`. The kernel writes it only inside KVM_RUN and
-        // KVM_PRE_FAULT_MEMORY, which take `&mut self` like this slice does; other threads touch only the bytes before
+        // SAFETY: inside of the mapping, which is longer.
+        let start = unsafe { self.kvm_run.base.add(exit::START) };
+        // SAFETY: the mapping is this long and lives as long as `kvm_run`. The kernel writes it only in KVM_RUN and
+        // KVM_PRE_FAULT_MEMORY, which take `&mut self` as this method does; other threads touch only the bytes before
         // `exit::START`.
-        unsafe { std::slice::from_raw_parts_mut(start, self.page.len - exit::START) }
+        unsafe { std::slice::from_raw_parts_mut(start, self.kvm_run.len - exit::START) }
     }
 
     fn immediate_exit(&self) -> Arc<dyn ImmediateExit> {
-        self.page.clone()
+        self.kvm_run.clone()
     }
 
     fn syncs_regs(&self) -> bool {
@@ -260,7 +262,7 @@ impl Vcpu for KvmVcpu {
         };
         let entries: Vec<_> = indices.iter().map(entry).collect();
         let mut msrs = Msrs::from_entries(&entries).map_err(|_| Errno(libc::E2BIG))?;
-        // The kernel stops at the first that it does not have, and says how many came before.
+        // The kernel stops at the first MSR that it does not have, and returns how many it read.
         match self.fd.get_msrs(&mut msrs)? {
             read if read == indices.len() => Ok(msrs.as_slice().to_vec()),
             _ => Err(Errno(libc::EINVAL)),
@@ -286,14 +288,14 @@ impl Vcpu for KvmVcpu {
     fn xsave(&self) -> Result<Xsave, Errno> {
         let mut xsave = self.xsave_buffer()?;
         if self.xsave_size == 0 {
-            // Before Linux 5.17 there is nothing after the fixed part.
+            // Before Linux 5.17 there is only the fixed part.
             xsave.as_mut_slice().fill(0);
             let plain = self.fd.get_xsave()?;
-            // SAFETY: only the fixed part is written; the length that the wrapper goes by stays.
+            // SAFETY: only the fixed part is written, so the wrapper's length stays right.
             unsafe { xsave.as_mut_fam_struct() }.xsave = plain;
             return Ok(xsave);
         }
-        // SAFETY: the buffer has the size that KVM said, which does not grow any more (see `create_vcpu`).
+        // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave, which does not grow any more (see `create_vcpu`).
         unsafe { self.fd.get_xsave2(&mut xsave) }?;
         Ok(xsave)
     }
@@ -303,7 +305,7 @@ impl Vcpu for KvmVcpu {
         if xsave.as_slice().len() < needed {
             return Err(Errno(libc::EINVAL));
         }
-        // SAFETY: the buffer has at least the size that KVM reads, as was just looked at.
+        // SAFETY: the buffer has at least the size that KVM reads, which was checked just now.
         Ok(unsafe { self.fd.set_xsave2(xsave) }?)
     }
 
@@ -349,23 +351,23 @@ impl Vcpu for KvmVcpu {
     }
 }
 
-/// The mapping of `struct kvm_run`, shared with whoever kicks.
-struct RunPage {
+/// The mapping of kvm_run. Shared, because other threads write its `immediate_exit`.
+struct KvmRunMapping {
     base: *mut u8,
     len: usize,
 }
 
-// SAFETY: through a shared reference only `immediate_exit` is reached, atomically.
-unsafe impl Send for RunPage {}
+// SAFETY: through a shared reference only `immediate_exit` is accessed, as an atomic.
+unsafe impl Send for KvmRunMapping {}
 // SAFETY: as above.
-unsafe impl Sync for RunPage {}
+unsafe impl Sync for KvmRunMapping {}
 
 const IMMEDIATE_EXIT: usize = std::mem::offset_of!(kvm_run, immediate_exit);
 
-impl RunPage {
+impl KvmRunMapping {
     fn map(vcpu: &VcpuFd, len: usize) -> Result<Self, Errno> {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let base = unsafe { libc::mmap(ptr::null_mut(), len, prot, libc::MAP_SHARED, vcpu.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
             return Err(Errno::last());
@@ -374,18 +376,18 @@ impl RunPage {
     }
 }
 
-impl ImmediateExit for RunPage {
+impl ImmediateExit for KvmRunMapping {
     fn byte(&self) -> &AtomicU8 {
-        // SAFETY: inside the mapping; this byte is only ever reached as an atomic.
+        // SAFETY: inside of the mapping.
         let at = unsafe { self.base.add(IMMEDIATE_EXIT) };
-        // SAFETY: valid for the mapping's life, aligned (one byte), and atomic for all who use it.
+        // SAFETY: valid while the mapping lives, aligned (one byte), and this process accesses it only as an atomic.
         unsafe { AtomicU8::from_ptr(at) }
     }
 }
 
-impl Drop for RunPage {
+impl Drop for KvmRunMapping {
     fn drop(&mut self) {
-        // SAFETY: this mapping is ours and nothing refers to it any more.
+        // SAFETY: this object owns the mapping, and nothing refers to it any more.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }

@@ -1,9 +1,9 @@
-//! What talks to KVM, or stands in for it. Everything above this room is the same over both.
+//! KVM, and the fake that stands in for it in tests. Everything above this room is the same over both.
 //!
 //! - [`vm`]: the traits of a virtual machine and of a vCPU, in KVM's own words
-//! - [`kvm`]: /dev/kvm; [`fake`]: a replay of scripts, with failures on demand
+//! - [`kvm`]: /dev/kvm; [`fake`]: vCPUs that replay scripts, and calls that fail on demand
 //! - [`exit`]: what a return of KVM_RUN means
-//! - [`host`]: what this host's KVM offers
+//! - [`host`]: what this host's KVM offers; [`mapping`]: host memory for memslots
 
 pub mod exit;
 pub mod fake;

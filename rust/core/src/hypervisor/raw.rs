@@ -1,6 +1,6 @@
-//! System calls that no crate makes as this core needs them, each one function.
+//! System calls that no crate makes in the way that this core needs, a function each.
 //!
-//! Those of every request go to the kernel by rustix, without the C library: some 130 instructions of a request less.
+//! Those that every request makes go through rustix and not the C library, which saves some 130 instructions a request.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -19,7 +19,7 @@ const KVM_SET_MEMORY_ATTRIBUTES: Opcode = opcode::write::<kvm_memory_attributes>
 /// The kernel advances `gpa` and `size`.
 const KVM_PRE_FAULT_MEMORY: Opcode = opcode::read_write::<kvm_pre_fault_memory>(KVMIO as u8, 0xd5);
 
-/// Pages of a file that are in the page cache: cachestat(2).
+/// cachestat(2): how many pages of a file are in the page cache.
 pub(crate) fn cached_pages(fd: RawFd) -> Result<u64, Errno> {
     const SYS_CACHESTAT: libc::c_long = 451;
     let whole_file = [0u64; 2];
@@ -45,7 +45,8 @@ pub(crate) fn punch_hole(file: impl AsFd, offset: u64, len: u64) -> Result<(), E
     }
 }
 
-/// lseek(2) with SEEK_DATA: whether there is data in `[offset, offset + len)`. Moves the file's position, which nobody uses.
+/// lseek(2) with SEEK_DATA: whether there is data in `[offset, offset + len)`. Moves the file's position, which nothing
+/// depends on.
 #[inline]
 pub(crate) fn has_data(file: impl AsFd, offset: u64, len: u64) -> Result<bool, Errno> {
     match rustix::fs::seek(file, SeekFrom::Data(offset)) {
@@ -55,15 +56,15 @@ pub(crate) fn has_data(file: impl AsFd, offset: u64, len: u64) -> Result<bool, E
     }
 }
 
-/// The calling thread, for [`signal_thread`].
+/// The calling thread's id, for [`signal_thread`].
 pub(crate) fn thread_id() -> libc::pid_t {
     rustix::thread::gettid().as_raw_nonzero().get()
 }
 
-/// tgkill(2) on a thread of this process. The caller makes sure that the thread still exists.
+/// tgkill(2) of a thread of this process. The caller makes sure that the thread still exists.
 pub(crate) fn signal_thread(thread: libc::pid_t, signal: libc::c_int) {
     let process = std::process::id();
-    // SAFETY: no memory is passed; a thread that is gone is ESRCH, which is what the caller wanted.
+    // SAFETY: no memory is passed. For a thread that has ended the call fails with ESRCH and does nothing.
     unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
 }
 
@@ -72,12 +73,12 @@ pub(crate) fn set_cloexec(fd: &OwnedFd) -> Result<(), Errno> {
     Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?)
 }
 
-/// KVM_RUN: no argument, but memory changes under the calling program.
-struct Run;
+/// The ioctl KVM_RUN: no argument, but the kernel writes kvm_run.
+struct KvmRun;
 
-// SAFETY: the opcode takes no argument, and what it writes, kvm_run, is declared by `IS_MUTATING`: without that the
-// compiler may take what it knows of it for what is there afterwards.
-unsafe impl Ioctl for Run {
+// SAFETY: the opcode takes no argument. `IS_MUTATING` tells the compiler that the call writes memory: without it, it
+// may assume that kvm_run holds the same before and after.
+unsafe impl Ioctl for KvmRun {
     type Output = ();
 
     const IS_MUTATING: bool = true;
@@ -95,13 +96,13 @@ unsafe impl Ioctl for Run {
     }
 }
 
-/// KVM_RUN, with its errno as it is. The caller holds kvm_run exclusively.
+/// KVM_RUN, with its errno. The caller has exclusive access to kvm_run.
 #[inline]
 pub(crate) fn kvm_run(vcpu: &VcpuFd) -> Result<(), Errno> {
     // SAFETY: `vcpu` owns the descriptor and is borrowed meanwhile.
     let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-    // SAFETY: it is a vCPU's, for which this is the opcode.
-    Ok(unsafe { ioctl::ioctl(fd, Run) }?)
+    // SAFETY: the descriptor is a vCPU's, and KVM_RUN is an ioctl of vCPUs.
+    Ok(unsafe { ioctl::ioctl(fd, KvmRun) }?)
 }
 
 /// KVM_SET_MEMORY_ATTRIBUTES.
@@ -109,13 +110,13 @@ pub(crate) fn kvm_run(vcpu: &VcpuFd) -> Result<(), Errno> {
 pub(crate) fn kvm_set_memory_attributes(vm: &VmFd, attributes: kvm_memory_attributes) -> Result<(), Errno> {
     // SAFETY: `vm` owns the descriptor and is borrowed meanwhile.
     let fd = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
-    // SAFETY: the opcode is the one of this argument, which the kernel only reads.
+    // SAFETY: the opcode takes this argument, which the kernel only reads.
     let request = unsafe { Setter::<KVM_SET_MEMORY_ATTRIBUTES, _>::new(attributes) };
-    // SAFETY: as above, and of a VM.
+    // SAFETY: as above, and the descriptor is a VM's.
     Ok(unsafe { ioctl::ioctl(fd, request) }?)
 }
 
-/// KVM_PRE_FAULT_MEMORY once, which kvm-ioctls does not have: the bytes that were mapped.
+/// KVM_PRE_FAULT_MEMORY, once: how many bytes it mapped. kvm-ioctls does not have it.
 pub(crate) fn kvm_pre_fault(vcpu: &VcpuFd, gpa: u64, size: u64) -> Result<u64, Errno> {
     // SAFETY: `vcpu` owns the descriptor and is borrowed meanwhile.
     let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
@@ -124,9 +125,9 @@ pub(crate) fn kvm_pre_fault(vcpu: &VcpuFd, gpa: u64, size: u64) -> Result<u64, E
         size,
         ..Default::default()
     };
-    // SAFETY: the opcode is the one of this argument.
+    // SAFETY: the opcode takes this argument.
     let request = unsafe { Updater::<KVM_PRE_FAULT_MEMORY, _>::new(&mut range) };
-    // SAFETY: as above; it outlives the call.
+    // SAFETY: as above, the descriptor is a vCPU's, and `range` outlives the call.
     unsafe { ioctl::ioctl(fd, request) }?;
     Ok(size - range.size)
 }

@@ -1,4 +1,4 @@
-//! The traits of a virtual machine and of its vCPUs: what KVM does, call by call.
+//! The traits of a virtual machine and of its vCPUs: one method for each ioctl or other system call.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -11,36 +11,36 @@ use kvm_bindings::{
 };
 
 use super::exit::{self, SENTINEL};
-use super::mapping::HostAddress;
+use super::mapping::{HostAddress, Touched};
 use crate::errno::Errno;
 
-/// What one virtual machine can do, asked once when it is made.
+/// What KVM offers one virtual machine. Queried once, when the VM is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Memslots that may exist at once (KVM_CAP_NR_MEMSLOTS).
+    /// The most memslots at a time (KVM_CAP_NR_MEMSLOTS).
     pub memslots: u32,
-    /// vCPUs (KVM_CAP_MAX_VCPUS).
+    /// The most vCPUs (KVM_CAP_MAX_VCPUS).
     pub vcpus: u32,
-    /// Whether KVM_SET_MEMORY_ATTRIBUTES takes PRIVATE on this VM.
+    /// Whether KVM_SET_MEMORY_ATTRIBUTES takes PRIVATE on this VM (KVM_CAP_MEMORY_ATTRIBUTES).
     pub private_attribute: bool,
-    /// Whether a guest_memfd can be made for this VM.
+    /// Whether this VM can have a guest_memfd (KVM_CAP_GUEST_MEMFD).
     pub guest_memfd: bool,
     /// Flags that KVM_CREATE_GUEST_MEMFD takes on this VM (KVM_CAP_GUEST_MEMFD_FLAGS).
     pub guest_memfd_flags: u64,
-    /// Whether vCPUs have KVM_PRE_FAULT_MEMORY.
+    /// Whether vCPUs have KVM_PRE_FAULT_MEMORY (KVM_CAP_PRE_FAULT_MEMORY).
     pub pre_fault: bool,
 }
 
 /// One memslot as KVM_SET_USER_MEMORY_REGION2 takes it. Addresses and sizes are in bytes, multiples of 4096.
 #[derive(Clone, Copy, Debug)]
 pub struct Memslot<'a> {
-    /// Slot number.
+    /// The slot's number.
     pub id: u32,
     /// The first guest-physical address.
     pub gpa: u64,
     /// Bytes, more than 0.
     pub size: u64,
-    /// The host memory behind the first byte.
+    /// Where its first byte is in host memory (userspace_addr).
     pub host: HostAddress,
     /// The guest_memfd, and the offset in it of the slot's first byte.
     pub guest_memfd: Option<(BorrowedFd<'a>, u64)>,
@@ -55,14 +55,14 @@ pub struct FilePart<'a> {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
-    /// Whether this process itself, as opposed to a guest, may have read or written there. The fake has no guest, so it
-    /// makes no system call for the rest.
-    pub touched: bool,
+    /// Whether this process itself may have read or written there. The fake has no guest that could have, so it makes
+    /// no system call for any other part.
+    pub touched: &'a Touched,
 }
 
 /// A virtual machine.
 pub trait Hypervisor: Send + Sync {
-    /// What this VM can do.
+    /// What KVM offers this VM.
     fn capabilities(&self) -> Capabilities;
 
     /// KVM_GET_SUPPORTED_CPUID.
@@ -74,7 +74,7 @@ pub trait Hypervisor: Send + Sync {
     /// KVM_CREATE_GUEST_MEMFD; the descriptor is close-on-exec.
     ///
     /// # Errors
-    /// The kernel's: EINVAL for a bad size or flags, ENOTTY where it is not compiled in.
+    /// The kernel's: EINVAL for a bad size or flags, ENOTTY from a kernel without guest_memfd.
     fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<OwnedFd, Errno>;
 
     /// KVM_SET_USER_MEMORY_REGION2 with a new slot.
@@ -83,27 +83,28 @@ pub trait Hypervisor: Send + Sync {
     /// The kernel's: EEXIST for an overlap, EINVAL for bad offsets, ENOMEM.
     fn create_memslot(&self, slot: &Memslot<'_>) -> Result<(), Errno>;
 
-    /// KVM_SET_USER_MEMORY_REGION2 with size 0. Waits for a grace period.
+    /// KVM_SET_USER_MEMORY_REGION2 with size 0. Waits for an SRCU grace period.
     ///
     /// # Errors
     /// The kernel's: EINVAL where there is no such slot, ENOMEM.
     fn delete_memslot(&self, id: u32) -> Result<(), Errno>;
 
-    /// KVM_SET_MEMORY_ATTRIBUTES: PRIVATE, or nothing, on these pages. It cannot be interrupted, so the caller bounds the
-    /// range.
+    /// KVM_SET_MEMORY_ATTRIBUTES: sets or clears PRIVATE on these pages. The ioctl cannot be interrupted, so the caller
+    /// bounds the range.
     ///
     /// # Errors
-    /// ENOMEM changes nothing; EINVAL where the VM has no private memory.
+    /// ENOMEM, with nothing changed; EINVAL where the VM has no private memory.
     fn set_memory_attributes(&self, gpa: u64, size: u64, private: bool) -> Result<(), Errno>;
 
-    /// fallocate(FALLOC_FL_PUNCH_HOLE), in calls of at most 2 MiB: frees a part of a file that backs guest memory; it reads
-    /// as zeroes then.
+    /// fallocate(FALLOC_FL_PUNCH_HOLE), in calls of at most 2 MiB: frees a part of a file that backs guest memory,
+    /// which reads as zeroes afterwards.
     ///
     /// # Errors
     /// Those of fallocate(2).
     fn punch_hole(&self, part: &FilePart<'_>) -> Result<(), Errno>;
 
-    /// lseek(SEEK_DATA): whether anything was written to a part of a memfd since it was last freed.
+    /// lseek(SEEK_DATA): whether a part of a memfd holds data, that is, was written or faulted in since it was last
+    /// freed.
     ///
     /// # Errors
     /// Those of lseek(2).
@@ -116,17 +117,17 @@ pub trait Hypervisor: Send + Sync {
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno>;
 }
 
-/// One vCPU. Used by one thread at a time. What is got and set is named after KVM's ioctls, and their errors are the
+/// One vCPU. Used by one thread at a time. Getters and setters are named after KVM's ioctls, and their errors are the
 /// kernel's.
 pub trait Vcpu: Send {
-    /// KVM_RUN. The caller has written its sentinel into `exit_reason`.
+    /// KVM_RUN. The caller has written [`SENTINEL`] into `exit_reason`.
     ///
     /// # Errors
     /// The errno of the ioctl. What it means depends on kvm_run, see [`super::exit`].
     fn run(&mut self) -> Result<(), Errno>;
 
-    /// KVM_RUN after the sentinel was written: kvm_run as it is then. If KVM_RUN failed, its errno is put into `errno`,
-    /// which is else left alone. (What is returned fits into registers that way.)
+    /// Writes [`SENTINEL`] into `exit_reason`, calls KVM_RUN, and returns kvm_run. If KVM_RUN failed, its errno is
+    /// stored in `errno`, which is otherwise left as it is. (This way the return value fits into registers.)
     #[inline]
     fn enter(&mut self, errno: &mut Errno) -> &mut [u8] {
         exit::put(self.kvm_run(), exit::offset::EXIT_REASON, &SENTINEL.to_le_bytes());
@@ -139,10 +140,11 @@ pub trait Vcpu: Send {
     /// kvm_run from `exit_reason` on, without the first [`exit::START`] bytes, which other threads may write.
     fn kvm_run(&mut self) -> &mut [u8];
 
-    /// What makes a running or a coming KVM_RUN return EINTR.
+    /// `immediate_exit` of this vCPU, for other threads.
     fn immediate_exit(&self) -> Arc<dyn ImmediateExit>;
 
-    /// Whether kvm_run carries the general registers after an exit, if it is asked to (KVM_CAP_SYNC_REGS).
+    /// Whether KVM copies the general registers to kvm_run at an exit if `kvm_valid_regs` asks for it
+    /// (KVM_CAP_SYNC_REGS).
     fn syncs_regs(&self) -> bool;
 
     /// KVM_GET_REGS: the general registers.
@@ -163,11 +165,11 @@ pub trait Vcpu: Send {
     /// KVM_SET_CPUID2. EINVAL once the vCPU has run.
     fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), Errno>;
 
-    /// KVM_GET_MSRS: the values of these. EINVAL for one that KVM does not have.
+    /// KVM_GET_MSRS: the values of these MSRs. EINVAL for one that KVM does not have.
     fn msrs(&self, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Errno>;
 
     /// KVM_SET_MSRS, in this order. EINVAL for one that KVM does not have or a value that it refuses; those before it
-    /// are set then.
+    /// have been set.
     fn set_msrs(&mut self, msrs: &[kvm_msr_entry]) -> Result<(), Errno>;
 
     /// KVM_GET_LAPIC: the registers of the local APIC. EINVAL without an in-kernel irqchip.
@@ -206,19 +208,21 @@ pub trait Vcpu: Send {
     /// KVM_SET_DEBUGREGS.
     fn set_debug_regs(&mut self, debug_regs: &kvm_debugregs) -> Result<(), Errno>;
 
-    /// KVM_PRE_FAULT_MEMORY, once: how many bytes of the range were mapped. It may write the union of kvm_run.
+    /// KVM_PRE_FAULT_MEMORY, once. Returns how many bytes were mapped, from the start of the range. It may write the
+    /// union of kvm_run.
     ///
     /// # Errors
-    /// EINTR, EAGAIN (a slot is being deleted), ENOENT (shared, no slot), EFAULT (private, no slot or guest_memfd),
-    /// and what guest_memfd says: EHWPOISON, ENOMEM.
+    /// EINTR, EAGAIN (a memslot is being deleted), ENOENT (shared, no memslot), EFAULT (private, no memslot or no
+    /// guest_memfd), and guest_memfd's own: EHWPOISON, ENOMEM.
     fn pre_fault(&mut self, gpa: u64, size: u64) -> Result<u64, Errno>;
 
-    /// KVM_TRANSLATE: the guest-physical address of a linear one, if it is mapped.
+    /// KVM_TRANSLATE: the guest-physical address of a linear address, if the guest's page tables map it.
     fn translate(&self, linear: u64) -> Option<u64>;
 }
 
 /// `immediate_exit` of one vCPU's kvm_run.
 pub trait ImmediateExit: Send + Sync {
-    /// The byte. Any thread may write it: not 0 makes a running or a coming KVM_RUN return EINTR.
+    /// The byte, which any thread may write. Unless it is 0, the next KVM_RUN returns EINTR at once; one that runs
+    /// already needs a signal.
     fn byte(&self) -> &AtomicU8;
 }

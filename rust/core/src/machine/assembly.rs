@@ -26,23 +26,26 @@ use crate::x86::cpuid;
 /// A virtual machine.
 pub struct Machine {
     pub(super) vcpus: Vec<Mutex<VcpuState>>,
+    /// One for each vCPU. Not under the vCPU's mutex, which its thread holds for the whole run.
     pub(super) kicks: Vec<Arc<Kick>>,
     policy: CurrentPolicy,
     bus: Bus,
     events: Arc<EventLog>,
     /// The run in progress.
     pub(super) current: Mutex<Option<Arc<Control>>>,
+    /// Called around each vCPU thread's body.
     pub(super) around: Option<ThreadWrapper>,
+    /// Whether vCPUs have KVM_PRE_FAULT_MEMORY.
     pre_fault: bool,
-    /// Last: it holds what the VM's memslots point into.
+    /// Last, so that it is dropped after the vCPUs: it holds the memory of the VM's memslots.
     pub(super) memory: GuestMemory,
 }
 
 impl Machine {
-    /// Makes one.
+    /// Creates the VM, its memory and its vCPUs.
     ///
     /// # Errors
-    /// `KvmUnavailable`, `NotSupported`, `Invalid` for an argument, `Host` where the kernel refused.
+    /// `KvmUnavailable`, `NotSupported`, `Invalid` for an argument, `Host` for a system call that failed.
     pub fn new(config: Config) -> Result<Self, Error> {
         let views = config.views()?;
         let (hypervisor, mode) = config.open(views)?;
@@ -89,7 +92,7 @@ impl Machine {
         &self.memory
     }
 
-    /// How states are enforced.
+    /// How KVM is made to enforce page states.
     pub fn enforcement(&self) -> EnforcementMode {
         self.memory.mode()
     }
@@ -99,18 +102,18 @@ impl Machine {
         self.vcpus.len()
     }
 
-    /// The log of requests.
+    /// The log of its requests.
     pub fn events(&self) -> &Arc<EventLog> {
         &self.events
     }
 
-    /// Another policy judges every request that comes once this has returned. One that is being judged is answered by the
-    /// old one.
+    /// Replaces the policy. Requests that come after the return are put to the new one; a request that the old one is
+    /// judging now gets the old one's answer.
     pub fn replace_policy(&self, policy: Arc<dyn Policy>) {
         drop(self.policy.replace(policy));
     }
 
-    /// What the loops of its vCPUs need.
+    /// What the loops of its vCPUs need from it.
     pub(super) fn context<'a>(&'a self, control: &'a Control) -> Context<'a> {
         Context {
             memory: &self.memory,
@@ -126,7 +129,7 @@ impl Machine {
         &self.kicks[vcpu as usize]
     }
 
-    /// Answers a port from now on.
+    /// Registers a handler of a port.
     ///
     /// # Errors
     /// `Invalid` for the doorbell's port and for one that has a handler.
@@ -134,7 +137,7 @@ impl Machine {
         self.bus.on_io(port, handler)
     }
 
-    /// Answers an MMIO range from now on.
+    /// Registers a handler of an MMIO range.
     ///
     /// # Errors
     /// `Invalid` for a range that is empty, wraps, or overlaps memory, a view or another handler's.
@@ -142,40 +145,41 @@ impl Machine {
         self.bus.on_mmio(gpa, size, &self.memory.views(), handler)
     }
 
-    /// Tells a listener the present state, and from then on of every conversion.
+    /// Tells a listener the present states, and from then on every conversion.
     ///
     /// # Errors
-    /// `Busy` from inside a listener; the listener's own as `HostConversion`.
+    /// `Busy` when called from a listener; the listener's own failure as `HostConversion`, and then it was not added.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Result<(), Error> {
         outside_listeners()?;
         let failed = |failure| Error::HostConversion(ConvertError::Listener(failure));
         self.memory.join(listener).map_err(failed)
     }
 
-    /// Tells a listener nothing more. Whether it was one.
+    /// Removes a listener. Returns whether it was there.
     pub fn remove_listener(&self, listener: &Arc<dyn Listener>) -> bool {
         self.memory.leave(listener)
     }
 
-    /// Converts on the host's own account: no policy is asked.
+    /// Converts pages because the host wants it. The policy is not asked.
     ///
     /// # Errors
-    /// As [`GuestMemory::convert`].
+    /// As [`GuestMemory::convert`]; `Busy` when called from a listener.
     pub fn convert(&self, gpa: u64, size: u64, to: State) -> Result<Converted, Error> {
         outside_listeners()?;
         Ok(self.memory.convert(gpa, size, to, false)?)
     }
 
-    /// Copies out of shared pages.
+    /// Copies bytes out of shared pages.
     ///
     /// # Errors
-    /// `PrivateMemory` with the first private page; `HostConversion` with the range if it leaves memory.
+    /// `PrivateMemory` with the first private page; `Outside` for bytes outside of memory; `Host` where reading fails,
+    /// as it does for a poisoned page; `Busy` when called from a listener.
     pub fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), Error> {
         let len = into.len() as u64;
         self.touch(gpa, len, "read", |shared, gpa| shared.read(gpa, into))
     }
 
-    /// Copies into shared pages.
+    /// Copies bytes into shared pages.
     ///
     /// # Errors
     /// As [`Machine::read`].
@@ -201,33 +205,35 @@ impl Machine {
         let done = self.memory.on_shared(gpa, len, |shared| access(shared, gpa));
         match done.map_err(outside)? {
             Ok(done) => done.map_err(|errno| Error::Host {
-                what: "reach the guest's shared memory",
+                what: "access the guest's shared memory",
                 errno,
             }),
             Err(gpa) => Err(Error::PrivateMemory { gpa, what }),
         }
     }
 
-    /// How much memory the guest occupies.
+    /// How much host memory the guest occupies.
     ///
     /// # Errors
-    /// `Host` where the kernel does not tell.
+    /// `Host` where fstat(2) fails.
     pub fn resident(&self) -> Result<Resident, Error> {
         let what = "count resident memory";
         self.memory.resident().map_err(|errno| Error::Host { what, errno })
     }
 
-    /// Lets go of all handlers and listeners, which may refer back to whoever holds this machine.
+    /// Drops all handlers and listeners: they may hold references to the object that owns this machine.
     pub fn clear_handlers(&self) {
         self.memory.clear_listeners();
         self.bus.clear();
     }
 }
 
+/// Fails if the calling thread is inside a listener.
 pub(super) fn outside_listeners() -> Result<(), Error> {
     match listeners::inside() {
         true => Err(Error::Busy(
-            "a listener holds the pages it is told of: it must not convert, read or write guest memory from within",
+            "a listener is called with its pages locked: it must not convert, read or write guest memory, nor run the \
+             machine",
         )),
         false => Ok(()),
     }

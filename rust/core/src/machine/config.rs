@@ -1,4 +1,4 @@
-//! What a machine is made of, checked.
+//! A machine's parameters, and their checks against each other and against the host.
 
 use std::sync::Arc;
 
@@ -11,40 +11,41 @@ use crate::memory::views::Views;
 use crate::policy::hooks::Policy;
 use crate::x86::cpuid;
 
-/// Runs a vCPU thread's body; a binding puts what its callbacks need around it.
+/// Called in each vCPU's thread with the thread's body, which it runs. A binding prepares there what its callbacks
+/// need.
 pub type ThreadWrapper = Arc<dyn Fn(&mut (dyn FnMut() + Send)) + Send + Sync>;
 
-/// What a machine is made of.
+/// A machine's parameters.
 pub struct Config {
     /// Bytes of guest memory, from gpa 0 on; a multiple of 4096.
     pub memory: u64,
     /// How many vCPUs.
     pub vcpus: u32,
-    /// `None`: whichever `enforcement` needs.
+    /// `None`: the one that `enforcement` needs.
     pub vm_type: Option<VmType>,
     /// `None`: attributes where the host has them, else memslots.
     pub enforcement: Option<EnforcementMode>,
-    /// The address bit that chooses the shared view.
+    /// The bit of a guest-physical address that means the shared view.
     pub shared_bit: Option<u32>,
     /// The state of all pages at first.
     pub initial: State,
-    /// Room in the event log.
+    /// How many events the log keeps.
     pub events: usize,
     /// Memory is divided into this many equal parts, and no memslot crosses from one to the next.
     pub memslots: u32,
-    /// Who judges.
+    /// The policy that judges its requests at first.
     pub policy: Arc<dyn Policy>,
-    /// Around each vCPU thread.
+    /// Called around each vCPU thread's body.
     pub around: Option<ThreadWrapper>,
-    /// Instead of /dev/kvm.
+    /// Used in place of /dev/kvm.
     pub hypervisor: Option<Arc<dyn Hypervisor>>,
 }
 
-/// The largest memslot, where slots are replaced.
-const LARGEST_REPLACED: u64 = 1 << 30;
+/// The largest memslot in bytes, where conversions replace memslots.
+const LARGEST_SLOT: u64 = 1 << 30;
 
 impl Config {
-    /// Checks what needs no host, and lays out memory.
+    /// Checks what can be checked without the host, and lays out memory.
     pub(super) fn views(&self) -> Result<Views, Error> {
         let invalid = |why: String| Err(Error::Invalid(why));
         let memory = self.memory;
@@ -65,14 +66,14 @@ impl Config {
         }
         if self.memslots == 0 || u64::from(self.memslots) > memory / PAGE_SIZE {
             return invalid(format!(
-                "memslots={} must be at least 1 and leave each a page",
+                "memslots={} must be at least 1 and at most the number of pages",
                 self.memslots
             ));
         }
         Ok(Views::new(memory, self.shared_bit))
     }
 
-    /// The hypervisor, and how it is made to enforce states.
+    /// The hypervisor, opened and checked against the parameters, and how it is made to enforce page states.
     pub(super) fn open(&self, views: Views) -> Result<(Arc<dyn Hypervisor>, EnforcementMode), Error> {
         let (hypervisor, mode) = match &self.hypervisor {
             Some(hypervisor) => (hypervisor.clone(), self.mode_of(hypervisor.capabilities())),
@@ -127,14 +128,14 @@ impl Config {
         Ok((Arc::new(vm), mode))
     }
 
-    /// Where one memslot must end and the next begin.
+    /// The addresses that no memslot crosses: one ends there and the next begins.
     pub(super) fn borders(&self, mode: EnforcementMode) -> Vec<u64> {
         let pages = self.memory / PAGE_SIZE;
         let parts = u64::from(self.memslots);
         let mut borders: Vec<u64> = (1..parts).map(|part| pages * part / parts * PAGE_SIZE).collect();
         if mode == EnforcementMode::Memslots {
-            // Where KVM shadows page tables, making a slot costs as much as it is large.
-            borders.extend((1..self.memory.div_ceil(LARGEST_REPLACED)).map(|part| part * LARGEST_REPLACED));
+            // Where KVM shadows page tables, the cost of creating a memslot grows with its size.
+            borders.extend((1..self.memory.div_ceil(LARGEST_SLOT)).map(|part| part * LARGEST_SLOT));
             borders.sort_unstable();
             borders.dedup();
         }
@@ -148,7 +149,7 @@ fn no_such_type(kind: VmType, known: &[VmType]) -> Error {
         VmType::SwProtected => {
             "; a kernel with CONFIG_KVM_SW_PROTECTED_VM has it, and `pagegate testbed -- COMMAND` runs a command on one"
         }
-        _ => "; it takes hardware that has it, and pagegate does not launch it yet",
+        _ => "; it needs hardware that has it, and pagegate cannot launch it yet",
     };
     let (kind, names) = (kind.as_str(), names.join(", "));
     Error::NotSupported(format!("this host has no VM type {kind:?}, only {names}{remedy}"))
@@ -165,7 +166,7 @@ fn check_type(kind: VmType, mode: EnforcementMode) -> Result<(), Error> {
             unsupported("enforcement=\"memslots\" is for vm_type=\"default\"; this type has attributes".to_owned())
         }
         (other, _) => unsupported(format!(
-            "VM type {:?} is not supported yet: its launch is not written",
+            "VM type {:?} is not supported yet: pagegate cannot launch it",
             other.as_str()
         )),
     }

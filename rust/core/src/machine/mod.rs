@@ -1,7 +1,7 @@
 //! A virtual machine, assembled from everything below.
 //!
-//! - [`config`]: what it is made of; [`assembly`]: the machine
-//! - `start`: images and registers before a run; `run`: a run; [`report`]: what it did
+//! - [`config`]: the parameters, and their checks; [`assembly`]: the machine
+//! - `start`: images and registers before a run; `run`: a run with its threads; [`report`]: what a run did
 
 pub mod assembly;
 pub mod config;

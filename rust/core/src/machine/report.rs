@@ -1,4 +1,4 @@
-//! What a run did.
+//! The report of a run.
 
 use std::time::Duration;
 
@@ -7,10 +7,10 @@ use crate::vcpu::tally::Tally;
 /// What a run did, and why it ended.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or the policy's own.
+    /// "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or the reason of a policy's Stop.
     pub reason: String,
-    /// The counts.
+    /// Exits, requests and conversions, counted.
     pub tally: Tally,
-    /// How long it took.
+    /// From the call to its return.
     pub duration: Duration,
 }

@@ -1,4 +1,4 @@
-//! Runs: a thread for each vCPU, from the first entry until something ends the run.
+//! A run: a thread for each vCPU, from the first KVM_RUN until something ends the run.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,18 +14,19 @@ use crate::vcpu::state::VcpuState;
 use crate::vcpu::tally::Tally;
 
 impl Machine {
-    /// Runs every started vCPU, each in a thread of its own, until something ends the run. `interrupt` is asked
-    /// some forty times a second whether the caller must stop.
+    /// Runs every started vCPU, each in a thread of its own, until something ends the run. `interrupt` is called some
+    /// forty times a second; its failure ends the run.
     ///
     /// # Errors
-    /// The first thing that went wrong, once.
+    /// `Busy` if a run is in progress, no vCPU was started, or a listener calls this; else the first failure of the
+    /// run.
     pub fn run(
         &self,
         timeout: Option<Duration>,
         interrupt: &mut dyn FnMut() -> Result<(), Failure>,
     ) -> Result<Report, Error> {
         outside_listeners()?;
-        /// The run is over, however it ended.
+        /// Clears `current` when the run is over, also after a panic.
         struct Over<'a>(&'a Mutex<Option<Arc<Control>>>);
         impl Drop for Over<'_> {
             fn drop(&mut self) {
@@ -72,10 +73,10 @@ impl Machine {
         let mut current = self.current.lock();
         if current.is_some() {
             return Err(Error::Busy(
-                "this machine is running already: run() is not to be called again meanwhile, nor from inside a hook",
+                "this machine is running already: run() cannot be called again until it has returned, nor in a hook",
             ));
         }
-        // Whoever else has one between runs, to start it or to look at it, has it for a moment.
+        // Between runs another thread locks a vCPU only for a moment, to start it or to read its registers.
         let mut vcpus: Vec<_> = self.vcpus.iter().map(Mutex::lock).collect();
         vcpus.retain(|vcpu| vcpu.started);
         if vcpus.is_empty() {
@@ -90,7 +91,7 @@ impl Machine {
     }
 
     fn vcpu_thread(&self, control: &Control, mut vcpu: MutexGuard<'_, VcpuState>) -> Tally {
-        /// Says that the thread ended, however it did.
+        /// Reports the end of the thread, also after a panic, which stops the run.
         struct Ended<'a>(&'a Control);
         impl Drop for Ended<'_> {
             fn drop(&mut self) {

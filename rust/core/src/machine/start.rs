@@ -1,4 +1,4 @@
-//! What is done before a run: images loaded, registers set.
+//! What is done before a run: loading images, and setting registers.
 
 use kvm_bindings::kvm_regs;
 use parking_lot::MutexGuard;
@@ -12,13 +12,14 @@ use crate::memory::address::{PAGE_SIZE, State};
 use crate::memory::views::Views;
 use crate::vcpu::state::VcpuState;
 
-const VCPU_RUNNING: &str = "the vCPU is running: registers can be reached between runs only";
+const VCPU_RUNNING: &str = "the vCPU is running: its registers can be read and set between runs only";
 
 impl Machine {
-    /// Puts an image into memory. Pages of it that are private become shared: KVM reads code from there.
+    /// Copies an image into memory and returns its entry point. Its private pages become shared first: the host cannot
+    /// write to them.
     ///
     /// # Errors
-    /// `Invalid` for a segment outside memory; as [`Machine::convert`] and [`Machine::write`].
+    /// `Invalid` for a segment outside of memory; those of [`Machine::convert`] and [`Machine::write`].
     pub fn load(&self, image: &Image<'_>) -> Result<u64, Error> {
         const ZEROES: [u8; 4096] = [0; 4096];
         for segment in &image.segments {
@@ -44,13 +45,14 @@ impl Machine {
         Ok(image.entry)
     }
 
-    /// Sets a vCPU's registers for its next run. What KVM still waited for is dropped.
+    /// Sets a vCPU's registers for its next run. If KVM still waits for an answer to the last exit, that is dropped.
     ///
-    /// With a shared bit, `rip` is taken at the view that its page is in: an instruction cannot be fetched from
-    /// the other one, and code that became private by being fetched would be zeroes.
+    /// With a shared bit, `rip` becomes the address of its page in the view that the page is in: a fetch from the other
+    /// view would be a request, and the code would be zeroes after the conversion.
     ///
     /// # Errors
-    /// `Invalid` for a register that does not exist or an address that the mode cannot reach, `Busy` while it runs.
+    /// `Invalid` for a register that does not exist or a `rip` that the mode cannot have, `Busy` while the vCPU runs;
+    /// those of building and writing the page tables.
     pub fn start(&self, vcpu: usize, mode: CpuMode, given: &[(String, u64)]) -> Result<(), Error> {
         let mut state = self.idle_vcpu(vcpu)?;
         let views = self.memory.views();
@@ -66,10 +68,10 @@ impl Machine {
         {
             regs.rip = views.address(place.gpa, State::Shared);
         }
-        let reach = mode.reach();
-        if regs.rip >= reach {
+        let end = mode.rip_end();
+        if regs.rip >= end {
             let message = format!(
-                "rip {:#x} cannot be reached in this mode, which ends at {reach:#x}: use mode \"long\"",
+                "rip {:#x} cannot be reached in this mode, which ends at {end:#x}: use mode \"long\"",
                 regs.rip
             );
             return Err(Error::Invalid(message));
@@ -86,16 +88,17 @@ impl Machine {
         Ok(())
     }
 
-    /// A vCPU's general registers, between runs.
+    /// A vCPU's general registers, between runs (KVM_GET_REGS).
     ///
     /// # Errors
-    /// `Busy` while it runs.
+    /// `Busy` while it runs, `Invalid` for a vCPU that there is not.
     pub fn regs(&self, vcpu: usize) -> Result<kvm_regs, Error> {
         let what = "read the vCPU's registers";
         let state = self.idle_vcpu(vcpu)?;
         state.hv.regs().map_err(|errno| Error::Host { what, errno })
     }
 
+    /// A vCPU that no run uses, locked.
     pub(super) fn idle_vcpu(&self, vcpu: usize) -> Result<MutexGuard<'_, VcpuState>, Error> {
         let Some(vcpu) = self.vcpus.get(vcpu) else {
             let message = format!(
@@ -109,7 +112,7 @@ impl Machine {
     }
 }
 
-/// Where a vCPU's stack begins: below the tables, a page for each, in the shared view.
+/// The initial RSP of a vCPU: below the page tables, with a page for each vCPU, in the shared view.
 fn stack(tables: u64, vcpu: usize, views: Views) -> u64 {
     let below = tables.saturating_sub(vcpu as u64 * PAGE_SIZE);
     views.address(below, State::Shared)

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-/// Size of a page in bytes. States are kept for each page.
+/// The size of a page in bytes. Each page has a state.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// One KVM_SET_MEMORY_ATTRIBUTES call is for at most this many bytes: it cannot be interrupted, and holds every vCPU that
-/// faults in its range.
-pub(crate) const CHUNK: u64 = 2 << 20;
+/// The size of a block in bytes. One KVM_SET_MEMORY_ATTRIBUTES is for pages of one block: the ioctl cannot be
+/// interrupted, and every vCPU that faults in its range waits for it.
+pub(crate) const BLOCK: u64 = 2 << 20;
 
 /// Whether a page is private to the guest or shared with the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,7 +15,7 @@ pub(crate) const CHUNK: u64 = 2 << 20;
 pub enum State {
     /// Ordinary host memory that guest and host can access.
     Shared = 0,
-    /// Memory of the guest alone, which the host cannot access.
+    /// Memory of the guest alone: the host does not read or write it.
     Private = 1,
 }
 
@@ -97,29 +97,29 @@ impl Range {
         self.gpa <= gpa && gpa < self.end()
     }
 
-    /// Whether the two have a page in common.
+    /// Whether the two ranges have a page in common.
     pub const fn overlaps(&self, other: &Range) -> bool {
         self.gpa < other.end() && other.gpa < self.end()
     }
 
-    /// Whether it lies between two multiples of [`CHUNK`].
+    /// Whether all of its pages are in one block.
     #[inline]
-    pub(crate) const fn in_one_chunk(&self) -> bool {
-        self.gpa / CHUNK == (self.end() - 1) / CHUNK
+    pub(crate) const fn in_one_block(&self) -> bool {
+        self.gpa / BLOCK == (self.end() - 1) / BLOCK
     }
 
-    /// The range, cut at multiples of [`CHUNK`].
-    pub(crate) fn chunks(self) -> impl Iterator<Item = Range> {
+    /// The parts of the range that are in one block each, ascending.
+    pub(crate) fn blocks(self) -> impl Iterator<Item = Range> {
         let mut start = self.gpa;
         std::iter::from_fn(move || {
-            let end = (start - start % CHUNK + CHUNK).min(self.end());
-            let chunk = Range::new(start, end.checked_sub(start)?)?;
+            let end = (start - start % BLOCK + BLOCK).min(self.end());
+            let part = Range::new(start, end.checked_sub(start)?)?;
             start = end;
-            Some(chunk)
+            Some(part)
         })
     }
 
-    /// The smallest range that holds both.
+    /// The smallest range that contains both.
     pub(crate) fn hull(&self, other: &Range) -> Range {
         let gpa = self.gpa.min(other.gpa);
         Range {
@@ -128,7 +128,7 @@ impl Range {
         }
     }
 
-    /// The pages that both have, `None` if there are none.
+    /// The pages that the two ranges have in common; `None` if there are none.
     pub fn intersect(&self, other: &Range) -> Option<Range> {
         let gpa = self.gpa.max(other.gpa);
         let end = self.end().min(other.end());
@@ -142,7 +142,7 @@ impl fmt::Display for Range {
     }
 }
 
-/// Adjacent pages that are in the same state.
+/// Adjacent pages in the same state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     /// The pages.

@@ -1,13 +1,12 @@
-//! The host memory behind the guest: the shared side and the private side, each one file.
+//! The host memory that backs the guest: the shared side and the private side, a file each.
 //!
-//! No references into guest memory are ever made: the shared side is read and written through its file, so a guest that
-//! writes at the same time changes bytes and nothing else, and a poisoned page is an error, not a signal.
+//! There are no Rust references to guest memory, because the guest may write it at any time. The shared side is read
+//! and written by system calls on its file, so a poisoned page gives an errno and not a signal.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::MemfdFlags;
 use vm_memory::VolatileMemory;
@@ -15,7 +14,7 @@ use vm_memory::VolatileMemory;
 use super::address::{PAGE_SIZE, Range, State};
 use crate::errno::Errno;
 use crate::error::Error;
-use crate::hypervisor::mapping::{HostAddress, Mapping};
+use crate::hypervisor::mapping::{HostAddress, Mapping, Touched};
 use crate::hypervisor::raw;
 use crate::hypervisor::vm::{FilePart, Hypervisor};
 
@@ -24,39 +23,14 @@ pub const GUEST_MEMFD_FLAG_MMAP: u64 = 1;
 /// KVM_CREATE_GUEST_MEMFD: its pages start out accessible to the host. Not in kvm-bindings yet.
 pub const GUEST_MEMFD_FLAG_INIT_SHARED: u64 = 2;
 
-/// A file that backs all of guest memory, offset by gpa, and its mapping where there is one.
+/// A file that backs all of guest memory, in which a page's offset is its gpa, and the addresses for memslots.
 #[derive(Debug)]
 pub struct Backing {
     file: Arc<File>,
-    /// Of the file; for a guest_memfd that the host cannot map, addresses at which nothing is.
+    /// Of the file; for a guest_memfd that the host cannot map, of nothing (PROT_NONE).
     mapping: Mapping,
     kind: BackingKind,
     touched: Touched,
-}
-
-/// What this process itself read or wrote: all of it lies between the two.
-#[derive(Debug)]
-struct Touched {
-    start: AtomicU64,
-    end: AtomicU64,
-}
-
-impl Touched {
-    fn nothing() -> Self {
-        Self {
-            start: AtomicU64::new(u64::MAX),
-            end: AtomicU64::new(0),
-        }
-    }
-
-    fn add(&self, at: u64, len: usize) {
-        self.start.fetch_min(at, Ordering::Relaxed);
-        self.end.fetch_max(at.saturating_add(len as u64), Ordering::Relaxed);
-    }
-
-    fn overlaps(&self, range: Range) -> bool {
-        self.start.load(Ordering::Relaxed) < range.end() && range.gpa() < self.end.load(Ordering::Relaxed)
-    }
 }
 
 /// What kind of file backs a side.
@@ -66,7 +40,7 @@ pub enum BackingKind {
     Memfd,
     /// A guest_memfd that the host cannot map.
     GuestMemfd,
-    /// A guest_memfd with MMAP, mapped because KVM's own emulation reaches memory through the mapping.
+    /// A guest_memfd with MMAP, mapped because KVM's own emulation accesses guest memory through the mapping.
     MappedGuestMemfd,
 }
 
@@ -106,28 +80,28 @@ impl Backing {
         (self.kind != BackingKind::Memfd).then(|| self.file.as_fd())
     }
 
-    /// Whether the host can reach these bytes at all.
+    /// Whether the host can read and write it at all.
     pub(crate) fn is_reachable(&self) -> bool {
         self.kind != BackingKind::GuestMemfd
     }
 
-    /// The address of offset `at`, as a memslot takes it.
+    /// The host address of offset `at`, for a memslot.
     pub(crate) fn host(&self, at: u64) -> HostAddress {
         self.mapping.address(at)
     }
 
-    /// A part of the file, to be discarded or searched for data. Whoever asks has the range locked.
+    /// A part of the file, to be discarded or searched for data. The caller has locked the range.
     pub(crate) fn part(&self, range: Range) -> FilePart<'_> {
         FilePart {
             file: &self.file,
             offset: range.gpa(),
             len: range.size(),
-            touched: self.touched.overlaps(range),
+            touched: &self.touched,
         }
     }
 
-    /// Bytes that are resident in memory now; `None` where the kernel does not tell: a guest_memfd is counted by
-    /// cachestat(2) alone, which kernels before 6.5 and some small ones lack.
+    /// Bytes that are resident in host memory now. `None` for a guest_memfd where the kernel does not have
+    /// cachestat(2), which Linux 6.5 added and a kernel can be built without.
     ///
     /// # Errors
     /// Those of fstat(2).
@@ -140,15 +114,15 @@ impl Backing {
         }
     }
 
-    /// Copies out of this side.
+    /// Copies bytes from offset `at` on.
     ///
     /// # Errors
-    /// EIO where a page is poisoned, EOPNOTSUPP where the host cannot reach this side.
+    /// EIO where a page is poisoned, EOPNOTSUPP for a guest_memfd that the host cannot map.
     pub fn read(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
         match self.kind {
             BackingKind::Memfd => Ok(self.file.read_exact_at(into, at)?),
             BackingKind::MappedGuestMemfd => {
-                // Reading a hole through a mapping fills it.
+                // A read through the mapping allocates pages that the file does not have yet.
                 self.touched.add(at, into.len());
                 self.mapping.slice(at, into.len())?.as_volatile_slice().copy_to(into);
                 Ok(())
@@ -157,7 +131,7 @@ impl Backing {
         }
     }
 
-    /// Copies into this side.
+    /// Copies bytes to offset `at` and on.
     ///
     /// # Errors
     /// As [`Backing::read`], and ENOMEM, ENOSPC.
@@ -174,19 +148,19 @@ impl Backing {
     }
 }
 
-/// Both sides of guest memory. A page's bytes lie in one of them, at its gpa.
+/// Both sides of guest memory. The bytes of a page are in the side of its state, at its gpa.
 #[derive(Debug)]
 pub struct Sides {
-    /// What the host may see.
+    /// Backs shared pages.
     pub shared: Backing,
-    /// What it may not.
+    /// Backs private pages.
     pub private: Backing,
 }
 
 impl Sides {
-    /// Makes both sides, empty. The private side is a guest_memfd where the VM has them, else memory that the core refuses
-    /// to read or write. Where the VM has no private attribute, KVM reaches a private page like any other, through a
-    /// mapping: then the guest_memfd is made with MMAP and INIT_SHARED.
+    /// Creates both sides, empty. The private side is a guest_memfd where the VM can have one, else a memfd that the
+    /// core refuses to read or write for the host. On a VM without private attributes KVM's emulation accesses every
+    /// page through a mapping, so there the guest_memfd has the flags MMAP and INIT_SHARED.
     pub(crate) fn new(size: u64, hypervisor: &dyn Hypervisor) -> Result<Self, Error> {
         let can = hypervisor.capabilities();
         let context = |what: &'static str| move |errno| Error::Host { what, errno };
@@ -207,7 +181,7 @@ impl Sides {
         })
     }
 
-    /// Where the bytes of a page in this state are.
+    /// The side of the pages in this state.
     pub fn of(&self, state: State) -> &Backing {
         match state {
             State::Shared => &self.shared,

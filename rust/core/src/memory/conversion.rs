@@ -8,7 +8,6 @@ use super::address::{Range, State};
 use super::enforcement::{Before, Failure as EnforcementFailure};
 use super::guest_memory::{FaultStatus, FaultingAccess, GuestMemory};
 use super::listeners::Changes;
-use super::page_map::Snapshot;
 use super::page_states::{Held, Seen, States};
 use crate::errno::Errno;
 use crate::error::ConvertError;
@@ -94,11 +93,12 @@ impl GuestMemory {
         if !one {
             return self.convert_in_parts(order, condition, cancel);
         }
-        let (held, states) = self.states.hold_and_lock(range);
-        if !self.is_wanted(order, &condition, range, &states) {
-            return Ok(Converted::Superseded);
-        }
-        let before = states.map().uniform(range);
+        let (held, states) = self.states.hold_and_access(range);
+        let before = match condition {
+            Condition::AsTold(told) if told.is_current(states.map()) => told.state,
+            _ if !self.is_wanted(order, &condition, range, &states) => return Ok(Converted::Superseded),
+            _ => states.map().uniform(range),
+        };
         drop(states);
         let changed = self.transaction(order, range, Some(held), before)?;
         Ok(Converted::Done { changed })
@@ -131,7 +131,7 @@ impl GuestMemory {
         // not locked whole is locked part by part.
         let (held, condition) = match (condition, quota) {
             (Condition::StillFaulting(fault), _) => {
-                let (held, states) = self.states.hold_and_lock(order.range.hull(&fault.page));
+                let (held, states) = self.states.hold_and_access(order.range.hull(&fault.page));
                 if self.status(&fault, &states) != FaultStatus::Request {
                     return Ok(Converted::Superseded);
                 }
@@ -205,6 +205,7 @@ impl GuestMemory {
 
     /// The transaction, for a range that is locked and whose state is known if it is uniform: bytes whose state changed.
     /// `held` is `None` where the caller has locked more than the range.
+    #[inline]
     fn transaction(
         &self,
         order: &Order,
@@ -212,80 +213,104 @@ impl GuestMemory {
         held: Option<Held<'_>>,
         before: Option<State>,
     ) -> Result<u64, ConvertError> {
-        let to = order.to;
         if self.broken.load(Ordering::SeqCst) {
             return Err(already_broken(range));
         }
-        if before == Some(to) {
+        if before == Some(order.to) {
             return Ok(0);
         }
-        self.clean_shared_side(order, range)
-            .map_err(|errno| undone(range, errno))?;
-        // Nobody listens as a rule, and then nobody needs to know what exactly changes.
-        let told = match self.listeners.is_empty() {
-            true => None,
-            false => Some(self.prepare(range, to)?),
-        };
-        let runs = |part| self.states.lock().runs_in(part);
-        let states_before = Before {
-            uniform: before,
-            runs: &runs,
-        };
-        if let Err(failure) = self.enforcement.apply(range, to, states_before) {
-            return Err(self.not_enforced(range, to, failure, told));
+        let cleaned = self.clean_shared_side(order, range);
+        cleaned.map_err(|errno| undone(range, errno))?;
+        if !self.listeners.is_empty() {
+            return self.transaction_with_listeners(order, range, before);
         }
-        let discarded = match order.keep {
-            true => Ok(()),
-            false => self.discard_side(to.other(), range),
+        let enforced = self.enforce(order, range, before);
+        enforced.map_err(|failure| self.not_enforced(range, failure))?;
+        let discarded = self.discard_old_side(order, range);
+        let mut states = match held {
+            Some(held) => held.release(),
+            None => self.states.lock(),
         };
-        let changed = match (&told, held) {
-            (None, Some(held)) => self.commit(order, range, held.finish()),
-            // Listeners are told while the range is locked.
-            (_, held) => {
-                let changed = self.commit(order, range, self.states.lock());
-                let heard = told.map_or(Ok(()), |before| self.listeners.commit(&changes(&before, range, to)));
-                drop(held);
-                discarded.map_err(|errno| not_discarded(range, errno))?;
-                heard.map_err(ConvertError::Listener)?;
-                return Ok(changed);
-            }
-        };
+        let changed = self.commit(order, range, &mut states);
         discarded.map_err(|errno| not_discarded(range, errno))?;
         Ok(changed)
     }
 
+    /// The same where somebody wants to know what exactly changes, and may refuse it. The caller holds the range until this
+    /// returns, for listeners are told while it is locked.
+    #[cold]
+    fn transaction_with_listeners(
+        &self,
+        order: &Order,
+        range: Range,
+        before: Option<State>,
+    ) -> Result<u64, ConvertError> {
+        let snapshot = self.states.lock().snapshot();
+        let changes = Changes {
+            before: &snapshot,
+            range,
+            to: order.to,
+        };
+        self.listeners.prepare(&changes)?;
+        if let Err(failure) = self.enforce(order, range, before) {
+            let failure = self.not_enforced(range, failure);
+            // What KVM enforces matters more than what a listener says of it.
+            let aborted = self.listeners.abort(&changes).err();
+            let said = aborted.filter(|_| failure.guest_errno().is_some());
+            return Err(said.map_or(failure, ConvertError::Listener));
+        }
+        let discarded = self.discard_old_side(order, range);
+        let changed = self.commit(order, range, &mut self.states.lock());
+        let heard = self.listeners.commit(&changes);
+        discarded.map_err(|errno| not_discarded(range, errno))?;
+        heard.map_err(ConvertError::Listener)?;
+        Ok(changed)
+    }
+
     #[inline]
-    fn commit(&self, order: &Order, range: Range, mut states: super::page_states::Locked<'_>) -> u64 {
-        let changed = states.set(range, order.to);
+    fn enforce(&self, order: &Order, range: Range, before: Option<State>) -> Result<(), EnforcementFailure> {
+        let runs = |part| self.states.lock().runs_in(part);
+        let before = Before {
+            uniform: before,
+            runs: &runs,
+        };
+        self.enforcement.apply(range, order.to, before)
+    }
+
+    #[inline]
+    fn discard_old_side(&self, order: &Order, range: Range) -> Result<(), Errno> {
+        match order.keep {
+            true => Ok(()),
+            false => self.discard_side(order.to.other(), range),
+        }
+    }
+
+    #[inline]
+    fn commit(&self, order: &Order, range: Range, states: &mut States) -> u64 {
+        let changed = self.states.set(states, range, order.to);
         if order.max_shared.is_some() && order.to == State::Shared {
             states.release(changed);
         }
         changed
     }
 
-    /// What changes, for listeners; those who have to agree did.
     #[cold]
-    fn prepare(&self, range: Range, to: State) -> Result<Box<Snapshot>, ConvertError> {
-        let before = Box::new(self.snapshot());
-        self.listeners.prepare(&changes(&before, range, to))?;
-        Ok(before)
-    }
-
-    #[cold]
-    fn not_enforced(
-        &self,
-        range: Range,
-        to: State,
-        failure: EnforcementFailure,
-        told: Option<Box<Snapshot>>,
-    ) -> ConvertError {
-        self.states.lock().disturb(range);
-        let failure = self.failed(range, failure);
-        let abort = |before: Box<Snapshot>| self.listeners.abort(&changes(&before, range, to)).err();
-        // What KVM enforces matters more than what a listener says of it.
-        told.and_then(abort)
-            .filter(|_| failure.guest_errno().is_some())
-            .map_or(failure, ConvertError::Listener)
+    fn not_enforced(&self, range: Range, failure: EnforcementFailure) -> ConvertError {
+        self.states.disturb(range);
+        let (gpa, size) = (range.gpa(), range.size());
+        match failure {
+            EnforcementFailure::NoSlots(out) => ConvertError::NoSlots {
+                gpa,
+                size,
+                needed: out.needed,
+                available: out.available,
+            },
+            EnforcementFailure::Kernel { errno, undo: Ok(()) } => undone(range, errno),
+            EnforcementFailure::Kernel { errno, undo: Err(undo) } => {
+                self.broken.store(true, Ordering::SeqCst);
+                ConvertError::Inconsistent { gpa, size, errno, undo }
+            }
+        }
     }
 
     /// KVM's emulation writes to the shared side, whatever the page's attribute says. Such bytes must not be there when the
@@ -312,27 +337,6 @@ impl GuestMemory {
         let mut private = runs.iter().filter(|run| run.state == State::Private);
         private.try_for_each(|run| self.discard_side(State::Shared, run.range))
     }
-
-    fn failed(&self, range: Range, failure: EnforcementFailure) -> ConvertError {
-        let (gpa, size) = (range.gpa(), range.size());
-        match failure {
-            EnforcementFailure::NoSlots(out) => ConvertError::NoSlots {
-                gpa,
-                size,
-                needed: out.needed,
-                available: out.available,
-            },
-            EnforcementFailure::Kernel { errno, undo: Ok(()) } => undone(range, errno),
-            EnforcementFailure::Kernel { errno, undo: Err(undo) } => {
-                self.broken.store(true, Ordering::SeqCst);
-                ConvertError::Inconsistent { gpa, size, errno, undo }
-            }
-        }
-    }
-}
-
-fn changes(before: &Snapshot, range: Range, to: State) -> Changes<'_> {
-    Changes { before, range, to }
 }
 
 fn undone(range: Range, errno: Errno) -> ConvertError {

@@ -181,7 +181,7 @@ impl GuestMemory {
     /// What a fault is, as soon as nobody converts its page; and how often the page changed since this vCPU began to watch
     /// it, which may be now.
     pub(crate) fn examine(&self, fault: &FaultingAccess, vcpu: u32) -> (FaultStatus, u64) {
-        let mut states = self.states.lock_when_free(fault.page);
+        let mut states = self.states.access_when_free(fault.page);
         let status = self.status(fault, &states);
         let changes = states.watch(vcpu, fault.page.gpa());
         drop(states);
@@ -229,7 +229,7 @@ impl GuestMemory {
         write: bool,
         data: &mut [u8],
     ) -> Result<bool, Errno> {
-        let (_held, states) = self.states.hold_and_lock(page);
+        let (_held, states) = self.states.hold_and_access(page);
         let state = states.map().state(page.gpa());
         drop(states);
         if place.view.is_some_and(|view| view != state) {
@@ -255,7 +255,7 @@ impl GuestMemory {
             let memory = self.size();
             return Err(ConvertError::Range { gpa, size: len, memory });
         };
-        let (_held, states) = self.states.hold_and_lock(pages);
+        let (_held, states) = self.states.hold_and_access(pages);
         let mut runs = states.map().runs_in(pages);
         let private = runs.find(|run| run.state == State::Private).map(|run| run.range.gpa());
         drop(runs);
@@ -271,7 +271,7 @@ impl GuestMemory {
     /// # Errors
     /// Those of fallocate(2).
     pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
-        let (_held, states) = self.states.hold_and_lock(range);
+        let (_held, states) = self.states.hold_and_access(range);
         let runs: Vec<Run> = states.runs_in(range);
         drop(states);
         runs.iter().try_for_each(|run| self.discard_side(run.state, run.range))

@@ -1,4 +1,4 @@
-//! Who is told of conversions: a device model that maps shared memory, a log of what is exposed, migration.
+//! Listeners: what is told of conversions, such as a device model that maps shared memory, or migration.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -10,34 +10,34 @@ use super::address::{Range, State};
 use super::page_map::Snapshot;
 use crate::error::{ConvertError, Failure};
 
-/// Pages that are converted, all of them from the one state to the other.
+/// Pages that are converted. All of them are in the other state before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
     /// The pages.
     pub range: Range,
-    /// What they become.
+    /// The state that they are converted to.
     pub to: State,
-    /// They are in that state already: this is what a listener that joins is told first.
+    /// Whether they are in that state already: a new listener is told the present states first.
     pub initial: bool,
 }
 
-/// Is told of every conversion, whoever asked for it, while the pages are locked: it must not convert, read or write
-/// guest memory from within.
+/// Is told of every conversion, the host's own included. It is called with the pages locked, so it must not convert,
+/// read or write guest memory.
 ///
-/// To private: `prepare` before KVM changes anything, so that the pages can be let go of, then `committed` or
-/// `aborted`. To shared: `committed` alone, when the pages can be used.
+/// To private: `prepare` before KVM changes anything, so that it can stop using the pages, then `committed` or
+/// `aborted`. To shared: only `committed`, when the pages can be used.
 pub trait Listener: Send + Sync {
     /// Pages are about to become private. `false` refuses.
     ///
     /// # Errors
     /// A failure refuses too, and ends the run.
     fn prepare(&self, change: &Change) -> Result<bool, Failure>;
-    /// Pages changed.
+    /// Pages were converted.
     ///
     /// # Errors
     /// A failure ends the run; the conversion stands.
     fn committed(&self, change: &Change) -> Result<(), Failure>;
-    /// Pages that were prepared do not change after all.
+    /// A conversion that was prepared is not carried out.
     ///
     /// # Errors
     /// A failure ends the run.
@@ -47,7 +47,7 @@ pub trait Listener: Send + Sync {
 #[derive(Default)]
 pub(crate) struct Listeners {
     all: RwLock<Vec<Arc<dyn Listener>>>,
-    /// Whether there is one, for every conversion to read where locks would keep vCPUs apart. Written with `all` locked.
+    /// Whether there is one. Every conversion reads it without a lock; written with `all` locked.
     any: AtomicBool,
 }
 
@@ -55,12 +55,12 @@ thread_local! {
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether the calling thread is inside a listener, where it holds pages and must not ask for others.
+/// Whether the calling thread is inside a listener: then it has locked pages and must not lock others.
 pub(crate) fn inside() -> bool {
     INSIDE.get()
 }
 
-/// Marks the thread for the time of a call.
+/// Calls a listener; meanwhile [`inside`] is true.
 fn call<T>(listener: impl FnOnce() -> T) -> T {
     struct Outside;
     impl Drop for Outside {
@@ -78,7 +78,7 @@ impl Listeners {
         !self.any.load(Ordering::SeqCst)
     }
 
-    /// Tells a newcomer the present state, and then keeps it. The caller holds all of memory.
+    /// Tells a new listener the present states and adds it. The caller has locked all of memory.
     pub(crate) fn join(&self, listener: Arc<dyn Listener>, present: &Snapshot) -> Result<(), Failure> {
         for run in present.runs() {
             let (range, to) = (run.range, run.state);
@@ -109,7 +109,7 @@ impl Listeners {
         self.any.store(false, Ordering::SeqCst);
     }
 
-    /// Asks all listeners about a conversion; after a refusal those that had agreed are told that it is off.
+    /// Asks all listeners about a conversion. After a refusal calls `aborted` of those that had agreed.
     pub(crate) fn prepare(&self, changes: &Changes<'_>) -> Result<(), ConvertError> {
         if changes.to == State::Shared {
             return Ok(());
@@ -138,7 +138,7 @@ impl Listeners {
         Ok(())
     }
 
-    /// Tells all listeners that a prepared conversion is off.
+    /// Tells all listeners that a prepared conversion is not carried out.
     pub(crate) fn abort(&self, changes: &Changes<'_>) -> Result<(), Failure> {
         match changes.to {
             State::Private => abort(&self.all.read().clone(), changes, usize::MAX),
@@ -146,7 +146,7 @@ impl Listeners {
         }
     }
 
-    /// Tells all listeners that a conversion is done. All are told, whatever one of them says.
+    /// Tells all listeners that a conversion is done. A failure does not keep the others from being told.
     pub(crate) fn commit(&self, changes: &Changes<'_>) -> Result<(), Failure> {
         let listeners = self.all.read().clone();
         let mut result = Ok(());
@@ -160,6 +160,7 @@ impl Listeners {
     }
 }
 
+/// Calls `aborted` for the first `agreed` calls of `prepare`.
 fn abort(listeners: &[Arc<dyn Listener>], changes: &Changes<'_>, agreed: usize) -> Result<(), Failure> {
     let asked = changes
         .each()
@@ -172,7 +173,7 @@ fn abort(listeners: &[Arc<dyn Listener>], changes: &Changes<'_>, agreed: usize) 
     result
 }
 
-/// What a conversion of `range` changes.
+/// A conversion of `range`, of which only the pages that are not in `to` change.
 pub(crate) struct Changes<'a> {
     pub before: &'a Snapshot,
     pub range: Range,
@@ -181,8 +182,8 @@ pub(crate) struct Changes<'a> {
 
 impl Changes<'_> {
     fn each(&self) -> impl Iterator<Item = Change> + '_ {
-        let changing = self.before.runs_in(self.range).filter(|run| run.state != self.to);
-        changing.map(|run| Change {
+        let other = self.before.runs_in(self.range).filter(|run| run.state != self.to);
+        other.map(|run| Change {
             range: run.range,
             to: self.to,
             initial: false,

@@ -1,12 +1,11 @@
-//! Guest memory and the state of each of its pages: the records, their enforcement by KVM, and the way from one state to
-//! the other.
+//! Guest memory, and the state of each of its pages: the page map, its enforcement by KVM, and conversions.
 //!
-//! - [`address`], [`views`]: a page, a range of pages, and the addresses at which they appear
-//! - [`backing`]: the host's side of it, a file for each state
-//! - [`page_map`]: the state of each page; `page_states`: the map with its locks
-//! - `enforcement`: KVM told about it, by attributes or by memslots
-//! - [`conversion`]: one transaction from state to state, of [`guest_memory`]
-//! - [`listeners`]: who is told of conversions
+//! - [`address`], [`views`]: pages, ranges of pages, and the addresses at which the guest sees them
+//! - [`backing`]: the host's files, one for each side
+//! - [`page_map`]: the state of each page; `page_states`: the page map with its locks, `range_lock` among them
+//! - `enforcement`: makes KVM enforce states, by attributes or by memslots
+//! - [`guest_memory`]: all of these together; [`conversion`]: its transaction from one state to the other
+//! - [`listeners`]: what is told of conversions
 
 pub mod address;
 pub mod backing;

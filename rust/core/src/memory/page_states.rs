@@ -4,7 +4,6 @@
 //! its pages for as long as a conversion takes. KVM serialises changes of attributes and memslots by the VM's slots_lock
 //! anyway.
 
-use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::MappedMutexGuard;
@@ -53,11 +52,18 @@ pub(crate) struct Seen {
     pub range: Range,
     /// `None` where the range has pages of both states.
     pub state: Option<State>,
+    generation: u64,
     /// Where it has: which is which.
     mixed: Option<Box<Snapshot>>,
 }
 
 impl Seen {
+    /// Whether nothing at all changed since.
+    #[inline]
+    pub(super) fn is_current(&self, now: &AttributeMap) -> bool {
+        self.generation == now.generation()
+    }
+
     /// Whether the states of a part of the range are still the same.
     pub(super) fn is_still_so(&self, part: Range, now: &AttributeMap) -> bool {
         match &self.mixed {
@@ -67,17 +73,11 @@ impl Seen {
     }
 }
 
-/// The states for a moment, with the mutex held.
-pub(super) struct Locked<'a> {
-    states: MappedMutexGuard<'a, States>,
-    generation: &'a AtomicU64,
-}
+/// The states for a moment, with the mutex locked.
+pub(super) type Locked<'a> = MappedMutexGuard<'a, States>;
 
 /// A range whose states nobody else changes.
-pub(crate) struct Held<'a> {
-    guard: RangeGuard<'a, States>,
-    generation: &'a AtomicU64,
-}
+pub(super) type Held<'a> = RangeGuard<'a, States>;
 
 impl PageStates {
     pub(super) fn new(memory: u64, initial: State, vcpus: usize) -> Self {
@@ -102,92 +102,56 @@ impl PageStates {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// The states for a moment, whoever holds what.
+    /// The states for a moment, also while ranges are held.
     #[inline]
     pub(super) fn lock(&self) -> Locked<'_> {
-        Locked {
-            states: self.locks.data(),
-            generation: &self.generation,
-        }
+        self.locks.data()
     }
 
     /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
-    #[inline]
     pub(super) fn hold(&self, range: Range) -> Held<'_> {
-        self.hold_and_lock(range).0
+        self.locks.lock(range)
     }
 
     /// The same, and the states as they are from then on.
     #[inline]
-    pub(super) fn hold_and_lock(&self, range: Range) -> (Held<'_>, Locked<'_>) {
-        let (guard, states) = self.locks.lock_and_look(range);
-        let generation = &self.generation;
-        (Held { guard, generation }, Locked { states, generation })
+    pub(super) fn hold_and_access(&self, range: Range) -> (Held<'_>, Locked<'_>) {
+        self.locks.lock_and_access(range)
     }
 
     /// Waits until nobody holds a part of `range`: the states as they are then.
     #[inline]
-    pub(super) fn lock_when_free(&self, range: Range) -> Locked<'_> {
-        Locked {
-            states: self.locks.look_when_free(range),
-            generation: &self.generation,
-        }
+    pub(super) fn access_when_free(&self, range: Range) -> Locked<'_> {
+        self.locks.access_when_free(range)
     }
-}
 
-impl<'a> Held<'a> {
-    /// Lets go of the range: the states, which nobody else sees before these are unlocked.
-    #[inline]
-    pub(super) fn finish(self) -> Locked<'a> {
-        Locked {
-            states: self.guard.finish(),
-            generation: self.generation,
-        }
-    }
-}
-
-impl Locked<'_> {
     /// Takes a change over: bytes whose state it changed.
     #[inline]
-    pub(super) fn set(&mut self, range: Range, to: State) -> u64 {
-        let states = &mut *self.states;
+    pub(super) fn set(&self, states: &mut States, range: Range, to: State) -> u64 {
         if states.watched {
             states.count_for_watches(range, to);
         }
         let changed = states.map.set(range, to);
         if changed > 0 {
-            self.changed(range);
+            self.changed(states, range);
         }
         changed
     }
 
     /// Takes note of a change that was undone: a fault from in between does not tell which state its vCPU meant.
-    pub(super) fn disturb(&mut self, range: Range) {
-        self.states.map.disturb(range);
-        self.states.undone += 1;
-        self.changed(range);
+    pub(super) fn disturb(&self, range: Range) {
+        let states = &mut *self.lock();
+        states.map.disturb(range);
+        states.undone += 1;
+        self.changed(states, range);
     }
 
     #[inline]
-    fn changed(&mut self, range: Range) {
-        let generation = self.states.map.generation();
-        self.states.recent[generation as usize % REMEMBERED] = range;
-        // Release: whoever finds a change counted enters a guest for which KVM enforces it.
+    fn changed(&self, states: &mut States, range: Range) {
+        let generation = states.map.generation();
+        states.recent[generation as usize % REMEMBERED] = range;
+        // Release: a vCPU that finds the change counted enters a guest for which KVM enforces it.
         self.generation.store(generation, Ordering::Release);
-    }
-}
-
-impl Deref for Locked<'_> {
-    type Target = States;
-
-    fn deref(&self) -> &States {
-        &self.states
-    }
-}
-
-impl DerefMut for Locked<'_> {
-    fn deref_mut(&mut self) -> &mut States {
-        &mut self.states
     }
 }
 
@@ -207,6 +171,7 @@ impl States {
         Seen {
             range,
             state,
+            generation: self.map.generation(),
             mixed: match state {
                 Some(_) => None,
                 None => Some(Box::new(self.map.snapshot())),

@@ -1,7 +1,8 @@
-//! Locks on ranges of guest memory: disjoint ranges at once, overlapping ones in the order they came.
+//! Locks on ranges of guest memory. Disjoint ranges can be held at the same time; overlapping ones are given out in the
+//! order in which they were asked for.
 //!
-//! What is known about the memory lies under the same mutex, so that who comes for a range learns of it, and who lets go
-//! of it changes that, without taking another.
+//! The mutex of the queue protects the data about that memory, too. So taking a range and reading the data, or changing
+//! the data and giving the range back, take one mutex and not two.
 
 use std::mem::ManuallyDrop;
 
@@ -14,6 +15,7 @@ pub(crate) struct RangeLocks<T> {
     freed: Condvar,
 }
 
+/// What the mutex protects.
 struct Inner<T> {
     queue: Queue,
     data: T,
@@ -21,15 +23,17 @@ struct Inner<T> {
 
 #[derive(Default)]
 struct Queue {
+    /// The next ticket: they are given out in ascending order.
     next: u64,
+    /// How many threads sleep.
     waiting: usize,
-    /// One entry a holder or waiter, so as many as there are threads.
+    /// The ticket and the range of each thread that holds a range or waits for one.
     entries: Vec<(u64, Range)>,
 }
 
 impl Queue {
-    /// An earlier overlapping entry holds or will hold it; waiting for those too is what keeps a large range from
-    /// being starved by small ones.
+    /// Whether an earlier entry overlaps, whether it holds its range or waits for it. Waiting for the waiting ones,
+    /// too, keeps a large range from being starved by small ones.
     fn blocked(&self, ticket: u64, range: Range) -> bool {
         self.entries
             .iter()
@@ -39,7 +43,7 @@ impl Queue {
     #[inline]
     fn leave(&mut self, ticket: u64) {
         match self.entries[..] {
-            // As a rule nobody else is about.
+            // The usual case: this is the only entry.
             [_] => self.entries.clear(),
             _ => self.entries.retain(|(other, _)| *other != ticket),
         }
@@ -55,20 +59,21 @@ impl<T> RangeLocks<T> {
         }
     }
 
-    /// The data, for a moment, whoever holds what.
+    /// The data, for a moment, also while ranges are held.
     #[inline]
     pub(crate) fn data(&self) -> MappedMutexGuard<'_, T> {
         MutexGuard::map(self.inner.lock(), |inner| &mut inner.data)
     }
 
-    /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
+    /// Waits for its turn and holds `range` until the guard is dropped. A thread that holds a range must not ask for
+    /// another.
     pub(crate) fn lock(&self, range: Range) -> RangeGuard<'_, T> {
-        self.lock_and_look(range).0
+        self.lock_and_access(range).0
     }
 
-    /// The same, and the data as it is from then on, for a moment.
-    #[inline(always)]
-    pub(crate) fn lock_and_look(&self, range: Range) -> (RangeGuard<'_, T>, MappedMutexGuard<'_, T>) {
+    /// The same, and the data, with the mutex still locked.
+    #[inline]
+    pub(crate) fn lock_and_access(&self, range: Range) -> (RangeGuard<'_, T>, MappedMutexGuard<'_, T>) {
         let mut inner = self.inner.lock();
         let ticket = inner.queue.next;
         inner.queue.next += 1;
@@ -81,15 +86,15 @@ impl<T> RangeLocks<T> {
         (guard, MutexGuard::map(inner, |inner| &mut inner.data))
     }
 
-    /// Waits in turn until nobody holds a part of `range`, and does not hold it: the data as it is then, for a moment.
+    /// Waits for its turn, as [`lock`](Self::lock) does, and returns the data at that moment, without holding `range`.
     #[inline]
-    pub(crate) fn look_when_free(&self, range: Range) -> MappedMutexGuard<'_, T> {
+    pub(crate) fn access_when_free(&self, range: Range) -> MappedMutexGuard<'_, T> {
         let inner = self.inner.lock();
         match inner.queue.entries.is_empty() {
             true => MutexGuard::map(inner, |inner| &mut inner.data),
             false => {
                 drop(inner);
-                self.lock(range).finish()
+                self.lock(range).release()
             }
         }
     }
@@ -104,19 +109,21 @@ impl<T> RangeLocks<T> {
     }
 }
 
+/// Holds a range.
 pub(crate) struct RangeGuard<'a, T> {
     locks: &'a RangeLocks<T>,
     ticket: u64,
 }
 
 impl<'a, T> RangeGuard<'a, T> {
-    /// Lets go of the range, and of what was known of it: that can be changed as long as nobody else sees either.
-    #[inline(always)]
-    pub(crate) fn finish(self) -> MappedMutexGuard<'a, T> {
+    /// Gives the range back and returns the data with the mutex still locked. The next holder sees what the caller then
+    /// changes.
+    #[inline]
+    pub(crate) fn release(self) -> MappedMutexGuard<'a, T> {
         ManuallyDrop::new(self).leave()
     }
 
-    #[inline(always)]
+    #[inline]
     fn leave(&self) -> MappedMutexGuard<'a, T> {
         let mut inner = self.locks.inner.lock();
         inner.queue.leave(self.ticket);

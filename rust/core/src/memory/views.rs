@@ -1,4 +1,4 @@
-//! Where guest memory appears in the guest's physical address space, and what an address in it refers to.
+//! Views: the guest-physical addresses at which the guest sees its memory, and what an address refers to.
 
 use crate::memory::address::{PAGE_SIZE, Range, State};
 
@@ -30,7 +30,7 @@ impl Place {
 }
 
 impl Views {
-    /// The views of `size` bytes of memory. Memory must end at or below the address `1 << shared_bit`.
+    /// The views of `size` bytes of memory, which must be at most `1 << shared_bit`.
     pub fn new(size: u64, shared_bit: Option<u32>) -> Self {
         let shared_mask = shared_bit.map_or(0, |bit| 1 << bit);
         Self { size, shared_mask }
@@ -57,7 +57,7 @@ impl Views {
         self.shared_mask() + self.size
     }
 
-    /// What `gpa` refers to; `None` if it lies outside of memory and its views.
+    /// What `gpa` refers to; `None` outside of memory and its views.
     pub fn locate(&self, gpa: u64) -> Option<Place> {
         let mask = self.shared_mask();
         let stripped = gpa & !mask;
@@ -69,8 +69,8 @@ impl Views {
         (stripped < self.size).then_some(Place { gpa: stripped, view })
     }
 
-    /// The range of `size` bytes at `gpa` without its shared bit; `None` if it is not page aligned, empty, or not
-    /// wholly inside memory.
+    /// The range of `size` bytes at `gpa`, without the shared bit; `None` if it is not page aligned, empty, or not all
+    /// in memory.
     pub fn range(&self, gpa: u64, size: u64) -> Option<Range> {
         let range = Range::new(gpa & !self.shared_mask(), size)?;
         (range.end() <= self.size).then_some(range)
@@ -86,7 +86,7 @@ impl Views {
 
     /// The addresses of `range` in the view of `state`.
     pub fn view(&self, range: Range, state: State) -> Range {
-        // Memory ends at or below the bit, so the result is a valid range, too.
+        // Memory ends at or below the shared bit, so this is always a valid range.
         Range::new(self.address(range.gpa(), state), range.size()).unwrap_or(range)
     }
 }

@@ -1,4 +1,4 @@
-//! Widening.
+//! Conversions of whole blocks.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use super::request::Request;
 use crate::error::Failure;
 use crate::memory::address::PAGE_SIZE;
 
-/// Widens what `then` converts to whole blocks of `size` bytes, as far as memory goes: one exit for a block in place of
-/// one for each page.
+/// Widens what `then` converts to whole blocks of `size` bytes, but not past the end of memory: one exit for a block in
+/// place of one for each page.
 pub struct Align {
     size: u64,
     then: Arc<dyn Policy>,
@@ -37,7 +37,7 @@ impl Link for Align {
         let (start, end, _) = request.target(&conversion);
         let wide = start - start % self.size;
         let wide_end = end.checked_next_multiple_of(self.size).unwrap_or(end);
-        // A range that ends outside memory is `then`'s mistake and stays one.
+        // A range that ends outside of memory is left as it is, to be reported as an error of `then`.
         let wide_end = if end <= request.memory() {
             wide_end.min(request.memory())
         } else {

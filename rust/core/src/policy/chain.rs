@@ -1,15 +1,15 @@
-//! Policies around another one.
+//! What the policies that wrap another one have in common.
 
 use super::decision::Decision;
 use super::hooks::Policy;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::error::Failure;
 
-/// A policy that treats both kinds of request alike and leaves poison to the next.
+/// A policy that wraps another one, treats both kinds of request alike, and leaves poison to the other.
 pub(crate) trait Link: Send + Sync {
-    /// The next policy.
+    /// The wrapped policy.
     fn then(&self) -> &dyn Policy;
-    /// Asks the next one first or last, and changes or replaces its answer; what it denied is not widened.
+    /// Decides by itself, or asks the wrapped policy and changes its decision. Its Deny is never turned into a Convert.
     fn judge(&self, request: Request<'_>) -> Result<Decision, Failure>;
 }
 

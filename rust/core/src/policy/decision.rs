@@ -1,11 +1,11 @@
-//! What a policy can decide.
+//! Decisions: what a policy can answer.
 
 use std::time::Duration;
 
 use crate::errno::Errno;
 use crate::memory::address::{Range, State};
 
-/// A decision to convert, where it differs from what was asked.
+/// A decision to convert. What is `None` is as the request asks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Convert {
     /// The state to convert to.
@@ -14,51 +14,53 @@ pub struct Convert {
     pub gpa: Option<u64>,
     /// The size of the range in bytes, page-aligned.
     pub size: Option<u64>,
-    /// Have KVM map the pages before the guest touches them (KVM_PRE_FAULT_MEMORY), where the host can.
+    /// Have KVM map the pages before the guest touches them (KVM_PRE_FAULT_MEMORY), where the host has it.
     pub prefault: bool,
-    /// Do not discard the old side: its bytes come back when the page does, and until then memory is held twice.
+    /// Do not discard the old side: its bytes are there again after the conversion back, and until then the page takes
+    /// memory on both sides.
     pub keep: bool,
-    /// Refuse if more bytes than this would be shared then.
+    /// Refuse if more bytes than this would be shared after it.
     pub max_shared: Option<u64>,
 }
 
-/// What to do about a request.
+/// What is to be done about a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Convert: as asked, or other pages, or to the other state.
     Convert(Convert),
-    /// Refuse. Explicit: the guest gets the errno in RAX. Implicit: the run ends as "denied".
+    /// Refuse. Explicit: the guest gets the errno, negated, in RAX. Implicit: the run ends as "denied".
     Deny(Errno),
     /// Let the guest try again. Explicit: it gets EAGAIN.
     Retry,
     /// Let the guest try again, but not before this time has passed. Explicit: as Retry.
     Wait(Duration),
-    /// Free the poisoned page, and let the guest go on: it reads zeroes. An answer to poison only.
+    /// Free the poisoned page and resume the guest, which reads zeroes there. Only for poison.
     Discard,
     /// End the run with this reason.
     Stop(String),
-    /// A decision, and where else it holds. Only a [`Remember`](super::remember::Remember) around the policy understands it;
-    /// elsewhere it is no answer.
-    Remember(Box<Lesson>),
+    /// A decision, and the region in which it holds for later requests, too. Only for a policy inside of a
+    /// [`Remember`](super::remember::Remember), which takes it out; elsewhere it is an error.
+    Remember(Box<RegionDecision>),
 }
 
 /// Where, how often and for how long a decision holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Region {
-    /// The pages. A request is answered if all of it lies in them.
+    /// The pages. A request is answered if all of its pages are among them.
     pub range: Range,
-    /// How many requests it answers.
+    /// How many later requests it answers; `None`: any number.
     pub uses: Option<u64>,
-    /// For how many nanoseconds, by the times of the requests.
+    /// For how many nanoseconds after the request that it was made for, by the requests' times; `None`: without a
+    /// limit.
     pub nanoseconds: Option<u64>,
 }
 
-/// A decision, and where it holds beyond the request that it was made for.
+/// A decision, and the region in which it answers later requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lesson {
+pub struct RegionDecision {
     /// The decision.
     pub decision: Decision,
-    /// Where it is to be remembered.
+    /// Where it holds.
     pub region: Region,
 }
 

@@ -1,4 +1,4 @@
-//! The trait of a policy.
+//! The trait that every policy implements.
 
 use super::decision::Decision;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
@@ -6,7 +6,7 @@ use crate::error::Failure;
 
 /// Judges requests. Called on vCPU threads, several at once.
 ///
-/// Each default is the one of a policy that says nothing: convert as asked, stop at poison.
+/// The defaults convert as asked, and end the run at a poisoned page.
 pub trait Policy: Send + Sync {
     /// Judges an implicit request.
     ///
@@ -26,7 +26,7 @@ pub trait Policy: Send + Sync {
         Ok(Decision::as_asked())
     }
 
-    /// Is told of a poisoned page, and decides how to go on.
+    /// Judges an access to a poisoned page (EHWPOISON).
     ///
     /// # Errors
     /// As above.
@@ -37,7 +37,7 @@ pub trait Policy: Send + Sync {
 }
 
 impl dyn Policy + '_ {
-    /// Asks about either kind of request.
+    /// Calls the method for this kind of request.
     pub(crate) fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
         match request {
             Request::Implicit(fault) => self.memory_fault(fault),

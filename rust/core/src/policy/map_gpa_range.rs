@@ -1,7 +1,8 @@
-//! What the guest's registers say in an explicit request, KVM_HC_MAP_GPA_RANGE. Pure and total.
+//! Decodes and checks the registers of an explicit request (KVM_HC_MAP_GPA_RANGE). Pure, and total over all values.
 //!
-//! KVM checks the alignment, that there is a page at all, and that the frame number does not wrap; through the
-//! doorbell not even that. It never checks the attributes, and 2^52 pages pass. So all of it is checked here.
+//! KVM checks that the gpa is aligned, that there is at least one page, and that the frame number does not wrap; of a
+//! doorbell's registers it checks nothing. It does not check the attributes, and it lets 2^52 pages pass. So everything
+//! is checked here.
 
 use crate::errno::Errno;
 use crate::hypervisor::exit::Hypercall;
@@ -14,17 +15,17 @@ use crate::memory::views::Views;
 /// A well-formed explicit request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapGpaRange {
-    /// Which pages, without the shared bit.
+    /// The pages, without the shared bit.
     pub range: Range,
-    /// What they are to become.
+    /// The state that they are to become.
     pub to: State,
-    /// The guest's hint: 4 KiB, 2 MiB or 1 GiB.
+    /// The guest's page-size hint in bytes: 4 KiB, 2 MiB or 1 GiB.
     pub page_size: u64,
-    /// RDX as it was.
+    /// RDX, unchanged.
     pub raw: u64,
 }
 
-/// Reads the registers of a request.
+/// Decodes the registers of a request.
 ///
 /// # Errors
 /// EINVAL for an unaligned gpa, no pages, a range that wraps or leaves memory, and unknown attribute bits.
@@ -54,7 +55,7 @@ pub fn parse(call: &Hypercall, views: &Views) -> Result<MapGpaRange, Errno> {
     })
 }
 
-/// The attribute word that asks for this: RDX, as [`parse`] reads it. `None` for a page size that has no hint.
+/// The attributes (RDX) that ask for this; the inverse of [`parse`]. `None` for a page size without a hint.
 pub const fn attributes(to: State, page_size: u64) -> Option<u64> {
     let hint = match page_size {
         PAGE_SIZE => 0,

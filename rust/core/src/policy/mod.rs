@@ -1,10 +1,11 @@
-//! Who decides about a request, and what can be decided.
+//! Policies: what they are asked, what they can answer, and the built-in ones.
 //!
-//! - [`request`], [`map_gpa_range`]: what a policy is told, implicit or explicit; [`decision`]: what it can answer
-//! - [`hooks`]: the trait; [`current`]: the policy in place, replaced while the guest runs
+//! - [`request`]: what a policy is asked; [`map_gpa_range`]: the registers of an explicit request
+//! - [`decision`]: what it can answer
+//! - [`hooks`]: the trait; [`current`]: the policy that is in place, which can be replaced while the guest runs
 //! - [`simple`], [`align`], [`quota`], [`window`], [`rate_limit`], [`ping_pong`]: built-in policies
-//! - [`remember`]: answers for more than one request, around any policy
-//! - [`trial`]: judges without a machine
+//! - [`remember`]: wraps a policy and remembers decisions that hold for a region
+//! - [`trial`]: asks a policy without a machine
 
 pub mod align;
 mod chain;

@@ -1,4 +1,4 @@
-//! Pages that change hands all the time.
+//! A limit on how often a page is converted back and forth.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,26 +13,27 @@ use super::request::Request;
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
 
-/// Ends the run when a page is asked for in alternating states more than `limit` times within `window`: a guest bug, or
-/// two vCPUs that fight. The reason names the page, how often, and how fast.
+/// Ends the run when the requested state of a page changes more than `limit` times within `window`: a guest bug, or two
+/// vCPUs that want the page in different states. The reason has the page, how often, and in which time.
 ///
-/// It remembers the last [`PAGES`] places that were asked for, so a guest cannot make it grow; one that alternates
-/// between more places than that is slower than what this guards against.
+/// It keeps the last [`RANGES`] ranges that were asked for, so a guest cannot make it grow. A guest that goes round more
+/// ranges than that is not detected.
 pub struct PingPong {
     limit: usize,
     window: Duration,
-    seen: Mutex<VecDeque<Seen>>,
+    recent: Mutex<VecDeque<Recent>>,
     then: Arc<dyn Policy>,
 }
 
-/// Places that are remembered.
-pub const PAGES: usize = 256;
+/// How many ranges are kept.
+pub const RANGES: usize = 256;
 
-/// Pages that were asked for; those seen last stand first, and no two overlap.
-struct Seen {
+/// A range that was asked for. In the list the latest is first, and no two overlap.
+struct Recent {
     range: Range,
+    /// The state that was last asked for.
     to: State,
-    /// When it changed direction, in nanoseconds, `limit + 1` times at most.
+    /// When that changed, in nanoseconds. At most the last `limit + 1` times.
     turns: VecDeque<u64>,
 }
 
@@ -42,66 +43,67 @@ impl PingPong {
         (1..=65536).contains(&limit).then(|| Self {
             limit,
             window,
-            seen: Mutex::default(),
+            recent: Mutex::default(),
             then,
         })
     }
 
-    /// The evidence, once it suffices.
-    fn evidence(&self, request: Request<'_>) -> Option<String> {
+    /// Notes a request. Returns the reason to end the run, once there is one.
+    fn note(&self, request: Request<'_>) -> Option<String> {
         let (range, to, now) = (request.range(), request.to(), request.time());
-        let mut seen = self.seen.lock();
-        let mut turned = self.turn(&mut seen, range, to, now);
-        let most = turned.iter().max_by_key(|place| place.turns.len());
-        if let Some(place) = most.filter(|place| place.turns.len() > self.limit) {
-            // A run that is taken up again starts counting again.
-            let first = place.turns.front().copied().unwrap_or(now);
+        let mut recent = self.recent.lock();
+        let mut touched = self.take_out(&mut recent, range, to, now);
+        let most = touched.iter().max_by_key(|entry| entry.turns.len());
+        if let Some(entry) = most.filter(|entry| entry.turns.len() > self.limit) {
+            // The entries stay taken out: if the machine is run again, counting starts again.
+            let first = entry.turns.front().copied().unwrap_or(now);
             return Some(format!(
                 "ping-pong: {:#x} changed direction {} times in {:.3} s (limit {} in {:.3} s), last to {to} by vCPU {}",
-                place.range.gpa(),
-                place.turns.len(),
+                entry.range.gpa(),
+                entry.turns.len(),
                 Duration::from_nanos(now.saturating_sub(first)).as_secs_f64(),
                 self.limit,
                 self.window.as_secs_f64(),
                 request.vcpu()
             ));
         }
-        if turned.is_empty() {
-            turned.push(Seen {
+        if touched.is_empty() {
+            touched.push(Recent {
                 range,
                 to,
                 turns: VecDeque::new(),
             });
         }
-        for place in turned {
-            seen.push_front(place);
+        for entry in touched {
+            recent.push_front(entry);
         }
-        seen.truncate(PAGES);
+        recent.truncate(RANGES);
         None
     }
 
-    /// Takes out what is known of these pages, wherever they were asked for together with others: a guest that asks for
-    /// other ranges around the same page is not spared. What is left of each place are the pages in common.
-    fn turn(&self, seen: &mut VecDeque<Seen>, range: Range, to: State, now: u64) -> Vec<Seen> {
-        let mut turned = Vec::new();
+    /// Takes out the entries that overlap the range, cut to the pages in common, and brings them up to date.
+    /// Overlapping is enough, so that a guest cannot avoid being counted by asking for different ranges around the same
+    /// page.
+    fn take_out(&self, recent: &mut VecDeque<Recent>, range: Range, to: State, now: u64) -> Vec<Recent> {
+        let mut touched = Vec::new();
         let mut at = 0;
-        while let Some(place) = seen.get(at) {
-            match place.range.intersect(&range) {
-                Some(common) => turned.extend(seen.remove(at).map(|place| Seen { range: common, ..place })),
+        while let Some(entry) = recent.get(at) {
+            match entry.range.intersect(&range) {
+                Some(common) => touched.extend(recent.remove(at).map(|entry| Recent { range: common, ..entry })),
                 None => at += 1,
             }
         }
-        for place in &mut turned {
-            if place.to != to {
-                place.to = to;
-                place.turns.push_back(now);
+        for entry in &mut touched {
+            if entry.to != to {
+                entry.to = to;
+                entry.turns.push_back(now);
             }
             let since = |turn: u64| Duration::from_nanos(now.saturating_sub(turn));
-            while place.turns.front().is_some_and(|turn| since(*turn) > self.window) {
-                place.turns.pop_front();
+            while entry.turns.front().is_some_and(|turn| since(*turn) > self.window) {
+                entry.turns.pop_front();
             }
         }
-        turned
+        touched
     }
 }
 
@@ -111,8 +113,8 @@ impl Link for PingPong {
     }
 
     fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
-        match self.evidence(request) {
-            Some(evidence) => Ok(Decision::Stop(evidence)),
+        match self.note(request) {
+            Some(reason) => Ok(Decision::Stop(reason)),
             None => self.then().judge(request),
         }
     }

@@ -1,4 +1,4 @@
-//! A limit on what is exposed.
+//! A limit on the number of shared bytes.
 
 use std::sync::Arc;
 
@@ -8,12 +8,12 @@ use super::hooks::Policy;
 use super::request::Request;
 use crate::error::Failure;
 
-/// Refuses conversions after which more than `max_shared` bytes would be shared. The gate counts, with the pages
-/// locked: no two vCPUs slip through together.
+/// Refuses conversions after which more than `max_shared` bytes would be shared. That is checked in the conversion
+/// itself, which reserves the bytes: two vCPUs together cannot exceed it.
 pub struct Quota {
-    /// Bytes of memory that may be shared at most.
+    /// The most bytes that may be shared.
     pub max_shared: u64,
-    /// Who is asked first.
+    /// The wrapped policy.
     pub then: Arc<dyn Policy>,
 }
 

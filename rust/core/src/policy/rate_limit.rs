@@ -1,4 +1,4 @@
-//! How often.
+//! A limit on the rate of requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use super::request::Request;
 use crate::errno::Errno;
 use crate::error::Failure;
 
-/// Lets `per_second` requests through on average, and `burst` at once. An explicit request above that finds EAGAIN; an
-/// implicit one waits, which slows its vCPU down and nobody else.
+/// Puts `per_second` requests a second on average to `then`, and at most `burst` at once: a token bucket for all vCPUs.
+/// An explicit request above that gets EAGAIN in RAX; an implicit one waits, which delays its own vCPU only.
 pub struct RateLimit {
     per_second: f64,
     burst: f64,
@@ -23,7 +23,7 @@ pub struct RateLimit {
 
 struct Bucket {
     tokens: f64,
-    /// Nanoseconds.
+    /// When tokens were last added: the latest time of a request, in nanoseconds.
     filled: u64,
 }
 
@@ -42,10 +42,10 @@ impl RateLimit {
         })
     }
 
-    /// Takes a token, or tells how long there will be none.
+    /// Takes a token, or returns how long it takes until there is one.
     fn take(&self, now: u64) -> Result<(), Duration> {
         let mut bucket = self.bucket.lock();
-        // Requests of several vCPUs come in an order that is not quite that of their times.
+        // The requests of several vCPUs may arrive in another order than their times have.
         let now = now.max(bucket.filled);
         let filled = Duration::from_nanos(now - bucket.filled).as_secs_f64() * self.per_second;
         bucket.tokens = (bucket.tokens + filled).min(self.burst);

@@ -1,5 +1,5 @@
-//! Decisions that hold for more than one request: later requests of the same kind in the same region are answered by them,
-//! without asking the policy again.
+//! Remembered decisions: they answer later requests of the same kind in the same region, without asking the policy
+//! again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,36 +7,36 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
-use super::decision::{Convert, Decision, Lesson, Region};
+use super::decision::{Convert, Decision, Region, RegionDecision};
 use super::hooks::Policy;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
 
-/// Pieces of rules that are kept. A guest that makes its policy learn more pushes the oldest rules out, and then the
-/// policy is asked again.
-pub const MOST: usize = 4096;
+/// The most pieces of rules that are kept. Above it the oldest rule is dropped, and the policy is asked again. So a
+/// guest cannot make the rules grow.
+pub const MAX_PIECES: usize = 4096;
 
-/// Remembers what the policy inside of it says about whole regions ([`Decision::Remember`]).
+/// Wraps a policy and remembers its decisions about regions ([`Decision::Remember`]).
 pub struct Remember<P> {
     rules: Rules,
     policy: P,
 }
 
 impl<P: Policy> Remember<P> {
-    /// Around this policy, with nothing learned.
+    /// Wraps this policy, without any rule.
     pub fn new(policy: P) -> Self {
         let rules = Rules::default();
         Self { rules, policy }
     }
 
-    /// The policy inside.
+    /// The wrapped policy.
     pub fn policy(&self) -> &P {
         &self.policy
     }
 
-    /// Forgets what was learned about these pages, or everything. What the policy is being asked right now is not
-    /// remembered any more either.
+    /// Drops the rules for these pages, or all rules. Decisions on requests that the policy is being asked about at
+    /// this moment are not remembered either.
     pub fn forget(&self, range: Option<Range>) {
         self.rules.forget(range);
     }
@@ -68,42 +68,48 @@ impl<P: Policy> Policy for Remember<P> {
     }
 }
 
-/// What was learned. Each of the four kinds of request has its own rules: implicit or explicit, to private or to shared.
+/// The remembered decisions. Each of the four kinds of request has its own: implicit or explicit, to private or to
+/// shared.
 #[derive(Default)]
 struct Rules {
-    taught: RwLock<Taught>,
-    /// Whether anything was ever learned. Until then a request need not look.
+    tables: RwLock<Tables>,
+    /// Whether there ever was a rule. Until then a request does not take the lock.
     any: AtomicBool,
-    /// Grows whenever rules are forgotten, with `taught` locked: what was asked before that teaches nothing any more.
+    /// Counts the calls of `forget`; written with `tables` locked. A decision that was asked for before the last call
+    /// makes no rule.
     epoch: AtomicU64,
     spared: AtomicU64,
 }
 
 #[derive(Default)]
-struct Taught {
-    learned: u64,
+struct Tables {
+    /// The number of the latest rule.
+    last: u64,
     kinds: [Pieces; 4],
 }
 
 struct Rule {
+    /// Rules are numbered in the order in which they were made.
     number: u64,
     decision: Decision,
+    /// How many more requests it answers; `None`: any number.
     left: Option<AtomicU64>,
+    /// The time from which on it answers none, in nanoseconds.
     until: Option<u64>,
 }
 
-/// A rule, or what later ones left of it.
+/// The pages of a rule, or the part of them that later rules do not cover.
 struct Piece {
     end: u64,
     rule: Arc<Rule>,
 }
 
-/// By their start; no two overlap.
+/// By their first gpa. No two overlap.
 #[derive(Default)]
 struct Pieces(BTreeMap<u64, Piece>);
 
 impl Rules {
-    /// Answers a request by what was learned, else by what the policy says, which may be something to remember.
+    /// Answers a request by a rule, if one holds for it. Else asks the policy, and makes a rule if it says so.
     fn ask(
         &self,
         request: Request<'_>,
@@ -111,47 +117,48 @@ impl Rules {
     ) -> Result<Decision, Failure> {
         let epoch = self.epoch.load(Ordering::SeqCst);
         if self.any.load(Ordering::SeqCst)
-            && let Some(known) = self.taught.read().kinds[kind(request)].find(request)
+            && let Some(known) = self.tables.read().kinds[kind(request)].find(request)
         {
             self.spared.fetch_add(1, Ordering::Relaxed);
             return Ok(known);
         }
         match policy()? {
-            Decision::Remember(lesson) => {
-                let Lesson { decision, region } = *lesson;
-                self.learn(request, lasting(request, &decision, region)?, region, epoch);
+            Decision::Remember(remembered) => {
+                let RegionDecision { decision, region } = *remembered;
+                self.add(request, for_region(request, &decision, region)?, region, epoch);
                 Ok(decision)
             }
             decision => Ok(decision),
         }
     }
 
-    fn learn(&self, request: Request<'_>, decision: Decision, region: Region, epoch: u64) {
-        let mut taught = self.taught.write();
+    /// Makes a rule, unless rules were dropped since `epoch`.
+    fn add(&self, request: Request<'_>, decision: Decision, region: Region, epoch: u64) {
+        let mut tables = self.tables.write();
         if self.epoch.load(Ordering::SeqCst) != epoch {
             return;
         }
         self.any.store(true, Ordering::SeqCst);
-        taught.learned += 1;
+        tables.last += 1;
         let rule = Arc::new(Rule {
-            number: taught.learned,
+            number: tables.last,
             decision,
             left: region.uses.map(AtomicU64::new),
             until: region.nanoseconds.map(|time| request.time().saturating_add(time)),
         });
         let (start, end) = (region.range.gpa(), region.range.end());
-        let pieces = &mut taught.kinds[kind(request)];
+        let pieces = &mut tables.kinds[kind(request)];
         pieces.cut(start, end);
         pieces.0.insert(start, Piece { end, rule });
-        if taught.len() > MOST {
-            taught.make_room(request.time());
+        if tables.len() > MAX_PIECES {
+            tables.make_room(request.time());
         }
     }
 
     fn forget(&self, range: Option<Range>) {
-        let mut taught = self.taught.write();
+        let mut tables = self.tables.write();
         self.epoch.fetch_add(1, Ordering::SeqCst);
-        for pieces in &mut taught.kinds {
+        for pieces in &mut tables.kinds {
             match range {
                 Some(range) => pieces.cut(range.gpa(), range.end()),
                 None => pieces.0.clear(),
@@ -160,15 +167,16 @@ impl Rules {
     }
 }
 
-impl Taught {
+impl Tables {
+    /// How many pieces there are.
     fn len(&self) -> usize {
         self.kinds.iter().map(|pieces| pieces.0.len()).sum()
     }
 
-    /// Drops what answers nothing any more, or else the oldest rule.
+    /// Drops the rules that do not hold any more, then the oldest ones until there are at most [`MAX_PIECES`] pieces.
     fn make_room(&mut self, now: u64) {
         self.retain(|rule| rule.holds(now));
-        while self.len() > MOST {
+        while self.len() > MAX_PIECES {
             let pieces = self.kinds.iter().flat_map(|pieces| pieces.0.values());
             let oldest = pieces.map(|piece| piece.rule.number).min();
             self.retain(|rule| Some(rule.number) != oldest);
@@ -183,12 +191,13 @@ impl Taught {
 }
 
 impl Rule {
+    /// Whether it answers requests that come now.
     fn holds(&self, now: u64) -> bool {
         let in_time = self.until.is_none_or(|until| now < until);
         in_time && self.left.as_ref().is_none_or(|left| left.load(Ordering::Relaxed) > 0)
     }
 
-    /// Uses it once, if it holds.
+    /// The decision, if the rule holds. Counts one use.
     fn answer(&self, now: u64) -> Option<Decision> {
         if self.until.is_some_and(|until| now >= until) {
             return None;
@@ -202,6 +211,7 @@ impl Rule {
 }
 
 impl Pieces {
+    /// The decision of the rule that has all pages of a request.
     fn find(&self, request: Request<'_>) -> Option<Decision> {
         let range = request.range();
         let (_, piece) = self.0.range(..=range.gpa()).next_back()?;
@@ -210,7 +220,7 @@ impl Pieces {
             .flatten()
     }
 
-    /// Takes `[start, end)` out.
+    /// Removes the pages `[start, end)` from all pieces.
     fn cut(&mut self, start: u64, end: u64) {
         let before = self.0.range_mut(..start).next_back();
         if let Some((_, piece)) = before.filter(|(_, piece)| piece.end > start) {
@@ -238,8 +248,12 @@ fn kind(request: Request<'_>) -> usize {
     usize::from(explicit) * 2 + usize::from(request.to() == State::Shared)
 }
 
-/// The decision as it is right for every request in the region.
-fn lasting(request: Request<'_>, decision: &Decision, region: Region) -> Result<Decision, Failure> {
+/// The decision, so that it can answer every request in the region.
+///
+/// # Errors
+/// If it cannot: the region is not in memory, the decision is of another kind, or it converts other pages than the
+/// region's.
+fn for_region(request: Request<'_>, decision: &Decision, region: Region) -> Result<Decision, Failure> {
     let Region { range, .. } = region;
     if range.end() > request.memory() {
         let (gpa, size, memory) = (range.gpa(), range.size(), request.memory());
@@ -251,7 +265,7 @@ fn lasting(request: Request<'_>, decision: &Decision, region: Region) -> Result<
         })
         | Decision::Deny(_)
         | Decision::Retry => Ok(decision.clone()),
-        // Other pages than those asked for: they have to be right for whoever is answered by this.
+        // The decision names pages, so every request in the region would convert those: its own must be among them.
         Decision::Convert(convert) => {
             let (start, end, _) = request.target(convert);
             if range.gpa() < start || end < range.end() {

@@ -1,27 +1,28 @@
-//! What a policy is told of a request.
+//! Requests, as a policy gets them.
 
 use super::decision::Convert;
 use crate::errno::Errno;
 use crate::memory::address::{Range, State};
 
-/// An implicit request: an access met a page that is not in the accessed state.
+/// An implicit request: an access to a page in the wrong state. Also what a policy gets
+/// for an access to a poisoned page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImplicitRequest {
     /// The vCPU's index.
     pub vcpu: u32,
-    /// The page or pages, shared bit stripped.
+    /// The page or pages, without the shared bit.
     pub range: Range,
-    /// The side that was accessed.
+    /// The state that the access needs.
     pub access: State,
-    /// KVM_MEMORY_EXIT_FLAG_* as KVM reported them, or as it would have.
+    /// KVM_MEMORY_EXIT_FLAG_* as KVM reported them; under memslots, where it reports none, as it would have.
     pub flags: u64,
-    /// EFAULT; for poison EHWPOISON.
+    /// KVM_RUN's errno: EFAULT, or EHWPOISON for poison.
     pub errno: Errno,
     /// The page's state.
     pub state: State,
     /// The guest's instruction pointer.
     pub rip: u64,
-    /// How often this very fault came before, with no change of the page in between.
+    /// How often the same fault came before, with no change of the page in between.
     pub repeats: u32,
     /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
@@ -34,15 +35,15 @@ pub struct ImplicitRequest {
 pub struct ExplicitRequest {
     /// The vCPU's index.
     pub vcpu: u32,
-    /// The pages, shared bit stripped.
+    /// The pages, without the shared bit.
     pub range: Range,
-    /// What the guest wants them to be.
+    /// The state that they are to become.
     pub to: State,
     /// The guest's page-size hint in bytes.
     pub page_size: u64,
-    /// The attribute word as the guest gave it.
+    /// The attributes (RDX) as the guest gave them.
     pub raw: u64,
-    /// The present state; `None` where it is mixed.
+    /// The state of the pages; `None` where it is mixed.
     pub state: Option<State>,
     /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
@@ -50,17 +51,17 @@ pub struct ExplicitRequest {
     pub memory: u64,
 }
 
-/// Either kind of request, for what treats them alike.
+/// Either kind of request, for policies that treat them alike.
 #[derive(Clone, Copy, Debug)]
 pub enum Request<'a> {
-    /// By an access.
+    /// The guest touched a page in the wrong state.
     Implicit(&'a ImplicitRequest),
-    /// By KVM_HC_MAP_GPA_RANGE.
+    /// The guest asked, by KVM_HC_MAP_GPA_RANGE.
     Explicit(&'a ExplicitRequest),
 }
 
 impl Request<'_> {
-    /// What was asked for.
+    /// The pages that were asked for.
     pub fn range(self) -> Range {
         match self {
             Request::Implicit(fault) => fault.range,
@@ -68,7 +69,7 @@ impl Request<'_> {
         }
     }
 
-    /// What the pages are to become.
+    /// The state that they are to become.
     pub fn to(self) -> State {
         match self {
             Request::Implicit(fault) => fault.access,
@@ -83,7 +84,8 @@ impl Request<'_> {
         }
     }
 
-    /// Nanoseconds, on the machine's clock: a policy that measures time gives the same answers when a trace is replayed.
+    /// When it came, in nanoseconds. A policy that measures time uses this one, so that it decides the same when a
+    /// trace is replayed.
     pub(crate) fn time(self) -> u64 {
         match self {
             Request::Implicit(fault) => fault.time,
@@ -98,8 +100,8 @@ impl Request<'_> {
         }
     }
 
-    /// What a decision to convert means for this request: start, end and state. The end saturates; a range that wraps is
-    /// refused later.
+    /// What a decision converts for this request: first address, end, and state. The end saturates; a range that wraps
+    /// is an error later.
     pub(crate) fn target(self, convert: &Convert) -> (u64, u64, State) {
         let start = convert.gpa.unwrap_or(self.range().gpa());
         let size = convert.size.unwrap_or(self.range().size());

@@ -1,4 +1,4 @@
-//! Built-in policies that always answer alike.
+//! Built-in policies whose decision does not depend on the request.
 
 use super::decision::Decision;
 use super::hooks::Policy;
@@ -6,16 +6,16 @@ use super::request::{ExplicitRequest, ImplicitRequest};
 use crate::errno::Errno;
 use crate::error::Failure;
 
-/// Converts whatever is asked for.
+/// Converts as asked.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Allow;
 
 impl Policy for Allow {}
 
-/// Refuses everything.
+/// Refuses every request.
 #[derive(Clone, Copy, Debug)]
 pub struct DenyAll {
-    /// What an explicit request gets in RAX.
+    /// The errno that an explicit request gets, negated, in RAX.
     pub errno: Errno,
 }
 
@@ -29,7 +29,7 @@ impl Policy for DenyAll {
     }
 }
 
-/// Converts what the guest asks for explicitly, and refuses implicit requests.
+/// Converts explicit requests as asked, and refuses implicit ones.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExplicitOnly;
 

@@ -1,4 +1,4 @@
-//! Asking a policy without a machine: its decisions are carried out on a map of states.
+//! A trial: a policy is asked without a machine, and its decisions are carried out on a page map alone.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::memory::address::{PAGE_SIZE, Range, Run, State};
 use crate::memory::page_map::AttributeMap;
 
 /// The most memory of a trial: 4 PiB.
-const MOST_MEMORY: u64 = 1 << 52;
+const MAX_MEMORY: u64 = 1 << 52;
 
 /// What a policy can be asked about.
 #[derive(Clone, Copy, Debug)]
@@ -49,20 +49,20 @@ impl Question {
     }
 }
 
-/// A policy, and the states that its decisions lead to.
+/// A policy, and the page states that its decisions lead to.
 pub struct Trial {
     policy: Arc<dyn Policy>,
-    /// Not locked while the policy is asked: it may look at the states.
+    /// Not locked while the policy is asked, because it may read the states.
     model: Mutex<Model>,
 }
 
 impl Trial {
-    /// Asks `policy` as in a machine with this much memory, all of it in state `initial`.
+    /// A trial of `policy` for `memory` bytes of memory, all of it in state `initial`.
     ///
     /// # Errors
     /// `Invalid` for a size that is no positive multiple of 4096, or above 4 PiB.
     pub fn new(policy: Arc<dyn Policy>, memory: u64, initial: State) -> Result<Self, Error> {
-        if Range::new(0, memory).is_none() || memory > MOST_MEMORY {
+        if Range::new(0, memory).is_none() || memory > MAX_MEMORY {
             return Err(Error::Invalid(format!(
                 "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 4 PiB"
             )));
@@ -70,7 +70,7 @@ impl Trial {
         Ok(Self::of(policy, Model::new(memory, initial)))
     }
 
-    /// With states as they are already.
+    /// A trial that starts with these states.
     pub(crate) fn of(policy: Arc<dyn Policy>, model: Model) -> Self {
         Self {
             policy,
@@ -83,11 +83,11 @@ impl Trial {
         self.model.lock().map.size()
     }
 
-    /// What the policy decides; what it converts is converted in the map.
+    /// Asks the policy, and carries its decision out on the page map.
     ///
     /// # Errors
-    /// `Invalid` for a request outside of memory; `Hook` with what the policy raised, or for an answer that a machine would
-    /// not accept.
+    /// `Invalid` for a request outside of memory; `Hook` for a failure of the policy, or a decision that a machine
+    /// would not accept.
     pub fn judge(&self, question: &Question) -> Result<Decision, Error> {
         let range = question.range();
         self.range(range.gpa(), range.size())?;
@@ -98,7 +98,7 @@ impl Trial {
         })
     }
 
-    /// Asks, and carries the decision out unless `carry_out` is false: then whatever is decided changes nothing.
+    /// Asks the policy, and carries its decision out if `carry_out`.
     pub(crate) fn carry_out(&self, question: &Question, carry_out: bool) -> Result<Carried, Failure> {
         let request = match question {
             Question::Poison(poison) => return Ok(Carried::nothing(self.poison(poison)?)),
@@ -119,15 +119,15 @@ impl Trial {
         }
     }
 
-    /// Puts a range that lies in memory into a state.
+    /// Puts a range of memory into a state.
     pub(crate) fn set(&self, range: Range, to: State) {
         self.model.lock().set(range, to);
     }
 
-    /// The state of a range, if its pages agree.
+    /// The state of a range; `None` where it is mixed.
     ///
     /// # Errors
-    /// `Invalid` for what is no page-aligned part of memory.
+    /// `Invalid` for a range that is not a page-aligned part of memory.
     pub fn state(&self, gpa: u64, size: u64) -> Result<Option<State>, Error> {
         let range = self.range(gpa, size)?;
         Ok(self.model.lock().map.uniform(range))
@@ -153,24 +153,24 @@ impl Trial {
     }
 }
 
-/// States, and decisions carried out on them.
+/// Page states without memory: decisions are carried out on the page map alone.
 pub(crate) struct Model {
     map: AttributeMap,
 }
 
-/// A decision that was carried out.
+/// A decision, and what it converted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Carried {
-    /// The decision; a conversion above its quota is a refusal.
+    /// The decision. A conversion above its quota has become a Deny.
     pub decision: Decision,
-    /// What was converted, and to what.
+    /// The pages that were converted, and to which state.
     pub done: Option<(Range, State)>,
     /// Bytes whose state changed.
     pub changed: u64,
 }
 
 impl Model {
-    /// All of memory, a positive multiple of 4096 bytes, in state `initial`.
+    /// `memory` bytes, a positive multiple of 4096, in state `initial`.
     pub(crate) fn new(memory: u64, initial: State) -> Self {
         Self {
             map: AttributeMap::new(memory, initial),
@@ -187,22 +187,22 @@ impl Model {
         self.map.size() - self.map.private_bytes()
     }
 
-    /// The range, if it lies in memory.
+    /// The range, if it is a page-aligned part of memory.
     pub(crate) fn range(&self, gpa: u64, size: u64) -> Option<Range> {
         Range::new(gpa, size).filter(|range| range.end() <= self.map.size())
     }
 
-    /// Puts a range that lies in memory into a state: bytes whose state changed.
+    /// Puts a range of memory into a state. Returns the bytes whose state changed.
     pub(crate) fn set(&mut self, range: Range, to: State) -> u64 {
         self.map.set(range, to)
     }
 
-    /// Carries out a decision on a request for pages. Fails where a machine would not accept the decision.
+    /// Carries out a decision. Fails where a machine would not accept it.
     fn carry_out(&mut self, request: Request<'_>, decision: Decision) -> Result<Carried, Failure> {
         let convert = match decision {
             Decision::Convert(convert) => convert,
             Decision::Discard => return Err(DISCARD_IS_FOR_POISON.into()),
-            Decision::Remember(_) => return Err(NOBODY_REMEMBERS.into()),
+            Decision::Remember(_) => return Err(NOT_REMEMBERED_HERE.into()),
             decision => return Ok(Carried::nothing(decision)),
         };
         let (start, end, to) = request.target(&convert);
@@ -241,10 +241,10 @@ impl Carried {
     }
 }
 
-/// Why Convert is no answer to poison.
+/// Why Convert is not accepted for poison.
 pub(crate) const POISON_IS_NOT_CONVERTED: &str =
-    "memory_poison cannot answer Convert: a convert does not repair a poisoned page";
-/// Why Discard is no answer to a request.
+    "memory_poison cannot answer Convert: a conversion does not repair a poisoned page";
+/// Why Discard is not accepted for a request.
 pub(crate) const DISCARD_IS_FOR_POISON: &str = "Discard() is an answer to memory_poison only";
-/// Why a decision with a region is no answer.
-pub(crate) const NOBODY_REMEMBERS: &str = "a decision can be remembered only by a Remember around its policy";
+/// Why a decision with a region is not accepted.
+pub(crate) const NOT_REMEMBERED_HERE: &str = "a decision can be remembered only by a Remember around its policy";

@@ -1,4 +1,4 @@
-//! Where sharing is allowed.
+//! Ranges outside of which nothing becomes shared.
 
 use std::sync::Arc;
 
@@ -10,12 +10,11 @@ use crate::errno::Errno;
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
 
-/// Lets pages become shared inside these ranges only, wherever `then` wants them: a swiotlb window, a ring. What becomes
-/// private is up to `then` alone.
+/// Refuses conversions to shared outside of these ranges: a swiotlb window, a ring. `then` decides on everything else.
 pub struct Window {
-    /// Where pages may be shared.
+    /// The ranges. All pages of a conversion to shared must be in one of them.
     pub ranges: Vec<Range>,
-    /// Who is asked first.
+    /// The wrapped policy.
     pub then: Arc<dyn Policy>,
 }
 

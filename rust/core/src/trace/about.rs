@@ -1,4 +1,4 @@
-//! The machine that a trace is from, as the metadata of its schema tells it.
+//! The machine that a trace is from, kept in the metadata of the trace's schema.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,33 +11,34 @@ use crate::memory::address::{PAGE_SIZE, Range, State};
 use crate::memory::guest_memory::GuestMemory;
 use crate::policy::trial::Model;
 
-/// Ranges that are told one by one.
-const MOST_RANGES: usize = 4096;
-const MOST_MEMORY: u64 = 1 << 52;
+/// The most ranges that the metadata lists.
+const MAX_RANGES: usize = 4096;
+const MAX_MEMORY: u64 = 1 << 52;
 
 const MEMORY: &str = "pagegate.memory";
 const INITIAL: &str = "pagegate.initial";
 const OTHERS: &str = "pagegate.others";
 const FIRST: &str = "pagegate.first";
 
-/// A machine's memory when its trace begins.
+/// A machine's memory, with the states of its pages when the trace begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct About {
     memory: u64,
     initial: State,
-    /// What is in the other state.
+    /// The pages that are in the other state.
     others: Vec<Range>,
-    /// The sequence number that the first event has if none is missing.
+    /// The sequence number of the first event, if none is missing.
     first: u64,
 }
 
 impl About {
-    /// All of memory in one state. `None` for a size that no guest has.
+    /// All of memory in one state. `None` unless `memory` is a positive multiple of 4096, at most 4 PiB.
     pub fn new(memory: u64, initial: State) -> Option<Self> {
-        let valid = memory > 0 && memory.is_multiple_of(PAGE_SIZE) && memory <= MOST_MEMORY;
+        let valid = memory > 0 && memory.is_multiple_of(PAGE_SIZE) && memory <= MAX_MEMORY;
         valid.then(|| Self::whole(memory, initial))
     }
 
+    /// The same, without the check.
     pub(super) fn whole(memory: u64, initial: State) -> Self {
         Self {
             memory,
@@ -47,7 +48,7 @@ impl About {
         }
     }
 
-    /// A machine as it is now. Where its states are scattered all over, only the prevailing one is told.
+    /// A machine as it is now. With more ranges in the other state than the metadata can list, none is listed.
     pub fn now(events: &EventLog, memory: &GuestMemory) -> Self {
         let first = events.total();
         let map = memory.snapshot();
@@ -56,11 +57,11 @@ impl About {
             false => State::Shared,
         };
         let others = map.runs().filter(|run| run.state != initial).map(|run| run.range);
-        let others: Vec<Range> = others.take(MOST_RANGES + 1).collect();
+        let others: Vec<Range> = others.take(MAX_RANGES + 1).collect();
         Self {
             memory: map.size(),
             initial,
-            others: if others.len() > MOST_RANGES { Vec::new() } else { others },
+            others: if others.len() > MAX_RANGES { Vec::new() } else { others },
             first,
         }
     }
@@ -70,12 +71,12 @@ impl About {
         self.memory
     }
 
-    /// The state of all pages, but for some.
+    /// The state of most pages.
     pub fn initial(&self) -> State {
         self.initial
     }
 
-    /// The sequence number that the first event has if none is missing.
+    /// The sequence number of the first event, if none is missing.
     pub fn first(&self) -> u64 {
         self.first
     }
@@ -85,7 +86,7 @@ impl About {
         self.model().shared_bytes()
     }
 
-    /// The states when the trace begins.
+    /// The states of all pages when the trace begins.
     pub(super) fn model(&self) -> Model {
         let mut model = Model::new(self.memory, self.initial);
         for range in &self.others {
@@ -94,7 +95,7 @@ impl About {
         model
     }
 
-    /// The schema of events, with this.
+    /// The schema of events, with this in its metadata.
     pub fn schema(&self) -> SchemaRef {
         let others: Vec<String> = self
             .others
@@ -112,16 +113,17 @@ impl About {
         Arc::new(Schema::new_with_metadata(fields, HashMap::from(metadata)))
     }
 
-    /// What a schema tells; `None` where it tells nothing, as when a table was made anew.
+    /// Reads it from a schema's metadata. `None` where it is not there: some tools drop metadata when they write a
+    /// table.
     ///
     /// # Errors
-    /// A sentence on what makes no sense.
+    /// A sentence that names the value that is not valid.
     pub fn of(schema: &Schema) -> Result<Option<Self>, String> {
         let value = |key| schema.metadata().get(key).map(String::as_str);
         let (Some(memory), Some(initial)) = (value(MEMORY), value(INITIAL)) else {
             return Ok(None);
         };
-        let wrong = |key: &str| format!("the metadata's {key} makes no sense");
+        let wrong = |key: &str| format!("the metadata's {key} is not valid");
         let states = [State::Shared, State::Private];
         let initial = states.into_iter().find(|state| state.as_str() == initial);
         let about = memory.parse().ok().zip(initial);

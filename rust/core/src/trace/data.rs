@@ -1,42 +1,42 @@
-//! A trace in memory, and why one cannot be had.
+//! A trace in memory, and the errors of traces.
 
 use super::about::About;
 use crate::events::event::Event;
 
-/// Requests, and the machine that they were made in.
+/// Recorded requests, and the machine that they are from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
     /// The machine.
     pub about: About,
-    /// The requests, in the order in which they were over.
+    /// The requests, in the order in which they were completed.
     pub events: Vec<Event>,
-    /// It was read from a stream that ends in the middle: whoever wrote it was killed.
+    /// Whether it was read from an IPC stream without an end mark: its writer was killed, or is still writing.
     pub truncated: bool,
 }
 
 /// Why a trace cannot be written, read or replayed.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The file's name does not say of which format it is.
+    /// The file's name has no extension of a known format.
     #[error("{0}: the name must end in .parquet, .arrow (IPC file) or .arrows (IPC stream)")]
     Format(String),
-    /// The file cannot be reached.
+    /// The file cannot be opened, read or written.
     #[error("{path}: {source}")]
     File {
-        /// Which file.
+        /// The file.
         path: String,
-        /// Why not.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// What was read is no trace.
+    /// The file or table is not a trace.
     #[error("{0}")]
     Invalid(String),
-    /// What was written could not be encoded.
+    /// The events could not be encoded.
     #[error("{path}: {what}")]
     Encoding {
-        /// Which file.
+        /// The file.
         path: String,
-        /// Why not.
+        /// The encoder's error.
         what: String,
     },
 }

@@ -1,4 +1,4 @@
-//! Traces as files: Parquet, and both kinds of Arrow IPC.
+//! Traces in files: Parquet, and both kinds of Arrow IPC.
 
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -19,25 +19,25 @@ use super::data::{Trace, TraceError};
 use crate::events::event::Event;
 use crate::events::table;
 
-/// Rows that are held back at most before a part of a Parquet file is written.
+/// The most rows of a Parquet row group, which is kept in memory until it is complete, and of a batch.
 const ROW_GROUP: usize = 128 * 1024;
 
-/// How events lie in a file.
+/// The format of a trace file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Parquet. It can be read once it is closed.
+    /// Parquet. It can be read only after it was closed.
     Parquet,
-    /// Arrow's IPC file format, also known as Feather. It can be read once it is closed.
+    /// Arrow's IPC file format, also known as Feather. It can be read only after it was closed.
     IpcFile,
     /// Arrow's IPC stream format. It can be read at any time, also when its writer was killed.
     IpcStream,
 }
 
 impl Format {
-    /// As the file's name says.
+    /// The format that the file's extension stands for.
     ///
     /// # Errors
-    /// [`TraceError::Format`].
+    /// [`TraceError::Format`] for an unknown one.
     pub fn of(path: &Path) -> Result<Self, TraceError> {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("parquet") => Ok(Format::Parquet),
@@ -54,7 +54,7 @@ enum Writer {
     IpcStream(StreamWriter<BufWriter<File>>),
 }
 
-/// A file that batches are written to.
+/// A trace file that is being written.
 pub(super) struct Output {
     path: PathBuf,
     schema: SchemaRef,
@@ -62,7 +62,7 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Makes the file, or empties it.
+    /// Creates or truncates the file.
     pub(super) fn create(path: &Path, about: &About) -> Result<Self, TraceError> {
         let format = Format::of(path)?;
         let file = BufWriter::new(File::create(path).map_err(|error| failed(path, error))?);
@@ -92,7 +92,7 @@ impl Output {
         })
     }
 
-    /// Adds a batch; of an IPC stream it is in the kernel's hands then.
+    /// Adds a batch. To an IPC stream it is written at once, so it is in the file even if this process is killed.
     pub(super) fn write(&mut self, batch: &RecordBatch) -> Result<(), TraceError> {
         let batch = batch.clone().with_schema(self.schema.clone());
         let batch = batch.map_err(|error| of_arrow(&self.path, error))?;
@@ -104,7 +104,7 @@ impl Output {
         written.map_err(|error| of_arrow(&self.path, error))
     }
 
-    /// Writes what makes the file whole.
+    /// Writes the end of the file, such as Parquet's footer.
     pub(super) fn close(self) -> Result<(), TraceError> {
         let path = &self.path;
         let file = match self.writer {
@@ -124,10 +124,10 @@ impl Output {
 }
 
 impl Trace {
-    /// Writes it to a file, in the format that its name says.
+    /// Writes it to a file, in the format that the extension stands for.
     ///
     /// # Errors
-    /// Those of making and writing the file.
+    /// Those of creating and writing the file.
     pub fn write(&self, path: &Path) -> Result<(), TraceError> {
         let mut output = Output::create(path, &self.about)?;
         for part in self.events.chunks(ROW_GROUP) {
@@ -136,13 +136,13 @@ impl Trace {
         output.close()
     }
 
-    /// Reads a file of any of the formats, whatever its name is. Of an IPC stream that ends in the middle, what is
-    /// there. `about` is for a file that does not say what machine it is from.
+    /// Reads a file of any of the formats, whatever its name is. An IPC stream that ends in the middle is read up to
+    /// there. `about` takes the place of the file's own metadata.
     ///
     /// # Errors
-    /// Those of reading the file, and `Invalid` for one that is no trace.
+    /// Those of reading the file, and `Invalid` for one that is not a trace.
     pub fn read(path: &Path, about: Option<About>) -> Result<Self, TraceError> {
-        // The readers panic at some of the files that are damaged.
+        // The readers panic on some damaged files.
         let read = std::panic::catch_unwind(|| Self::read_whole(path, about));
         read.unwrap_or_else(|_| {
             Err(TraceError::Invalid(format!(
@@ -175,23 +175,23 @@ impl Trace {
         } else {
             let batches = StreamReader::try_new_buffered(file, None).map_err(invalid)?;
             let schema = batches.schema();
-            // Its writer may have been killed in the middle of a batch.
-            let mut ends = false;
+            // Its writer may have been killed while it wrote a batch.
+            let mut cut_off = false;
             let whole = batches.map_while(|batch| {
-                ends = batch.as_ref().is_err_and(is_end);
-                (!ends).then_some(batch)
+                cut_off = batch.as_ref().is_err_and(is_end);
+                (!cut_off).then_some(batch)
             });
             reader.take_all(whole.map(|batch| batch.map_err(invalid)))?;
-            reader.truncated = ends || tail != END_OF_STREAM;
+            reader.truncated = cut_off || tail != END_OF_STREAM;
             schema
         };
         reader.finish(&schema, about)
     }
 
-    /// Of batches that came from elsewhere.
+    /// Makes a trace of batches that were not read by [`Trace::read`].
     ///
     /// # Errors
-    /// `Invalid` for what is no trace.
+    /// `Invalid` for batches that are not a trace.
     pub fn collect(
         schema: SchemaRef,
         batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
@@ -212,8 +212,9 @@ impl Trace {
     }
 }
 
-/// Gathers the events of batches.
+/// Collects the events of batches.
 struct Reader {
+    /// The file's name, for errors.
     name: String,
     events: Vec<Event>,
     truncated: bool,
@@ -235,14 +236,14 @@ impl Reader {
             mut events,
             truncated,
         } = self;
-        let told = About::of(schema).map_err(|what| TraceError::Invalid(format!("{name} is no trace: {what}")))?;
-        let about = given.or(told).ok_or_else(|| {
+        let own = About::of(schema).map_err(|what| TraceError::Invalid(format!("{name} is no trace: {what}")))?;
+        let about = given.or(own).ok_or_else(|| {
             TraceError::Invalid(format!(
                 "{name} does not say how much memory its guest had, nor in which state: tell memory and initial to whoever \
                  reads it"
             ))
         })?;
-        // Tables of several vCPUs, and those that were sorted by something else.
+        // The batches of several vCPUs take turns, and a table may be sorted by another column.
         events.sort_by_key(|event| event.sequence);
         Ok(Trace {
             about,
@@ -252,10 +253,10 @@ impl Reader {
     }
 }
 
-/// What an IPC stream ends with.
+/// The end mark of an IPC stream.
 const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
-/// The first and the last bytes of a file, which is read from its beginning afterwards.
+/// The first and the last bytes of a file. Leaves its position at the beginning.
 fn ends(file: &mut File) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
     let (mut head, mut tail) = (Vec::new(), Vec::new());
     let len = file.metadata()?.len();
@@ -266,7 +267,7 @@ fn ends(file: &mut File) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
     Ok((head, tail))
 }
 
-/// Whether a file ends where more was to come.
+/// Whether the error is an unexpected end of the file.
 fn is_end(error: &ArrowError) -> bool {
     match error {
         ArrowError::IoError(_, source) => source.kind() == ErrorKind::UnexpectedEof,

@@ -1,8 +1,8 @@
-//! Recorded requests: written to files while a guest runs, and put to other policies later.
+//! Traces: the requests of a run, written to a file while the guest runs, and put to other policies later.
 //!
 //! - [`about`]: the machine that a trace is from; [`data`]: a trace in memory
-//! - [`file`]: Parquet and Arrow IPC; [`recorder`]: from a running machine into a file
-//! - [`replay`]: other policies asked; [`synthetic`]: requests that no guest made
+//! - [`file`]: Parquet and Arrow IPC; [`recorder`]: writes a running machine's events to a file
+//! - [`replay`]: puts a trace to policies; [`synthetic`]: generated traces
 
 pub mod about;
 pub mod data;

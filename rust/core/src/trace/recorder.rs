@@ -1,4 +1,4 @@
-//! Writing a machine's events to a file while it runs.
+//! Writes a machine's events to a file while it runs.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,27 +14,29 @@ use super::file::Output;
 use crate::events::log::EventLog;
 use crate::events::table;
 
-/// How often the log is looked at. The ring holds what comes in between.
+/// How often events are taken from the log. In between, its rings keep them.
 const POLL: Duration = Duration::from_millis(10);
-/// Events are in the file after this time at the latest, or as soon as there are this many.
-const PATIENCE: Duration = Duration::from_secs(1);
-const ENOUGH: u64 = 4096;
+/// Events are written to the file after this time at the latest.
+const FLUSH_AFTER: Duration = Duration::from_secs(1);
+/// Or as soon as there are this many.
+const FLUSH_ROWS: u64 = 4096;
 
-/// What became of the events.
+/// How many events were written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
     /// Events that are in the file.
     pub written: u64,
-    /// Events that gave way to newer ones before they could be written, and those above the limit.
+    /// Events that are not: the log dropped them before they were taken from it, or they are above the limit.
     pub lost: u64,
 }
 
-/// Writes every event from its start on, in a thread of its own. No vCPU ever waits for it.
+/// Writes every event from its start on, in a thread of its own. No vCPU waits for it.
 pub struct Recorder {
     stop: Arc<Stop>,
     thread: Option<JoinHandle<Result<Recorded, TraceError>>>,
 }
 
+/// Tells the thread to end.
 #[derive(Default)]
 struct Stop {
     wanted: Mutex<bool>,
@@ -42,11 +44,11 @@ struct Stop {
 }
 
 impl Recorder {
-    /// Makes the file, or empties it, and begins. At most `limit` events are written: a guest can ask as often as it likes.
-    /// `failed` is called, once, should something not be written.
+    /// Creates or truncates the file and starts the thread. At most `limit` events are written, because a guest can
+    /// make any number of requests. `failed` is called, once, if writing fails before [`finish`](Self::finish).
     ///
     /// # Errors
-    /// Those of making the file.
+    /// Those of creating the file and the thread.
     pub fn start(
         log: Arc<EventLog>,
         about: &About,
@@ -65,9 +67,9 @@ impl Recorder {
             recorded: Recorded::default(),
         };
         let stop = Arc::new(Stop::default());
-        let told = stop.clone();
+        let thread_stop = stop.clone();
         let body = move || -> Result<Recorded, TraceError> {
-            while !told.wait() {
+            while !thread_stop.wait() {
                 if let Err(error) = writing.take() {
                     failed();
                     return Err(error);
@@ -88,10 +90,10 @@ impl Recorder {
         })
     }
 
-    /// Writes what there is and closes the file.
+    /// Writes the events that there are and closes the file.
     ///
     /// # Errors
-    /// The first thing that could not be written; what came after it is not in the file.
+    /// The first failure to write. Events after it are not in the file.
     pub fn finish(mut self) -> Result<Recorded, TraceError> {
         match self.join() {
             Some(Ok(result)) => result,
@@ -114,7 +116,7 @@ impl Drop for Recorder {
 }
 
 impl Stop {
-    /// Waits a little. Whether this is the end.
+    /// Waits for [`POLL`], or until the thread is to end. Returns whether it is to end.
     fn wait(&self) -> bool {
         let mut wanted = self.wanted.lock();
         if !*wanted {
@@ -126,13 +128,14 @@ impl Stop {
 
 struct Writing {
     log: Arc<EventLog>,
+    /// The sequence number to go on with.
     next: u64,
     output: Output,
     limit: u64,
-    /// Columns that are not in the file yet, and how many rows they have.
+    /// Batches that are not in the file yet, and their rows.
     pending: Vec<RecordBatch>,
     rows: u64,
-    /// When the oldest of what is pending was found.
+    /// When the oldest pending batch was taken.
     since: Instant,
     recorded: Recorded,
 }
@@ -156,7 +159,7 @@ impl Writing {
                 self.rows += kept;
             }
         }
-        match self.rows >= ENOUGH || self.since.elapsed() >= PATIENCE {
+        match self.rows >= FLUSH_ROWS || self.since.elapsed() >= FLUSH_AFTER {
             true => self.write(),
             false => Ok(()),
         }
@@ -174,7 +177,7 @@ impl Writing {
     fn finish(mut self) -> Result<Recorded, TraceError> {
         self.take()?;
         self.write()?;
-        // Those that were never seen, and gave way at the very end.
+        // Events that the log dropped after the last one that was taken.
         self.recorded.lost += self.log.total() - self.next;
         self.output.close()?;
         Ok(self.recorded)

@@ -1,4 +1,4 @@
-//! The requests of a trace, put to other policies in the order in which the first one was asked.
+//! Puts the requests of a trace to other policies, in the order in which the recorded policy was asked.
 
 use std::sync::Arc;
 
@@ -14,17 +14,17 @@ use crate::policy::hooks::Policy;
 use crate::policy::request::{ExplicitRequest, ImplicitRequest};
 use crate::policy::trial::{Question, Trial};
 
-/// Requests between two looks at whether the caller wants to go on.
-const PATIENCE: usize = 4096;
+/// How many requests are replayed between two calls of `watch`.
+const WATCH_EVERY: usize = 4096;
 
-/// What one policy made of all requests.
+/// What one policy decided on all requests, and what came of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Judged {
     /// Decisions to convert.
     pub converted: u64,
-    /// Decisions to refuse.
+    /// Decisions to refuse (Deny).
     pub denied: u64,
-    /// Decisions to let the guest try again.
+    /// Decisions to let the guest try again (Retry, Wait).
     pub retried: u64,
     /// Decisions to end the run.
     pub stopped: u64,
@@ -36,16 +36,16 @@ pub struct Judged {
     pub bytes_to_shared: u64,
     /// The most bytes that were shared at any time.
     pub peak_shared: u64,
-    /// Conversions that turned pages back of which some had been converted before.
+    /// Conversions of ranges of which some pages had been converted before.
     pub ping_pongs: u64,
-    /// The first request at which the run would have ended, by its sequence number. What comes after it the guest might
-    /// never have asked.
+    /// The sequence number of the first request at which the run would have ended. The guest might never have made
+    /// those after it.
     pub ends: Option<u64>,
-    /// Decisions that are not the recorded ones.
+    /// Decisions that differ from the recorded ones.
     pub differences: u64,
 }
 
-/// A request on which the policies and the record do not agree.
+/// A request on which the policies differ from each other or from the recorded decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
     /// The request, with what was decided when it was recorded.
@@ -54,18 +54,18 @@ pub struct Difference {
     pub decisions: Vec<Decision>,
 }
 
-/// What a replay found.
+/// The result of a replay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replay {
-    /// Requests.
+    /// How many requests were replayed.
     pub requests: u64,
-    /// Requests that are missing, by the sequence numbers of the others.
+    /// How many requests are missing from the trace: gaps in its sequence numbers.
     pub missing: u64,
     /// What was decided and done when the trace was recorded.
     pub recorded: Judged,
     /// What each policy would have decided and done.
     pub policies: Vec<Judged>,
-    /// Requests on which they disagree; the first ones.
+    /// The first requests on which the decisions differ.
     pub differences: Vec<Difference>,
     /// How many there are in all.
     pub different: u64,
@@ -74,26 +74,26 @@ pub struct Replay {
 /// Why a replay ended early.
 #[derive(Debug)]
 pub enum ReplayError {
-    /// The trace makes no sense.
+    /// The trace has a request outside of its machine's memory.
     Trace(TraceError),
     /// A policy failed.
     Policy {
-        /// Which one.
+        /// Its index.
         policy: usize,
         /// The request's sequence number.
         sequence: u64,
         /// The request.
         site: Site,
-        /// How it failed.
+        /// Its failure.
         failure: Failure,
     },
-    /// The caller wanted no more.
+    /// `watch` failed: the caller wants the replay to end.
     Interrupted(Failure),
 }
 
-/// What became of memory under one policy.
+/// The counts of one policy, and the pages that it converted.
 struct Timeline {
-    /// Pages that were converted: private here.
+    /// The pages that were converted are private in this map.
     touched: AttributeMap,
     judged: Judged,
 }
@@ -110,7 +110,7 @@ impl Timeline {
         }
     }
 
-    /// Counts a decision; whether the run would have ended there.
+    /// Counts a decision, and notes the first at which the run would have ended.
     fn count(&mut self, event: &Event, verdict: Verdict) {
         let judged = &mut self.judged;
         let ends = match verdict {
@@ -141,7 +141,7 @@ impl Timeline {
         }
     }
 
-    /// `changed` bytes of a range were converted; `shared_bytes` are shared then.
+    /// Counts a conversion of `range` that changed the state of `changed` bytes. `shared_bytes` are shared after it.
     fn done(&mut self, range: Range, to: State, changed: u64, shared_bytes: u64) {
         if changed == 0 {
             return;
@@ -157,7 +157,7 @@ impl Timeline {
     }
 }
 
-/// A request as a machine would put it; `None` if it lies outside of memory.
+/// The request as a machine would put it to a policy; `None` if it is not a part of memory.
 fn question(event: &Event, memory: u64) -> Option<Question> {
     let range = Range::new(event.gpa, event.size).filter(|range| range.end() <= memory)?;
     let implicit = |errno| ImplicitRequest {
@@ -188,12 +188,13 @@ fn question(event: &Event, memory: u64) -> Option<Question> {
     })
 }
 
-/// Puts every request of a trace to each of these policies. `keep` is how many of the differences are kept; `watch` is
-/// asked now and then whether to go on.
+/// Puts every request of a trace to each of these policies. `keep` is the most differences to return. `watch` is called
+/// every few thousand requests, and its failure ends the replay.
 ///
-/// What the trace does not hold, conversions by the host and requests that are missing, is taken over from the states
-/// that later requests met. Where several vCPUs were at the same pages at once, what was decided first need not have been
-/// done first, so quotas may be met a little earlier or later than they were.
+/// The trace does not hold conversions by the host, and requests may be missing. Where a request was recorded with a
+/// state that the conversions before it do not explain, the replay takes that state over. Where several vCPUs asked for
+/// the same pages at once, conversions may have been carried out in another order than they were decided in, so a quota
+/// may be reached a little earlier or later than it was.
 ///
 /// # Errors
 /// See [`ReplayError`].
@@ -213,7 +214,7 @@ pub fn replay(
     let mut trials: Vec<(Trial, Timeline)> = policies.iter().map(trial).collect();
     let (mut differences, mut different) = (Vec::new(), 0);
     for (number, event) in order.iter().enumerate() {
-        if number % PATIENCE == 0 {
+        if number % WATCH_EVERY == 0 {
             watch().map_err(ReplayError::Interrupted)?;
         }
         let question = question(event, memory).ok_or_else(|| outside(event, memory))?;
@@ -227,7 +228,7 @@ pub fn replay(
         let mut decisions = Vec::new();
         let mut differ = false;
         for (policy, (trial, timeline)) in trials.iter_mut().enumerate() {
-            // Where another vCPU was faster then, whatever is decided changes nothing.
+            // A superseded request converted nothing, because another vCPU was faster. So it converts nothing here.
             let carried = trial.carry_out(&question, event.outcome != Outcome::Superseded);
             let carried = carried.map_err(|failure| ReplayError::Policy {
                 policy,

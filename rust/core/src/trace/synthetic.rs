@@ -1,4 +1,4 @@
-//! Requests that no guest made, as many as one likes: to try policies, and what reads traces, on.
+//! Generated traces of any length, to try policies and trace readers on.
 
 use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
 
@@ -13,17 +13,17 @@ use crate::policy::trial::Model;
 const MEMORY: u64 = 1 << 30;
 const BLOCK: u64 = 2 << 20;
 const BUFFER: u64 = 256 << 10;
-/// Where a guest of this kind has its bounce buffers, its rings, what it cannot make up its mind about, and what it
-/// balloons: first address and size.
+/// Where the guest has its bounce buffers, its rings, pages that it converts between private and shared, and memory
+/// that it balloons: gpa and size.
 const BUFFERS: (u64, u64) = (64 << 20, 64 << 20);
 const RINGS: (u64, u64) = (256 << 20, 16 << 20);
-const RESTLESS: (u64, u64) = (300 << 20, 8 * PAGE_SIZE);
+const ALTERNATING: (u64, u64) = (300 << 20, 8 * PAGE_SIZE);
 const BALLOON: (u64, u64) = (512 << 20, 256 << 20);
 
-/// A trace of so many requests of a busy guest of 1 GiB that starts out private, all converted as asked; the same for
-/// the same arguments. Of a hundred requests about sixty share bounce buffers or take them back (explicit), 25 touch
-/// pages of rings (implicit), ten touch a few pages privately and shared in turn (implicit), and five are for whole
-/// 2 MiB blocks (explicit).
+/// A trace of `requests` requests by a guest of 1 GiB that is private at first. All are converted as asked. The same
+/// arguments give the same trace. Of 100 requests about 60 convert bounce buffers (explicit), 25 touch pages of rings
+/// (implicit), ten touch the same few pages as private and as shared (implicit), and five convert whole 2 MiB blocks
+/// (explicit).
 pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
     let about = About::whole(MEMORY, State::Private);
     let mut model = about.model();
@@ -33,12 +33,12 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
         let (kind, (start, size), unit) = match random.below(100) {
             0..60 => (Kind::Explicit, BUFFERS, BUFFER),
             60..85 => (Kind::Implicit, RINGS, PAGE_SIZE),
-            85..95 => (Kind::Implicit, RESTLESS, PAGE_SIZE),
+            85..95 => (Kind::Implicit, ALTERNATING, PAGE_SIZE),
             _ => (Kind::Explicit, BALLOON, BLOCK),
         };
         let gpa = start + random.below(size / unit) * unit;
         time += 1_000 + random.below(20_000);
-        one(
+        complete(
             &mut model,
             Event {
                 sequence,
@@ -49,7 +49,7 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
                 size: unit,
                 rip: 0xffff_ffff_8100_0000 + random.below(4096) * 16,
                 latency: 2_000 + random.below(8_000),
-                ..NOTHING
+                ..BLANK
             },
         )
     };
@@ -61,7 +61,7 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
     }
 }
 
-const NOTHING: Event = Event {
+const BLANK: Event = Event {
     sequence: 0,
     time: 0,
     vcpu: 0,
@@ -85,8 +85,8 @@ const NOTHING: Event = Event {
     latency: 0,
 };
 
-/// Completes a request for pages of one state, which it wants in the other one.
-fn one(model: &mut Model, event: Event) -> Event {
+/// Fills in the rest of a request: it is for the state that its pages are not in, and it is converted.
+fn complete(model: &mut Model, event: Event) -> Event {
     let Some(range) = Range::new(event.gpa, event.size) else {
         return event;
     };
@@ -118,7 +118,7 @@ fn one(model: &mut Model, event: Event) -> Event {
     }
 }
 
-/// SplitMix64: short, and the same everywhere.
+/// SplitMix64: short, and gives the same numbers on every platform.
 struct Random(u64);
 
 impl Random {
@@ -130,7 +130,7 @@ impl Random {
         mixed ^ mixed >> 31
     }
 
-    /// A number below `end`, which is small: the numbers are a little uneven, and nobody minds.
+    /// A number below `end`. The bias of the remainder does not matter for an `end` this small.
     fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }

@@ -8,7 +8,7 @@ use crate::events::event::{Kind, Outcome};
 use crate::hypervisor::exit::MemoryFault;
 use crate::policy::decision::Decision;
 use crate::policy::request::ImplicitRequest;
-use crate::policy::trial::{NOBODY_REMEMBERS, POISON_IS_NOT_CONVERTED};
+use crate::policy::trial::{NOT_REMEMBERED_HERE, POISON_IS_NOT_CONVERTED};
 
 pub(super) fn poison(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result<Flow, Error> {
     vcpu.note_time();
@@ -35,7 +35,7 @@ pub(super) fn poison(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result<
     let site = vcpu.site(Some(page));
     match decision {
         Decision::Convert(_) => Err(hook_failed(site, POISON_IS_NOT_CONVERTED.into())),
-        Decision::Remember(_) => Err(hook_failed(site, NOBODY_REMEMBERS.into())),
+        Decision::Remember(_) => Err(hook_failed(site, NOT_REMEMBERED_HERE.into())),
         Decision::Deny(errno) => {
             vcpu.tally.denied += 1;
             vcpu.close_as(Outcome::Denied, errno.0);

@@ -7,7 +7,7 @@ use crate::events::event::{Done, Outcome, RecordedDecision};
 use crate::memory::address::{Range, State};
 use crate::memory::conversion::{Converted, Order};
 use crate::policy::decision::{Convert, Decision};
-use crate::policy::trial::NOBODY_REMEMBERS;
+use crate::policy::trial::NOT_REMEMBERED_HERE;
 
 /// One KVM_PRE_FAULT_MEMORY call is for at most this many bytes, so that a run that ends does not wait for it.
 const PREFAULT_CHUNK: u64 = 2 << 20;
@@ -46,7 +46,7 @@ impl RunningVcpu<'_> {
         to: State,
     ) -> Result<Decision, Error> {
         let failure = match decision {
-            Ok(Decision::Remember(_)) => NOBODY_REMEMBERS.into(),
+            Ok(Decision::Remember(_)) => NOT_REMEMBERED_HERE.into(),
             Ok(decision) => {
                 self.state.log.decided(&RecordedDecision::of(&decision, asked, to));
                 return Ok(decision);

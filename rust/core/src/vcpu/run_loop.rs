@@ -1,5 +1,6 @@
 //! The loop of a vCPU: enter the guest, dispatch the exit, resume.
 
+use super::frequent::{self, Left};
 use super::kick::Kick;
 use super::running::{Context, Flow, RunningVcpu};
 use super::state::VcpuState;
@@ -17,29 +18,26 @@ const KVM_RUN_BOUND: u32 = 1000;
 pub(crate) fn run(context: Context<'_>, state: &mut VcpuState, kick: &Kick) -> Tally {
     let mut vcpu = RunningVcpu::new(context, state, kick);
     let mut refused = 0;
-    while let Some(exit) = next_exit(&mut vcpu) {
-        let handled = dispatch(&mut vcpu, &exit, &mut refused);
-        if !goes_on(&mut vcpu, exit, handled) {
+    while !vcpu.must_leave() {
+        let left = match vcpu.state.pending.take() {
+            Some(exit) => Left::Exit(exit),
+            None => frequent::run(&mut vcpu, &mut refused),
+        };
+        let goes_on = match left {
+            Left::RunEnds => false,
+            Left::Failed(exit, error) => resume(&mut vcpu, &exit, Err(error)),
+            Left::Exit(exit) => {
+                let handled = dispatch(&mut vcpu, &exit, &mut refused);
+                resume(&mut vcpu, &exit, handled)
+            }
+        };
+        if !goes_on {
             break;
         }
     }
     vcpu.close_request();
     vcpu.state.settle(kick, context.memory.pause());
     vcpu.tally
-}
-
-/// Enters the guest, and returns when it leaves; `None` when the run ends.
-#[inline]
-fn next_exit(vcpu: &mut RunningVcpu<'_>) -> Option<Exit> {
-    if vcpu.must_leave() {
-        return None;
-    }
-    if vcpu.state.pending.is_some() {
-        return vcpu.state.pending.take();
-    }
-    vcpu.close_request();
-    vcpu.entry = vcpu.context.memory.entry();
-    Some(vcpu.state.enter(vcpu.kick, vcpu.context.memory.pause()))
 }
 
 /// `refused`: how often KVM_RUN itself failed in a row.
@@ -77,9 +75,8 @@ fn dispatch(vcpu: &mut RunningVcpu<'_>, exit: &Exit, refused: &mut u32) -> Resul
     }
 }
 
-/// Whether this vCPU does, after an exit was handled.
-#[inline]
-fn goes_on(vcpu: &mut RunningVcpu<'_>, exit: Exit, handled: Result<Flow, Error>) -> bool {
+/// What comes after an exit: whether this vCPU goes on.
+fn resume(vcpu: &mut RunningVcpu<'_>, exit: &Exit, handled: Result<Flow, Error>) -> bool {
     let control = vcpu.context.control;
     match handled {
         Ok(Flow::Resume) => {}
@@ -99,7 +96,7 @@ fn goes_on(vcpu: &mut RunningVcpu<'_>, exit: Exit, handled: Result<Flow, Error>)
         Err(error) => {
             if exit.awaits_reply() {
                 // Nobody answered it, so it is the first thing to do should the run go on.
-                vcpu.state.pending = Some(exit);
+                vcpu.state.pending = Some(*exit);
                 vcpu.state.reply_due = false;
             }
             control.finish(Err(error));

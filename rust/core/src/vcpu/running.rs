@@ -1,5 +1,6 @@
 //! What a vCPU's thread works with during a run: the machine's parts that it needs, and its own counts.
 
+use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -64,6 +65,7 @@ pub(crate) struct RunningVcpu<'a> {
     pub context: Context<'a>,
     pub state: &'a mut VcpuState,
     pub kick: &'a Kick,
+    immediate_exit: &'a AtomicU8,
     /// When it last entered the guest.
     pub entry: Entry,
     repeats: Repeats,
@@ -83,6 +85,7 @@ impl<'a> RunningVcpu<'a> {
             context,
             state,
             kick,
+            immediate_exit: kick.immediate_exit(),
             entry: context.memory.entry(),
             repeats: Repeats::default(),
             policy: context.policy.known(),
@@ -96,7 +99,7 @@ impl<'a> RunningVcpu<'a> {
     /// Whether the run ends. Whoever has a reason for that kicks.
     #[inline]
     pub(crate) fn must_leave(&self) -> bool {
-        kicked(self.kick.immediate_exit()) && self.context.control.leaving()
+        kicked(self.immediate_exit) && self.context.control.leaving()
     }
 
     pub(crate) fn rip(&mut self) -> u64 {
@@ -127,10 +130,14 @@ impl<'a> RunningVcpu<'a> {
     #[inline]
     pub(crate) fn close_request(&mut self) {
         if self.state.log.is_open() {
-            let latency = monotonic().saturating_sub(self.since);
-            self.tally.latency.saturating_record(latency.max(1));
-            self.context.events.publish(&mut self.state.log, latency);
+            self.publish();
         }
+    }
+
+    fn publish(&mut self) {
+        let latency = monotonic().saturating_sub(self.since);
+        self.tally.latency.record(latency);
+        self.context.events.publish(&mut self.state.log, latency);
     }
 
     // ---- trying again

@@ -52,9 +52,9 @@ impl VcpuState {
         })
     }
 
-    /// One KVM_RUN, as soon as nobody holds vCPUs out of the guest.
-    #[inline]
-    pub(crate) fn enter(&mut self, kick: &Kick, pause: Option<&Pause>) -> Exit {
+    /// One KVM_RUN, as soon as nobody holds vCPUs out of the guest: its result, and kvm_run.
+    #[inline(always)]
+    pub(crate) fn enter(&mut self, kick: &Kick, pause: Option<&Pause>) -> (Result<(), Errno>, &mut [u8]) {
         let _in_guest = pause.map(Pause::enter);
         self.reply_due = false;
         if self.sync_for > 0 {
@@ -66,7 +66,7 @@ impl VcpuState {
             Errno(0) => Ok(()),
             errno => Err(errno),
         };
-        decode(result, kvm_run)
+        (result, kvm_run)
     }
 
     /// Has the coming exit's registers put into kvm_run, or not.
@@ -85,7 +85,8 @@ impl VcpuState {
     pub(crate) fn settle(&mut self, kick: &Kick, pause: Option<&Pause>) {
         if self.reply_due && self.pending.is_none() {
             kick.complete_only();
-            let exit = self.enter(kick, pause);
+            let (result, kvm_run) = self.enter(kick, pause);
+            let exit = decode(result, kvm_run);
             self.pending = exit.awaits_reply().then_some(exit);
         }
     }

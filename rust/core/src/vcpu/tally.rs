@@ -1,9 +1,50 @@
 //! Counts of what vCPUs did.
 
-use hdrhistogram::Histogram;
+use histogram::Histogram;
 
-/// Latencies above this, some 69 seconds, are counted as this.
-const LONGEST: u64 = 1 << 36;
+/// Values are told apart to one part in 1,024: three decimal digits.
+const GROUPING_POWER: u8 = 10;
+/// Latencies from 2^36 ns on, some 69 seconds, are counted as that.
+const MAX_VALUE_POWER: u8 = 36;
+
+/// How long requests took, exit to resume, in nanoseconds.
+#[derive(Clone, Debug)]
+pub struct Latencies(Histogram);
+
+impl Latencies {
+    fn new() -> Self {
+        #[expect(clippy::expect_used, reason = "constant parameters that the crate accepts")]
+        Self(Histogram::new(GROUPING_POWER, MAX_VALUE_POWER).expect("valid parameters"))
+    }
+
+    #[inline]
+    pub(crate) fn record(&mut self, nanoseconds: u64) {
+        // Never out of range.
+        let _ = self.0.increment(nanoseconds.min((1 << MAX_VALUE_POWER) - 1));
+    }
+
+    /// How many requests were counted.
+    pub fn len(&self) -> u64 {
+        self.0.as_slice().iter().sum()
+    }
+
+    /// Whether there were none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The longest, to three digits.
+    pub fn max(&self) -> u64 {
+        self.at(1.0)
+    }
+
+    /// The latency that this part of the requests did not exceed, `part` in 0..=1, to three digits; 0 where there were no
+    /// requests.
+    pub fn at(&self, part: f64) -> u64 {
+        let bucket = self.0.quantile_bucket(part);
+        bucket.ok().flatten().map_or(0, |bucket| bucket.end())
+    }
+}
 
 /// Counts of one run; each vCPU keeps its own and they are added up at the end.
 #[derive(Clone, Debug)]
@@ -30,14 +71,12 @@ pub struct Tally {
     pub bytes_to_private: u64,
     /// Bytes that became shared.
     pub bytes_to_shared: u64,
-    /// Exit to resume of each request, in nanoseconds, three digits.
-    pub latency: Histogram<u64>,
+    /// How long each request took.
+    pub latency: Latencies,
 }
 
 impl Default for Tally {
     fn default() -> Self {
-        #[expect(clippy::expect_used, reason = "constant bounds that the crate accepts")]
-        let latency = Histogram::new_with_bounds(1, LONGEST, 3).expect("valid bounds");
         Self {
             faults: 0,
             hypercalls: 0,
@@ -50,7 +89,7 @@ impl Default for Tally {
             bytes_prefaulted: 0,
             bytes_to_private: 0,
             bytes_to_shared: 0,
-            latency,
+            latency: Latencies::new(),
         }
     }
 }
@@ -74,7 +113,7 @@ impl Tally {
         self.bytes_prefaulted += other.bytes_prefaulted;
         self.bytes_to_private += other.bytes_to_private;
         self.bytes_to_shared += other.bytes_to_shared;
-        // Both have the same bounds.
-        let _ = self.latency.add(&other.latency);
+        // Both have the same parameters, and counts of requests do not overflow.
+        let _ = self.latency.0.checked_add_assign(&other.latency.0);
     }
 }

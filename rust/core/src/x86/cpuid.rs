@@ -1,4 +1,4 @@
-//! CPUID, as the guest is to find it.
+//! The CPUID that a guest gets.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -10,7 +10,7 @@ const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
 /// EAX[7:0] is the width of a guest-physical address.
 const ADDRESS_SIZES: u32 = 0x8000_0008;
-/// What KVM takes as the width where there is no such leaf.
+/// The width that KVM assumes where there is no such leaf.
 const DEFAULT_PHYSICAL_BITS: u32 = 36;
 
 /// The width of a guest-physical address in bits (MAXPHYADDR).
@@ -19,7 +19,7 @@ pub fn physical_bits(cpuid: &CpuId) -> u32 {
     sizes.map_or(DEFAULT_PHYSICAL_BITS, |entry| entry.eax & 0xff)
 }
 
-/// What the host supports, with the APIC ids of one vCPU.
+/// The CPUID of one vCPU: `supported`, with the vCPU's own APIC id.
 pub fn of_vcpu(supported: &CpuId, index: u32) -> CpuId {
     let mut cpuid = supported.clone();
     for entry in cpuid.as_mut_slice() {

@@ -1,4 +1,4 @@
-//! What a CPU's state is made of: registers by name, segments, CPUID.
+//! x86 itself: registers by name, and CPUID.
 
 pub mod cpuid;
 pub mod registers;

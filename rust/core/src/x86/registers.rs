@@ -14,18 +14,19 @@ pub(crate) const EFER_LME: u64 = 1 << 8;
 pub(crate) const EFER_LMA: u64 = 1 << 10;
 pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
 
-/// The names that [`register`] knows.
+/// The general registers, RIP and RFLAGS: the names that [`register`] takes.
 pub const REGISTERS: [&str; 18] = [
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
     "rip", "rflags",
 ];
 
-/// The other registers that a vCPU can be started with. A segment's value is its selector, in real mode with its base.
+/// The other registers that can be set at a vCPU's start. A segment register's value is its selector; in real mode that
+/// sets its base, too.
 pub const SYSTEM_REGISTERS: [&str; 14] = [
     "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "cs", "ds", "es", "fs", "gs", "ss", "fs_base", "gs_base",
 ];
 
-/// One of [`SYSTEM_REGISTERS`] but the segment registers.
+/// The register of this name among [`SYSTEM_REGISTERS`], but for the segment registers.
 pub(crate) fn system_register<'a>(sregs: &'a mut kvm_sregs, name: &str) -> Option<&'a mut u64> {
     Some(match name {
         "cr0" => &mut sregs.cr0,
@@ -53,7 +54,7 @@ pub(crate) fn segment_register<'a>(sregs: &'a mut kvm_sregs, name: &str) -> Opti
     })
 }
 
-/// The general register of this name.
+/// The register of this name among [`REGISTERS`].
 pub fn register<'a>(regs: &'a mut kvm_regs, name: &str) -> Option<&'a mut u64> {
     Some(match name {
         "rax" => &mut regs.rax,

@@ -1,4 +1,4 @@
-//! What the fake keeps in place of a kernel: memslots, attributes, and the calls that are to fail.
+//! The fake's kernel state: memslots, attributes, and which calls are to fail.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -9,55 +9,55 @@ use crate::errno::Errno;
 
 const PAGE_SIZE: u64 = 4096;
 
-/// A call that can be made to fail.
+/// A system call that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CallName {
     /// KVM_SET_MEMORY_ATTRIBUTES.
     SetAttributes,
-    /// KVM_SET_USER_MEMORY_REGION2 with a size.
+    /// KVM_SET_USER_MEMORY_REGION2 with a size: a new memslot.
     CreateMemslot,
-    /// The same without.
+    /// KVM_SET_USER_MEMORY_REGION2 with size 0.
     DeleteMemslot,
     /// FALLOC_FL_PUNCH_HOLE.
     Discard,
-    /// KVM_PRE_FAULT_MEMORY, which maps one page a call.
+    /// KVM_PRE_FAULT_MEMORY. The fake's maps one page a call.
     PreFault,
 }
 
 const CALL_NAMES: usize = CallName::PreFault as usize + 1;
 
-/// A call that is going to fail.
+/// Makes a system call fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injection {
     /// Which call.
     pub call: CallName,
-    /// After this many that go well.
+    /// How many of them succeed first.
     pub after: u64,
-    /// How it fails.
+    /// The errno that it fails with.
     pub errno: i32,
-    /// It does its work on the first half of its range all the same.
+    /// Whether it does its work on the first half of its range before it fails. Of KVM_SET_MEMORY_ATTRIBUTES only.
     pub half_done: bool,
-    /// Every later one fails too, not only this one.
+    /// Whether all later ones fail, too.
     pub forever: bool,
 }
 
-/// What a call did before it failed.
-pub(super) enum Entered {
-    Done,
-    Failed { errno: Errno, half_done: bool },
+/// Whether a call is to fail.
+pub(super) enum Fate {
+    Succeed,
+    Fail { errno: Errno, half_done: bool },
 }
 
-impl Entered {
-    /// For calls that do all or nothing.
-    pub(super) fn whole(self) -> Result<(), Errno> {
+impl Fate {
+    /// For calls that do all of their work or none.
+    pub(super) fn all_or_nothing(self) -> Result<(), Errno> {
         match self {
-            Entered::Done => Ok(()),
-            Entered::Failed { errno, .. } => Err(errno),
+            Fate::Succeed => Ok(()),
+            Fate::Fail { errno, .. } => Err(errno),
         }
     }
 }
 
-/// A memslot: its guest-physical addresses, and whether a guest_memfd is bound to it.
+/// A memslot: its guest-physical addresses, and whether it has a guest_memfd.
 pub(super) struct Slot {
     pub addresses: Range<u64>,
     pub guest_memfd: bool,
@@ -71,20 +71,21 @@ struct State {
     slots: BTreeMap<u32, Slot>,
     /// Pages that carry PRIVATE.
     private: BTreeSet<u64>,
+    /// How many calls there were, by name.
     calls: [u64; CALL_NAMES],
     injections: Vec<Injection>,
 }
 
 impl Kernel {
-    /// Makes calls fail, counted from now on.
+    /// Makes calls fail; they are counted from now on.
     pub(super) fn inject(&self, injection: Injection) {
         let mut state = self.0.lock();
         let after = injection.after + state.calls[injection.call as usize];
         state.injections.push(Injection { after, ..injection });
     }
 
-    /// Counts a call: whether it is to fail.
-    pub(super) fn enter(&self, call: CallName) -> Entered {
+    /// Counts a call and says whether it is to fail.
+    pub(super) fn count(&self, call: CallName) -> Fate {
         let mut state = self.0.lock();
         let number = state.calls[call as usize];
         state.calls[call as usize] += 1;
@@ -93,11 +94,11 @@ impl Kernel {
             injection.call == call && now
         };
         match state.injections.iter().find(hit) {
-            Some(injection) => Entered::Failed {
+            Some(injection) => Fate::Fail {
                 errno: Errno(injection.errno),
                 half_done: injection.half_done,
             },
-            None => Entered::Done,
+            None => Fate::Succeed,
         }
     }
 
@@ -119,7 +120,7 @@ impl Kernel {
         self.0.lock().private.contains(&(gpa / PAGE_SIZE))
     }
 
-    /// EINVAL for a number that is taken, EEXIST for addresses that are, as KVM has it.
+    /// Fails as KVM does: EINVAL for a number that is in use, EEXIST for addresses that overlap another memslot.
     pub(super) fn create_slot(&self, id: u32, slot: Slot) -> Result<(), Errno> {
         let slots = &mut self.0.lock().slots;
         let overlaps =
@@ -139,7 +140,7 @@ impl Kernel {
         removed.map(drop).ok_or(Errno(libc::EINVAL))
     }
 
-    /// The slot at `gpa`: whether a guest_memfd is bound to it.
+    /// Whether the memslot at `gpa` has a guest_memfd; `None` where there is no memslot.
     pub(super) fn slot_at(&self, gpa: u64) -> Option<bool> {
         let state = self.0.lock();
         let slot = state.slots.values().find(|slot| slot.addresses.contains(&gpa));

@@ -1,7 +1,7 @@
 //! A hypervisor without KVM: each vCPU replays a script, and any call can be made to fail.
 //!
-//! It keeps memslots and attributes as KVM does, with KVM's errors for misuse, so that a test can compare what KVM would
-//! enforce with what the core believes.
+//! It keeps memslots and attributes as KVM does, with KVM's errors for misuse, so that a test can compare what KVM
+//! would enforce with the core's page map.
 
 mod kernel;
 mod script;

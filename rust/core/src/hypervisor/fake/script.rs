@@ -1,40 +1,40 @@
-//! What the guests of the fake do, and what they are answered.
+//! Scripts: what the fake's guests do, and the answers that they get.
 
-/// What a vCPU does next.
+/// One step of a vCPU's script.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// KVM_RUN fails with this errno and writes nothing.
+    /// KVM_RUN fails with this errno and leaves kvm_run as it is.
     Fail(i32),
-    /// KVM_RUN ends so: errno (0 for success), `exit_reason`, and what else the union holds.
+    /// KVM_RUN returns with this errno and fills in kvm_run.
     Exit {
         /// errno, 0 for none.
         errno: i32,
         /// `exit_reason`.
         reason: u32,
-        /// The first words of the union.
+        /// The first 24 bytes of the union.
         words: [u64; 3],
     },
-    /// An access to `gpa`, as KVM would treat it with the slots and attributes there are: it faults, becomes MMIO,
-    /// or goes through. Executes again after a fault.
+    /// An access to `gpa`. The present memslots and attributes say what it is, as in KVM: a memory fault, MMIO, or an
+    /// access without an exit. After a fault it executes again.
     Access {
         /// The address.
         gpa: u64,
-        /// A store, not a load.
+        /// True for a store, false for a load.
         write: bool,
     },
     /// A hypercall with RAX, RBX, RCX, RDX.
     Hypercall([u64; 4]),
     /// `out imm8, al` to the doorbell with RAX, RBX, RCX, RDX.
     Doorbell([u64; 4]),
-    /// Port IO; `data` is what is written, or as many bytes as are read.
+    /// Port IO.
     Io {
         /// The port.
         port: u16,
-        /// OUT, not IN.
+        /// True for OUT, false for IN.
         write: bool,
         /// Bytes of one access.
         size: u8,
-        /// `size * count` bytes.
+        /// What an OUT writes. For an IN only its length counts. `size * count` bytes.
         data: Vec<u8>,
     },
     /// KVM_RUN does not return until it is kicked.
@@ -43,15 +43,15 @@ pub enum Step {
     Halt,
     /// A triple fault.
     Shutdown,
-    /// KVM_EXIT_INTERNAL_ERROR.
+    /// KVM_EXIT_INTERNAL_ERROR with this suberror.
     InternalError(u32),
 }
 
-/// What a vCPU was answered to one step of its script.
+/// The answer that a vCPU got to one step of its script.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// Index of the step in the script.
     pub step: usize,
-    /// RAX of a request; the data of a read.
+    /// RAX of an explicit request, or the data of an IN or a load; empty for an OUT or a store.
     pub value: Vec<u8>,
 }

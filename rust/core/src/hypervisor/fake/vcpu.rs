@@ -20,7 +20,7 @@ use crate::hypervisor::hypercall::DOORBELL_PORT;
 use crate::hypervisor::vm::{ImmediateExit, Vcpu};
 
 const PAGE_SIZE: u64 = 4096;
-/// Bytes of kvm_run: two pages, the second for the data of port IO.
+/// The size of kvm_run in bytes: two pages, the second for the data of port IO.
 const KVM_RUN_LEN: usize = 2 * 4096;
 const IO_DATA: usize = 4096;
 
@@ -33,18 +33,18 @@ impl ImmediateExit for FakeImmediateExit {
     }
 }
 
-/// Where the answer to a step will be.
+/// Where in kvm_run or in the registers the answer to a step will be.
 #[derive(Clone, Copy)]
 enum ReplyTo {
     HypercallRet,
     Rax,
     Mmio,
     Io(usize),
-    /// A write: nothing to find.
+    /// A store or OUT, which gets no answer.
     Nothing,
 }
 
-/// What KVM_GET_* and KVM_SET_* are about: what was set is what is got.
+/// The state that KVM_GET_* and KVM_SET_* access. It has no effect on the script.
 struct Registers {
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -61,7 +61,9 @@ struct Registers {
 pub(super) struct FakeVcpu {
     kernel: Arc<Kernel>,
     steps: Vec<Step>,
+    /// How often the script is still to be executed, with the present time.
     cycles: u64,
+    /// The step to execute next.
     next: usize,
     awaiting: Option<ReplyTo>,
     replies: Arc<Mutex<Vec<Reply>>>,
@@ -95,7 +97,7 @@ impl FakeVcpu {
         self.state.regs.rip += 1;
     }
 
-    /// Takes the answer to the last exit, as KVM does first of all in KVM_RUN.
+    /// Takes the answer to the last exit, which KVM_RUN does before anything else.
     fn complete(&mut self) {
         let Some(answer) = self.awaiting.take() else {
             return;
@@ -146,7 +148,7 @@ impl FakeVcpu {
             Step::Access { gpa, write } => self.access(gpa, write),
             Step::Hypercall([nr, gpa, pages, attributes]) => {
                 put(&mut self.kvm_run, offset::UNION + 24, &attributes.to_le_bytes());
-                // Stale, as an old kernel leaves it: whoever answers has to write it.
+                // Old kernels leave an old value here, so the core has to write its answer even if that is 0.
                 put(&mut self.kvm_run, offset::HYPERCALL_RET, &u64::MAX.to_le_bytes());
                 self.await_reply(ReplyTo::HypercallRet, KVM_EXIT_HYPERCALL, [nr, gpa, pages])
             }
@@ -371,8 +373,8 @@ impl Vcpu for FakeVcpu {
     }
 
     fn pre_fault(&mut self, gpa: u64, size: u64) -> Result<u64, Errno> {
-        self.kernel.enter(CallName::PreFault).whole()?;
-        // As the kernel does in passing.
+        self.kernel.count(CallName::PreFault).all_or_nothing()?;
+        // The kernel's may overwrite the union, too.
         self.exit(
             KVM_EXIT_MEMORY_FAULT,
             [KVM_MEMORY_EXIT_FLAG_PRIVATE.into(), gpa, PAGE_SIZE],

@@ -8,7 +8,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
 
-use super::kernel::{CallName, Entered, Injection, Kernel, Slot};
+use super::kernel::{CallName, Fate, Injection, Kernel, Slot};
 use super::script::{Reply, Step};
 use super::vcpu::FakeVcpu;
 use crate::errno::Errno;
@@ -32,7 +32,7 @@ pub struct FakeVm {
 }
 
 impl FakeVm {
-    /// One script a vCPU, executed `cycles` times; then the vCPU halts. vCPUs without a script halt at once.
+    /// A script for each vCPU, which executes it `cycles` times and then halts. A vCPU without a script halts at once.
     pub fn new(capabilities: Capabilities, scripts: Vec<Vec<Step>>, cycles: u64) -> Self {
         Self {
             capabilities,
@@ -42,7 +42,7 @@ impl FakeVm {
         }
     }
 
-    /// A host like a plain one: guest_memfd, no attributes, room for `memslots` slots.
+    /// What an ordinary VM has on Linux 6.18: a guest_memfd that can be mapped, no attributes, and `memslots` memslots.
     pub fn plain(memslots: u32) -> Capabilities {
         Capabilities {
             memslots,
@@ -54,7 +54,7 @@ impl FakeVm {
         }
     }
 
-    /// A host with private memory.
+    /// What a VM with private memory has: attributes, and a guest_memfd.
     pub fn protected(memslots: u32) -> Capabilities {
         Capabilities {
             private_attribute: true,
@@ -63,12 +63,12 @@ impl FakeVm {
         }
     }
 
-    /// Makes calls fail, counted from now on.
+    /// Makes system calls fail; they are counted from now on.
     pub fn inject(&self, injection: Injection) {
         self.kernel.inject(injection);
     }
 
-    /// What the vCPU was answered, in order. Not kept for scripts that repeat.
+    /// The answers that the vCPU got, in order. Of a script that repeats, those of its last cycle.
     pub fn replies(&self, vcpu: usize) -> Vec<Reply> {
         self.replies
             .get(vcpu)
@@ -81,17 +81,17 @@ impl FakeVm {
         self.kernel.is_private(gpa)
     }
 
-    /// The slot at `gpa`: whether a guest_memfd is bound to it.
+    /// Whether the memslot at `gpa` has a guest_memfd; `None` where there is no memslot.
     pub fn slot_at(&self, gpa: u64) -> Option<bool> {
         self.kernel.slot_at(gpa)
     }
 
-    /// How many slots there are.
+    /// How many memslots there are.
     pub fn slot_count(&self) -> usize {
         self.kernel.slot_count()
     }
 
-    /// How many calls of this name were made.
+    /// How many of these calls were made.
     pub fn calls(&self, call: CallName) -> u64 {
         self.kernel.calls(call)
     }
@@ -122,7 +122,7 @@ impl Hypervisor for FakeVm {
     }
 
     fn create_memslot(&self, slot: &Memslot<'_>) -> Result<(), Errno> {
-        self.kernel.enter(CallName::CreateMemslot).whole()?;
+        self.kernel.count(CallName::CreateMemslot).all_or_nothing()?;
         if slot.id >= self.capabilities.memslots {
             return Err(Errno(libc::EINVAL));
         }
@@ -132,21 +132,21 @@ impl Hypervisor for FakeVm {
     }
 
     fn delete_memslot(&self, id: u32) -> Result<(), Errno> {
-        self.kernel.enter(CallName::DeleteMemslot).whole()?;
+        self.kernel.count(CallName::DeleteMemslot).all_or_nothing()?;
         self.kernel.delete_slot(id)
     }
 
     fn set_memory_attributes(&self, gpa: u64, size: u64, private: bool) -> Result<(), Errno> {
-        let entered = self.kernel.enter(CallName::SetAttributes);
+        let fate = self.kernel.count(CallName::SetAttributes);
         if !self.capabilities.private_attribute {
             return Err(Errno(libc::EINVAL));
         }
-        match entered {
-            Entered::Done => {
+        match fate {
+            Fate::Succeed => {
                 self.kernel.set_private(gpa, size, private);
                 Ok(())
             }
-            Entered::Failed { errno, half_done } => {
+            Fate::Fail { errno, half_done } => {
                 if half_done {
                     self.kernel.set_private(gpa, size / 4096 / 2 * 4096, private);
                 }
@@ -156,15 +156,16 @@ impl Hypervisor for FakeVm {
     }
 
     fn punch_hole(&self, part: &FilePart<'_>) -> Result<(), Errno> {
-        self.kernel.enter(CallName::Discard).whole()?;
-        match part.touched {
+        self.kernel.count(CallName::Discard).all_or_nothing()?;
+        match part.touched.overlaps(part.offset, part.len) {
             true => raw::punch_hole(part.file, part.offset, part.len),
             false => Ok(()),
         }
     }
 
     fn has_data(&self, part: &FilePart<'_>) -> Result<bool, Errno> {
-        Ok(part.touched && raw::has_data(part.file, part.offset, part.len)?)
+        let touched = part.touched.overlaps(part.offset, part.len);
+        Ok(touched && raw::has_data(part.file, part.offset, part.len)?)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {

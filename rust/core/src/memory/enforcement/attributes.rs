@@ -1,4 +1,4 @@
-//! KVM_SET_MEMORY_ATTRIBUTES over a range, in calls of a bounded size, and back.
+//! KVM_SET_MEMORY_ATTRIBUTES for a range, in calls of at most a block, and its undo.
 
 use std::sync::Arc;
 
@@ -10,24 +10,24 @@ use crate::memory::address::{Range, State};
 pub(super) struct Attributes(pub Arc<dyn Hypervisor>);
 
 impl Attributes {
-    /// Sets all of `range`. What was done before a failure is undone.
+    /// Sets the attribute of all of `range`. What was done before a failure is undone.
     #[inline]
     pub(super) fn set(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
-        // Most ranges are one page, which needs one call.
-        if range.in_one_chunk() && before.uniform == Some(to.other()) {
+        // Most ranges are one page, which takes one call.
+        if range.in_one_block() && before.uniform == Some(to.other()) {
             return self.call(range, to).map_err(|errno| self.failed(range, errno, before));
         }
-        self.set_in_chunks(range, to, before)
+        self.set_by_blocks(range, to, before)
     }
 
-    fn set_in_chunks(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
-        for chunk in range.chunks() {
-            if before.all(chunk, to) {
+    fn set_by_blocks(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+        for part in range.blocks() {
+            if before.all(part, to) {
                 continue;
             }
-            if let Err(errno) = self.call(chunk, to) {
-                let done = Range::new(range.gpa(), chunk.end() - range.gpa()).unwrap_or(range);
-                return Err(self.failed(done, errno, before));
+            if let Err(errno) = self.call(part, to) {
+                let tried = Range::new(range.gpa(), part.end() - range.gpa()).unwrap_or(range);
+                return Err(self.failed(tried, errno, before));
             }
         }
         Ok(())
@@ -39,17 +39,17 @@ impl Attributes {
             .set_memory_attributes(range.gpa(), range.size(), to == State::Private)
     }
 
-    /// The last call for `done` failed; it may have done a part of its work.
+    /// Undoes the calls for `tried`. The last of them failed, and may have done a part of its work.
     #[cold]
-    fn failed(&self, done: Range, errno: Errno, before: Before<'_>) -> Failure {
-        let undo = self.restore(done, before);
+    fn failed(&self, tried: Range, errno: Errno, before: Before<'_>) -> Failure {
+        let undo = self.restore(tried, before);
         Failure::Kernel { errno, undo }
     }
 
-    /// Sets the attributes as they were.
+    /// Sets the attributes of `range` to the states from before.
     pub(super) fn restore(&self, range: Range, before: Before<'_>) -> Result<(), Errno> {
-        for chunk in range.chunks() {
-            for run in before.runs(chunk) {
+        for part in range.blocks() {
+            for run in before.runs(part) {
                 self.call(run.range, run.state)?;
             }
         }

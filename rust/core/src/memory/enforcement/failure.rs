@@ -1,19 +1,19 @@
-//! Why KVM does not enforce what was asked, and the states that an undo goes back to.
+//! The failures of enforcement, and the states that an undo restores.
 
 use super::slot_table::OutOfSlots;
 use crate::errno::Errno;
 use crate::memory::address::{Range, Run, State};
 
-/// KVM refused, or there are too few memslots.
+/// Why KVM does not enforce a state.
 pub(crate) enum Failure {
-    /// Nothing was done.
+    /// There are too few memslots. Nothing was done.
     NoSlots(OutOfSlots),
-    /// What had been done was undone, if `undo` says so.
+    /// A system call failed with `errno`. What had been done before was undone, or undoing it failed, too.
     Kernel { errno: Errno, undo: Result<(), Errno> },
 }
 
 impl Failure {
-    /// The failure of a later step, after the earlier ones were undone with this result.
+    /// This failure of a later step, after the earlier steps were undone with result `earlier`.
     pub(super) fn and_undo(self, earlier: Result<(), Errno>) -> Self {
         match (self, earlier) {
             (Failure::NoSlots(_), Err(undo)) => Failure::Kernel {
@@ -32,14 +32,14 @@ impl Failure {
 /// The states of a range's pages before a conversion.
 #[derive(Clone, Copy)]
 pub(crate) struct Before<'a> {
-    /// Of all of them, if they agree.
+    /// The state of all of them; `None` where it is mixed.
     pub uniform: Option<State>,
-    /// Else the runs of any part of the range.
+    /// Where it is mixed: gives the runs of any part of the range.
     pub runs: &'a dyn Fn(Range) -> Vec<Run>,
 }
 
 impl Before<'_> {
-    /// All pages of whatever range.
+    /// All pages are in `state`.
     pub(super) fn all_of(state: State) -> Self {
         Self {
             uniform: Some(state),
@@ -54,6 +54,7 @@ impl Before<'_> {
         }
     }
 
+    /// Whether all pages of a part of the range are in `state`.
     pub(super) fn all(&self, range: Range, state: State) -> bool {
         match self.uniform {
             Some(uniform) => uniform == state,

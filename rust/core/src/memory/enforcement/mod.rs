@@ -1,4 +1,4 @@
-//! Making KVM enforce a page's state: by memory attributes, or by memslots.
+//! Makes KVM enforce the states of pages: by memory attributes, by memslots, or by both where there are two views.
 
 mod attributes;
 mod failure;
@@ -19,7 +19,7 @@ use super::views::Views;
 use crate::hypervisor::host::EnforcementMode;
 use crate::hypervisor::vm::Hypervisor;
 
-/// One transaction is for at most this many bytes, and this many slots of a layer.
+/// The most bytes of one transaction, and the most memslots of a layer in it.
 const PART: u64 = 256 << 20;
 const PART_SLOTS: usize = 64;
 
@@ -31,7 +31,7 @@ pub(crate) struct Enforcement {
 }
 
 impl Enforcement {
-    /// `borders`: slots never cross these addresses.
+    /// `borders`: addresses that no memslot crosses, ascending.
     pub(super) fn new(
         mode: EnforcementMode,
         hypervisor: Arc<dyn Hypervisor>,
@@ -39,13 +39,13 @@ impl Enforcement {
         views: Views,
         borders: Vec<u64>,
     ) -> Self {
-        let one_view = mode == EnforcementMode::Attributes && !views.split();
+        let both_sides = mode == EnforcementMode::Attributes && !views.split();
         let pause = mode == EnforcementMode::Memslots;
         Self {
             mode,
             views,
             attributes: Attributes(hypervisor.clone()),
-            slots: Slots::new(hypervisor, sides, views, borders, one_view, pause),
+            slots: Slots::new(hypervisor, sides, views, borders, both_sides, pause),
         }
     }
 
@@ -53,33 +53,33 @@ impl Enforcement {
         self.mode
     }
 
-    /// Where vCPUs wait while slots change, if they have to.
+    /// The pause that keeps vCPUs out of the guest while memslots change; `None` where they need not be.
     pub(crate) fn pause(&self) -> Option<&Pause> {
         self.slots.pause()
     }
 
-    /// A number that changes whenever slots do.
+    /// A counter of memslot changes; see [`Slots::epoch`].
     #[inline]
     pub(super) fn slot_epoch(&self) -> u64 {
         self.slots.epoch()
     }
 
-    /// Waits until no slot is being changed.
+    /// Waits until no memslot change is under way.
     pub(super) fn settle(&self) {
         self.slots.settle();
     }
 
-    /// The slots under `range`, for messages.
+    /// The memslots of `range`, for messages.
     pub(super) fn describe_slots(&self, range: Range) -> String {
         self.slots.describe(range)
     }
 
-    /// Whether attributes alone say which side of a page KVM maps, so that no slot ever changes.
+    /// Whether the attribute alone decides which side of a page KVM maps, so that conversions change no memslot.
     fn attributes_alone(&self) -> bool {
         self.mode == EnforcementMode::Attributes && !self.views.split()
     }
 
-    /// Sets up all of memory in state `initial`.
+    /// Gives the VM its first memslots and attributes: all of memory in state `initial`.
     pub(super) fn start(&self, all: Range, initial: State) -> Result<(), Failure> {
         let before = Before::all_of(State::Shared);
         if self.mode == EnforcementMode::Memslots {
@@ -91,7 +91,8 @@ impl Enforcement {
         }
         self.slots.change(all, &[(SHARED_LAYER, true)])?;
         if self.views.split() {
-            // Private views carry PRIVATE for good; whether a page is in that view is a matter of its slot.
+            // Private views always have PRIVATE set. Whether a page is in its private view depends on the memslot
+            // there.
             self.attributes.set(all, State::Private, before)?;
         }
         match initial {
@@ -100,20 +101,21 @@ impl Enforcement {
         }
     }
 
-    /// Whether one transaction is enough for `range`, as far as can be told at once.
+    /// Whether one transaction is enough for `range`, as far as can be told without the memslot table.
     #[inline]
     pub(super) fn is_one_part(&self, range: Range) -> bool {
         range.size() <= PAGE_SIZE || range.size() <= PART && self.attributes_alone()
     }
 
-    /// The part of `range`, from its start, that one transaction is for: a run that ends waits for no more than that.
+    /// The first part of `range` that one transaction converts. Between parts a conversion can be cancelled, so a run
+    /// that ends does not wait for the whole range.
     pub(super) fn part(&self, range: Range) -> Range {
         if self.is_one_part(range) {
             return range;
         }
         let end = match self.attributes_alone() {
             true => range.end(),
-            false => self.slots.reach(range, PART_SLOTS),
+            false => self.slots.end_of_first(PART_SLOTS, range),
         };
         let size = (end - range.gpa()).min(PART);
         Range::new(range.gpa(), size).unwrap_or(range)
@@ -128,6 +130,7 @@ impl Enforcement {
         }
     }
 
+    /// By memslots alone, or with two views by the shared view's attribute and the private view's memslot.
     fn apply_by_slots(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
         let private = to == State::Private;
         if self.mode == EnforcementMode::Memslots {
@@ -140,11 +143,11 @@ impl Enforcement {
             let runs = Range::new(page(view.gpa()), view.size())
                 .map(|range| before.runs(range))
                 .unwrap_or_default();
-            let seen = |run: Run| Run {
+            let in_view = |run: Run| Run {
                 range: shared_view(run.range),
                 ..run
             };
-            runs.into_iter().map(seen).collect()
+            runs.into_iter().map(in_view).collect()
         };
         let before = Before { runs: &runs, ..before };
         self.attributes.set(shared_view(range), to, before)?;

@@ -1,4 +1,4 @@
-//! Memslots: which pages of each view have one, changed while no vCPU can see it.
+//! Memslots: changes which pages of each view have one, by the plan of the memslot table.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,9 +14,9 @@ use crate::memory::address::{Range, State};
 use crate::memory::backing::Sides;
 use crate::memory::views::Views;
 
-/// The layer of slots at the shared views; without views, of all memory.
+/// The layer of the shared views. With attributes and one view, of all memory.
 pub(super) const SHARED_LAYER: usize = 0;
-/// The layer of slots at the private views.
+/// The layer of the private views. With memslots and one view, both layers are at the same addresses.
 pub(super) const PRIVATE_LAYER: usize = 1;
 
 pub(super) struct Slots {
@@ -24,15 +24,16 @@ pub(super) struct Slots {
     sides: Arc<Sides>,
     views: Views,
     table: Mutex<SlotTable>,
-    /// Counts slot changes, begun and ended. While one is under way, a fault says nothing about its page's state.
+    /// Counts the beginnings and the ends of memslot changes. While one is under way, a fault says nothing about its
+    /// page's state.
     epoch: AtomicU64,
-    /// Where vCPUs wait while slots change, if they have to.
+    /// Keeps vCPUs out of the guest while memslots change; `None` where they need not be.
     pause: Option<Pause>,
 }
 
 impl Slots {
-    /// `both_sides`: the slots of the shared layer have a guest_memfd besides host memory. `pause`: vCPUs are kept out
-    /// of the guest while slots change.
+    /// `both_sides`: the memslots of the shared layer have a guest_memfd besides host memory. `pause`: vCPUs are kept
+    /// out of the guest while memslots change.
     pub(super) fn new(
         hypervisor: Arc<dyn Hypervisor>,
         sides: Arc<Sides>,
@@ -64,22 +65,23 @@ impl Slots {
         self.pause.as_ref()
     }
 
+    /// A counter that changes when a memslot change begins, and when it ends.
     #[inline]
     pub(super) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Waits until no slot is being changed.
+    /// Waits until no memslot change is under way.
     pub(super) fn settle(&self) {
         drop(self.table.lock());
     }
 
-    /// How far from the start of `range` at most `max` slots of each layer go.
-    pub(super) fn reach(&self, range: Range, max: usize) -> u64 {
-        self.table.lock().reach(range, max)
+    /// The end of the longest first part of `range` that overlaps at most `max` memslots of each layer.
+    pub(super) fn end_of_first(&self, max: usize, range: Range) -> u64 {
+        self.table.lock().end_of_first(max, range)
     }
 
-    /// The slots under `range`, for messages.
+    /// The memslots of `range`, for messages.
     pub(super) fn describe(&self, range: Range) -> String {
         let slots = self.table.lock().find(range);
         let names: Vec<String> = slots
@@ -93,8 +95,7 @@ impl Slots {
         }
     }
 
-    /// Gives the pages of `range` slots, or takes them, in each of these layers. What was done before a failure is
-    /// undone.
+    /// Creates or deletes the memslots of `range` in each of these layers. What was done before a failure is undone.
     pub(super) fn change(&self, range: Range, changes: &[LayerChange]) -> Result<(), Failure> {
         let mut table = self.table.lock();
         let plan = table.plan(range, changes).map_err(Failure::NoSlots)?;
@@ -108,6 +109,7 @@ impl Slots {
         done
     }
 
+    /// Calls KVM for a plan, and undoes it after a failure.
     fn execute(&self, table: &SlotTable, plan: &Plan) -> Result<(), Failure> {
         let delete = |slot: &Slot| self.hypervisor.delete_memslot(slot.id);
         let create = |slot: &Slot| self.create(table.layer(slot.layer), slot);
@@ -127,6 +129,7 @@ impl Slots {
         Ok(())
     }
 
+    /// The guest-physical addresses of a memslot.
     fn address(&self, slot: &Slot) -> Range {
         let side = match slot.layer {
             PRIVATE_LAYER => State::Private,

@@ -1,31 +1,31 @@
 //! Which pages of guest memory are private and which are shared.
 //!
-//! KVM can be told a page's attributes but not asked for them, so [`AttributeMap`] is the only copy of the truth.
-//! It is exact for each 4 KiB page and answers questions about ranges without walking pages.
+//! KVM has an ioctl to set memory attributes and none to read them, so [`AttributeMap`] is the only record of them. It
+//! is exact for each 4 KiB page and answers queries about ranges without walking pages.
 //!
 //! # Structure
 //!
 //! A tree with a fan-out of 64 over blocks of 2 MiB:
 //!
-//! | level      | covers  | knows                                                                        |
+//! | level      | covers  | has                                                                          |
 //! |------------|---------|------------------------------------------------------------------------------|
 //! | root entry | 512 GiB | which of its branches hold private pages, and which hold shared ones         |
 //! | branch     | 8 GiB   | the same of its leaves                                                       |
 //! | leaf       | 128 MiB | the same of its blocks; one bit for each page if at least one block is mixed |
 //! | block      | 2 MiB   | nothing of its own: the leaf's two bits say private, shared, or mixed        |
 //!
-//! A question about a range starts at a block and goes up only as far as its answer needs, then down again. So its
-//! cost depends on the depth, which is fixed, and hardly on the size of the guest. Page bits of a block that is not
-//! mixed are stale and never read: setting whole blocks writes only the masks above them, and a leaf without a mixed
-//! block keeps no page bits at all.
+//! A query of a range starts at a block, goes up only as far as the answer needs, and then down again. So its cost
+//! depends on the depth, which is fixed, and hardly on the size of the guest. The page bits of a block that is not
+//! mixed are never read and may have any value: setting whole blocks writes only the masks above them, and a leaf
+//! without a mixed block has no page bits at all.
 //!
 //! In the worst case, a mixed block in each leaf, a TiB of guest memory takes 32.1 MiB of page bits, 4 MiB of stamps,
 //! and 0.2 MiB for the rest.
 //!
-//! Branches and page bits are reference counted. Those that a [`Snapshot`] holds too are copied before they are
+//! Branches and page bits are reference counted. If a [`Snapshot`] refers to them, too, they are copied before they are
 //! written. Page bits are atomics so that the map can write them in place through a shared reference: two plain loads
-//! tell whether a snapshot holds them, where [`Arc::make_mut`](std::sync::Arc::make_mut) takes locked instructions,
-//! which would be most of the cost of a change.
+//! tell whether a snapshot refers to them. [`Arc::make_mut`](std::sync::Arc::make_mut) would take locked instructions,
+//! and most of the time of a change.
 
 mod nodes;
 mod runs;
@@ -40,7 +40,7 @@ use tree::Tree;
 
 /// The exact state of each page of a guest's memory, which starts at guest-physical address 0.
 ///
-/// Takes at most about 37 MiB for each TiB of guest memory, whatever is private, and however often it changed.
+/// Takes at most about 37 MiB for each TiB of guest memory, whichever pages are private and however often they change.
 ///
 /// ```
 /// use pagegate_core::memory::address::{Range, State};
@@ -55,15 +55,15 @@ use tree::Tree;
 pub struct AttributeMap {
     tree: Tree,
     generation: u64,
-    /// For each block the generation that last changed one of its pages. Allocated zeroed, so what is never written
-    /// takes no memory.
+    /// For each block, the generation of the last change of one of its pages. Allocated zeroed, so parts that are never
+    /// written take no memory.
     stamps: Vec<u64>,
 }
 
-/// What an [`AttributeMap`] was at some time.
+/// A copy of an [`AttributeMap`] as it was at some time.
 ///
-/// Taking and cloning one costs about a pointer for each 8 GiB of guest memory. While it lives, the map copies
-/// what it changes: at most 4 KiB for each 128 MiB of guest memory, once.
+/// Taking or cloning one copies about a pointer for each 8 GiB of guest memory. While it lives, the map copies what it
+/// changes, once: at most 4 KiB for each 128 MiB of guest memory.
 #[derive(Clone)]
 pub struct Snapshot {
     tree: Tree,
@@ -115,7 +115,7 @@ macro_rules! queries {
             self.generation
         }
 
-        /// All memory in ascending order, as the fewest possible runs: neighbours differ in state.
+        /// All of memory as the fewest possible runs, ascending: adjacent runs differ in state.
         #[inline]
         pub fn runs(&self) -> impl Iterator<Item = Run> + '_ {
             Runs::new(&self.tree, 0, self.tree.pages())
@@ -212,8 +212,8 @@ impl AttributeMap {
         pages * PAGE_SIZE
     }
 
-    /// Counts and stamps a change of `range` that was undone: a reader may have seen its pages in either state in the
-    /// meantime.
+    /// Counts and stamps a change of `range` that was undone: in the meantime a vCPU may have seen its pages in either
+    /// state.
     ///
     /// # Panics
     ///
@@ -227,8 +227,8 @@ impl AttributeMap {
         }
     }
 
-    /// Whether a page of the 2 MiB block that holds the byte at `gpa` was changed after `generation`, also if it
-    /// was changed back since.
+    /// Whether a page of the 2 MiB block that holds the byte at `gpa` was changed after `generation`, even if it was
+    /// changed back.
     ///
     /// # Panics
     ///
@@ -238,7 +238,7 @@ impl AttributeMap {
         self.stamps[(self.tree.page(gpa) / BLOCK_PAGES) as usize] > generation
     }
 
-    /// The map as it is now. Later changes of the map do not show in it.
+    /// A copy of the map as it is now.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             tree: self.tree.snapshot(),
@@ -246,8 +246,7 @@ impl AttributeMap {
         }
     }
 
-    /// Heap memory that this map holds, in bytes. Counts what it has in common with snapshots, but not what only
-    /// they hold.
+    /// The map's heap memory in bytes. Counts what it shares with snapshots, but not what only they use.
     pub fn memory(&self) -> usize {
         self.stamps.capacity() * size_of::<u64>() + self.tree.memory()
     }

@@ -1,4 +1,4 @@
-//! The nodes of a page map's tree, from the bits of a block up to a branch.
+//! The nodes of a page map's tree, from the page bits of a block up to a branch.
 
 use std::slice;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ pub(super) fn get(word: &AtomicU64) -> u64 {
 /// One bit for each page of a block, set if the page is private. Bits past the end of memory are clear.
 ///
 /// Pages are numbered from the start of the block. Bits are written through a shared reference: the caller makes sure
-/// that no snapshot holds them.
+/// that no snapshot refers to them.
 #[derive(Default)]
 pub(super) struct BlockBits([AtomicU64; BLOCK_WORDS]);
 
@@ -100,8 +100,9 @@ impl BlockBits {
         changed
     }
 
-    /// Puts one page into state `to` and tells whether that changed it. `None`, with nothing done, if the block may not
-    /// stay mixed. For blocks of [`BLOCK_PAGES`] only: in a shorter one, a word can be uniform without looking so.
+    /// Puts one page into state `to` and returns whether that changed it. `None`, with nothing done, if the block might
+    /// become uniform. Only for blocks of [`BLOCK_PAGES`]: in a shorter one, the last word has bits of no page, and so
+    /// does not show whether it is uniform.
     #[inline]
     pub(super) fn flip(&self, page: u64, to: State) -> Option<bool> {
         let word = &self.0[(page / 64) as usize];
@@ -165,8 +166,8 @@ impl Holds {
     }
 }
 
-/// The page bits of a leaf. Not aligned to cache lines: allocators leave gaps before aligned pieces, which cost half
-/// as much memory again, and it is no faster.
+/// The page bits of a leaf. Not aligned to cache lines: that is not faster, and the gaps that allocators leave before
+/// aligned allocations make it half as large again.
 #[derive(Clone)]
 pub(super) struct LeafBits(pub(super) [BlockBits; FANOUT]);
 
@@ -176,7 +177,7 @@ impl LeafBits {
     }
 }
 
-/// The pages of a block: all in one state, or each as its bit says.
+/// The states of a block's pages: all the same, or one bit each.
 pub(super) enum Block<'a> {
     Uniform(State),
     Mixed(&'a BlockBits),
@@ -184,9 +185,9 @@ pub(super) enum Block<'a> {
 
 #[derive(Clone, Default)]
 pub(super) struct Leaf {
-    /// Of its blocks.
+    /// Which of its blocks have private and shared pages.
     pub(super) holds: Holds,
-    /// Present if and only if a block is mixed. The bits of uniform blocks in it are stale.
+    /// Present if and only if a block is mixed. The bits of its uniform blocks are not used and may have any value.
     pub(super) bits: Option<Arc<LeafBits>>,
 }
 
@@ -202,7 +203,7 @@ impl Leaf {
 
 #[derive(Clone)]
 pub(super) struct Branch {
-    /// Of its leaves.
+    /// Which of its leaves have private and shared pages.
     pub(super) holds: Holds,
     pub(super) leaves: [Leaf; FANOUT],
 }

@@ -1,4 +1,4 @@
-//! The runs of a page map: adjacent pages of one state, as long as they go.
+//! The runs of a page map: adjacent pages in the same state, as many as possible.
 
 use std::slice;
 use std::sync::atomic::AtomicU64;
@@ -17,8 +17,8 @@ pub(super) struct Runs<'a> {
     start: u64,
     /// First page past the range.
     end: u64,
-    /// Of the current word, the pages that differ from the page before them and were not handled yet: each begins a
-    /// run.
+    /// The pages of the current word that differ from the page before them, each of which begins a run. Those that were
+    /// yielded are cleared.
     edges: u64,
     /// First page of the current word.
     base: u64,
@@ -42,7 +42,7 @@ impl<'a> Runs<'a> {
         if let Block::Mixed(bits) = tree.block(first / BLOCK_PAGES) {
             runs.words = bits.words_from(first % BLOCK_PAGES);
             let word = runs.words.next().map_or(0, get);
-            // The run that begins at `first` is known; edges up to there are not of interest.
+            // The run that begins at `first` is known: drop the edges up to there.
             runs.edges = (word ^ word << 1) & (!1 << (first % 64));
             runs.clip();
         }

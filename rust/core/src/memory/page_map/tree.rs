@@ -1,4 +1,4 @@
-//! The tree of a page map: questions about ranges, and setting pages.
+//! The tree of a page map: queries of ranges, and setting pages.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -13,14 +13,14 @@ use crate::memory::page_map::nodes::{
 pub(super) struct Tree {
     pages: u64,
     private_pages: u64,
-    /// Of the branches.
+    /// Which of the branches have private and shared pages.
     root: Vec<Holds>,
     branches: Vec<Arc<Branch>>,
-    /// Counts the map and its snapshots: at 1, nobody else holds a branch or bits. Stands after `branches`, so that a
-    /// snapshot that is dropped is counted until it has dropped them.
+    /// Its reference count is the number of trees: the map's and its snapshots'. At 1, nothing else refers to branches
+    /// or page bits. Declared after `branches`, so that a snapshot drops those first.
     holders: Arc<()>,
-    /// The bits that a leaf last gave up, for the next leaf that needs some: a page that is converted back and forth
-    /// does not allocate each time. Nobody else holds them.
+    /// Page bits that a leaf has no use for any more, for the next one that needs some, so that converting a page back
+    /// and forth does not allocate each time. Nothing else refers to them.
     spare: Option<Arc<LeafBits>>,
 }
 
@@ -68,7 +68,7 @@ impl Tree {
         }
     }
 
-    /// The tree for a snapshot. Until it is dropped, what this one changes is copied first.
+    /// A copy for a snapshot. While it lives, this tree copies what both refer to before it changes it.
     pub(super) fn snapshot(&self) -> Tree {
         Tree {
             spare: None,
@@ -198,9 +198,9 @@ impl Tree {
         Some(at.number())
     }
 
-    /// The frequent case of [`set`](Self::set): puts one page into state `to` and tells whether that changed it.
-    /// `None`, with nothing done, if its block may not stay mixed, if a snapshot may hold its bits, or if there is no
-    /// such page.
+    /// The frequent case of [`set`](Self::set): puts one page into state `to` and returns whether that changed it.
+    /// `None`, with nothing done, if its block is or might become uniform or is shorter than others, if there is a
+    /// snapshot, or if there is no such page.
     #[inline]
     pub(super) fn flip(&mut self, page: u64, to: State) -> Option<bool> {
         // `BlockBits::flip` is for whole blocks only.
@@ -228,7 +228,7 @@ impl Tree {
     /// Puts the pages `[first, end)` into state `to`. Returns how many were in the other state, and calls `changed`
     /// with each block that held one of them.
     pub(super) fn set(&mut self, first: u64, end: u64, to: State, mut changed: impl FnMut(u64)) -> u64 {
-        // The blocks below this one are covered to their end. The last block of memory may be a shorter one.
+        // The range covers the blocks below this one to their end. The last block of memory may be a shorter one.
         let whole = if end == self.pages {
             self.blocks()
         } else {
@@ -327,7 +327,7 @@ impl Tree {
         let block = BlockBits::uniform(to.other(), self.block_pages(at.number()));
         let changed = block.set(from, end, to);
         self.edit(at, |leaf, spare| {
-            // What the spare holds is stale, as the bits of uniform blocks may be.
+            // The spare bits may have any value, as those of uniform blocks may.
             let bits = leaf
                 .bits
                 .get_or_insert_with(|| spare.take().unwrap_or_else(LeafBits::new));
@@ -337,12 +337,12 @@ impl Tree {
         changed
     }
 
-    /// Notes that all pages of a mixed block are in `state` now.
+    /// Marks a mixed block as uniform: all of its pages are in `state` now.
     fn unmix(&mut self, at: Position, state: State) {
         self.edit(at, |leaf, _| *leaf.holds.of_mut(state.other()) &= !(1 << at.block));
     }
 
-    /// Whether there is no snapshot at all, so that all bits can be written in place. Cheaper than
+    /// Whether there is no snapshot at all, so that all page bits can be written in place. Cheaper than
     /// [`exclusive`](Self::exclusive).
     #[inline]
     fn has_no_snapshot(&self) -> bool {
@@ -352,10 +352,10 @@ impl Tree {
         alone
     }
 
-    /// Whether no snapshot holds the bits of a leaf, so that they can be written in place.
+    /// Whether no snapshot refers to the page bits of a leaf, so that they can be written in place.
     fn exclusive(&self, at: Position) -> bool {
         let branch = &self.branches[at.branch];
-        // A snapshot can hold the bits themselves, or a branch that holds them.
+        // A snapshot can refer to the bits themselves, or to their branch.
         let exclusive = Arc::strong_count(branch) == 1
             && branch.leaves[at.leaf]
                 .bits
@@ -366,13 +366,13 @@ impl Tree {
         exclusive
     }
 
-    /// The bits of a mixed block, copied if a snapshot holds them too.
+    /// The page bits of a mixed block, copied first if a snapshot refers to them, too.
     fn unshare(&mut self, at: Position) -> &BlockBits {
         let leaf = &mut Arc::make_mut(&mut self.branches[at.branch]).leaves[at.leaf];
         &Arc::make_mut(leaf.bits.as_mut().expect("a block is mixed")).0[at.block]
     }
 
-    /// Changes a leaf, which may take the spare bits, and updates the levels above.
+    /// Changes a leaf and updates the levels above it. The change may take the spare bits.
     fn edit(&mut self, at: Position, change: impl FnOnce(&mut Leaf, &mut Option<Arc<LeafBits>>)) {
         let branch = Arc::make_mut(&mut self.branches[at.branch]);
         let leaf = &mut branch.leaves[at.leaf];
@@ -387,7 +387,7 @@ impl Tree {
         self.root[at.branch / FANOUT].update(at.branch % FANOUT, &branch.holds);
     }
 
-    /// Heap memory in bytes, including what snapshots hold too.
+    /// Heap memory in bytes, including what snapshots refer to, too.
     pub(super) fn memory(&self) -> usize {
         /// The size of an `Arc`'s allocation: the two counts, and the value.
         fn counted<T>() -> usize {

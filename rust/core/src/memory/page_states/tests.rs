@@ -70,7 +70,7 @@ proptest! {
             let changed = range.iter().filter(|state| **state != to).count() as u64;
             range.fill(to);
             generation += u64::from(changed > 0);
-            prop_assert_eq!(shared.lock().set(pages(page, count), to), changed * PAGE_SIZE);
+            prop_assert_eq!(shared.set(&mut shared.lock(), pages(page, count), to), changed * PAGE_SIZE);
             prop_assert_eq!(shared.generation(), generation);
             let private = model.iter().filter(|state| **state == State::Private).count() as u64;
             let runs = model_runs(&model, asked, length);
@@ -111,7 +111,7 @@ proptest! {
                 changed_since.push((page, count));
             }
             range.fill(to);
-            shared.lock().set(pages(page, count), to);
+            shared.set(&mut shared.lock(), pages(page, count), to);
             if enters {
                 since = shared.generation();
                 changed_since.clear();
@@ -140,16 +140,16 @@ fn what_was_told_holds_until_a_page_is_in_another_state() {
         let range = pages(BLOCK_PAGES - 2, 4);
         for mixed in [false, true] {
             if mixed {
-                states.set(pages(BLOCK_PAGES - 1, 2), first.other());
+                shared.set(&mut states, pages(BLOCK_PAGES - 1, 2), first.other());
             }
             let told = states.see(range);
             assert_eq!(told.state, (!mixed).then_some(first));
             for page in BLOCK_PAGES - 2..BLOCK_PAGES + 2 {
                 let state = states.map().state(page * PAGE_SIZE);
-                states.set(pages(page, 1), state.other());
+                shared.set(&mut states, pages(page, 1), state.other());
                 assert!(!told.is_still_so(range, states.map()));
                 assert!(!told.is_still_so(pages(page, 1), states.map()));
-                states.set(pages(page, 1), state);
+                shared.set(&mut states, pages(page, 1), state);
                 assert!(told.is_still_so(range, states.map()));
             }
         }
@@ -196,7 +196,10 @@ fn reserved_bytes_count_until_they_are_shared_or_given_back() {
     let max = 4 * PAGE_SIZE;
     assert!(states.reserve(3 * PAGE_SIZE, max));
     assert!(!states.reserve(2 * PAGE_SIZE, max));
-    assert_eq!(states.set(pages(BLOCK_PAGES - 1, 2), State::Shared), 2 * PAGE_SIZE);
+    assert_eq!(
+        shared.set(&mut states, pages(BLOCK_PAGES - 1, 2), State::Shared),
+        2 * PAGE_SIZE
+    );
     states.release(2 * PAGE_SIZE);
     assert!(!states.reserve(2 * PAGE_SIZE, max));
     states.release(PAGE_SIZE);

@@ -1,4 +1,4 @@
-//! Nobody shares a page, nobody is overtaken, nobody is forgotten.
+//! No page is held twice, overlapping ranges are given out in order, and every waiter gets its range.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -29,7 +29,7 @@ fn within_patience(body: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Numbers without a pattern that matters.
+/// Pseudo-random numbers (xorshift).
 struct Random(u64);
 
 impl Random {
@@ -51,20 +51,20 @@ impl Random {
     }
 }
 
-/// Waits until this many hold a range or wait for one.
+/// Waits until this many threads hold a range or wait for one.
 fn until_queued(locks: &RangeLocks<()>, count: usize) {
     let begun = Instant::now();
     while locks.inner.lock().queue.entries.len() < count {
-        assert!(begun.elapsed() < PATIENCE, "nobody queues");
+        assert!(begun.elapsed() < PATIENCE, "no thread queues");
         std::thread::yield_now();
     }
 }
 
-/// Waits until this many have gone to sleep.
+/// Waits until this many threads sleep.
 fn until_waiting(locks: &RangeLocks<()>, count: usize) {
     let begun = Instant::now();
     while locks.inner.lock().queue.waiting < count {
-        assert!(begun.elapsed() < PATIENCE, "nobody waits");
+        assert!(begun.elapsed() < PATIENCE, "no thread waits");
         std::thread::yield_now();
     }
 }
@@ -107,7 +107,7 @@ fn overlapping_ranges_are_never_held_together() {
                 });
             }
         });
-        // Nobody was lost, and nothing stays behind.
+        // Every lock was taken, and no entry is left in the queue.
         assert_eq!(locked.into_inner(), 6 * 2000);
         let queue = &locks.inner.lock().queue;
         assert_eq!((queue.entries.len(), queue.waiting), (0, 0));
@@ -120,7 +120,7 @@ fn disjoint_ranges_do_not_wait() {
         let locks = RangeLocks::new(());
         let low = locks.lock(pages(0, 4));
         std::thread::scope(|scope| {
-            // Joined while the neighbours are held.
+            // Joined while the other range is held.
             let neighbour = scope.spawn(|| drop(locks.lock(pages(4, 4))));
             neighbour.join().unwrap();
         });
@@ -144,7 +144,7 @@ fn a_large_range_is_not_overtaken_by_what_it_waits_with() {
                 until_queued(locks, queued);
             };
             take("large", pages(0, PAGES), 2);
-            // Free as far as holders go, but the large range came first.
+            // Nothing holds page 5, but the large range asked first.
             take("small", pages(5, 1), 3);
             take("smaller", pages(5, 1), 4);
             until_waiting(&locks, 3);
@@ -167,7 +167,7 @@ fn a_large_range_gets_its_turn_while_small_ones_keep_coming() {
                 scope.spawn(move || {
                     let mut random = Random(thread + 1);
                     while !over.load(Ordering::SeqCst) {
-                        // Always held by someone: the next one asks before this one lets go.
+                        // Some page is held at all times: others ask before this one is given back.
                         let first = random.below(PAGES / 2);
                         let _held = locks.lock(pages(2 * first + thread % 2, 1));
                         small.fetch_add(1, Ordering::SeqCst);

@@ -1,4 +1,4 @@
-//! The table against one flag a page and layer.
+//! The table against a model: a flag for each page of each layer.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use std::collections::BTreeSet;
@@ -32,7 +32,7 @@ impl Model {
         }
     }
 
-    /// Layer, first byte, and end of each run of pages that ends only where it must.
+    /// The memslots that there should be: layer, start and end of each longest possible run of pages.
     fn slots(&self) -> BTreeSet<(usize, u64, u64)> {
         let mut slots = BTreeSet::new();
         for (layer, present) in self.present.iter().enumerate() {
@@ -74,7 +74,7 @@ fn new_table(borders: &[u64], max: u32) -> SlotTable {
 struct Op {
     range: Range,
     changes: Vec<LayerChange>,
-    /// Whether the kernel takes the plan.
+    /// Whether KVM carries out the plan.
     commit: bool,
 }
 
@@ -118,13 +118,13 @@ proptest! {
                 }
                 Ok(plan) => {
                     prop_assert!(new.len() <= max as usize);
-                    // No more is deleted or made than has to be.
+                    // No more is deleted or created than has to be.
                     let deleted: BTreeSet<_> = plan.delete.iter().map(plain).collect();
                     let created: BTreeSet<_> = plan.create.iter().map(plain).collect();
                     prop_assert_eq!(&deleted, &old.difference(&new).copied().collect());
                     prop_assert_eq!(&created, &new.difference(&old).copied().collect());
                     prop_assert_eq!((deleted.len(), created.len()), (plan.delete.len(), plan.create.len()));
-                    // KVM has each of the deleted under this very number, and none of the new numbers in use.
+                    // The deleted memslots exist under these numbers, and the new numbers are not in use.
                     prop_assert!(plan.delete.iter().all(|slot| before.contains(slot)));
                     let remain: Vec<&Slot> = before.iter().filter(|slot| !plan.delete.contains(slot)).collect();
                     for slot in &plan.create {
@@ -135,7 +135,7 @@ proptest! {
                     }
                     let ids: BTreeSet<u32> = plan.create.iter().map(|slot| slot.id).collect();
                     prop_assert_eq!(ids.len(), plan.create.len());
-                    // A plan alone changes nothing.
+                    // Planning changes nothing.
                     prop_assert_eq!(&all(&table), &before);
                     if op.commit {
                         table.commit(plan);
@@ -145,7 +145,7 @@ proptest! {
             }
             let slots = all(&table);
             prop_assert_eq!(slots.iter().map(plain).collect::<BTreeSet<_>>(), model.slots());
-            let used = table.numbers.fresh as usize - table.numbers.free.len();
+            let used = table.ids.fresh as usize - table.ids.free.len();
             prop_assert_eq!(used, slots.len());
             let mut found = table.find(op.range);
             found.sort_by_key(plain);

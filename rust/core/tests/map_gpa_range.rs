@@ -1,4 +1,4 @@
-//! Explicit requests against the definition of KVM_HC_MAP_GPA_RANGE in arithmetic that cannot overflow.
+//! The parser of KVM_HC_MAP_GPA_RANGE, against the definition of the hypercall in arithmetic that cannot overflow.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use pagegate_core::policy::map_gpa_range::{MapGpaRange, parse};
 use pagegate_core::policy::simple::Allow;
 use proptest::prelude::*;
 
-/// Views as a machine of this memory has them.
+/// The views of a machine with this memory.
 fn views(memory: u64, shared_bit: Option<u32>) -> Views {
     let fake = FakeVm::new(FakeVm::plain(64), Vec::new(), 1);
     let config = Config {
@@ -42,10 +42,10 @@ fn ask(gpa: u64, pages: u64, attributes: u64, views: &Views) -> Result<MapGpaRan
     parse(&call, views)
 }
 
-/// Start, bytes, private, page size.
+/// What a well-formed request asks for: start, bytes, private, page size.
 type Wanted = (u64, u64, bool, u64);
 
-fn oracle(gpa: u64, pages: u64, attributes: u64, memory: u64, shared_bit: Option<u32>) -> Option<Wanted> {
+fn expected(gpa: u64, pages: u64, attributes: u64, memory: u64, shared_bit: Option<u32>) -> Option<Wanted> {
     let stripped = match shared_bit {
         Some(bit) if gpa >> bit & 1 == 1 => gpa - (1 << bit),
         _ => gpa,
@@ -64,7 +64,7 @@ fn oracle(gpa: u64, pages: u64, attributes: u64, memory: u64, shared_bit: Option
 
 fn check(gpa: u64, pages: u64, attributes: u64, views: &Views, shared_bit: Option<u32>) {
     let parsed = ask(gpa, pages, attributes, views);
-    let wanted = oracle(gpa, pages, attributes, views.size(), shared_bit);
+    let wanted = expected(gpa, pages, attributes, views.size(), shared_bit);
     let case = format!("gpa {gpa:#x}, {pages:#x} pages, attributes {attributes:#x}, {views:x?}");
     match (parsed, wanted) {
         (Ok(request), Some((gpa, size, private, page_size))) => {
@@ -81,9 +81,9 @@ const MEMORY: u64 = 64 * PAGE_SIZE;
 const BIT: u32 = 40;
 
 #[test]
-fn the_kernels_blind_spot_is_refused() {
+fn page_counts_whose_size_in_bytes_overflows_are_refused() {
     let views = views(MEMORY, None);
-    // Shifted by 12 this many pages are none.
+    // KVM passes them on: it adds page numbers, which does not overflow. In bytes they wrap to none and to one page.
     assert_eq!(ask(0x1000, 1 << 52, 0, &views), Err(Errno(libc::EINVAL)));
     assert_eq!(ask(0x1000, (1 << 52) + 1, 0, &views), Err(Errno(libc::EINVAL)));
     assert_eq!(ask(0, u64::MAX, 0x10, &views), Err(Errno(libc::EINVAL)));
@@ -94,7 +94,7 @@ fn the_kernels_blind_spot_is_refused() {
 }
 
 #[test]
-fn each_attribute_bit() {
+fn each_attribute_bit_is_parsed_as_defined() {
     let views = views(MEMORY, None);
     for bit in 0..64 {
         check(0x1000, 1, 1 << bit, &views, None);
@@ -106,7 +106,7 @@ fn each_attribute_bit() {
 }
 
 #[test]
-fn each_address_bit() {
+fn each_address_bit_is_parsed_as_defined() {
     for shared_bit in [None, Some(BIT), Some(30), Some(18)] {
         let views = views(MEMORY, shared_bit);
         for bit in 0..64 {
@@ -119,7 +119,7 @@ fn each_address_bit() {
     }
 }
 
-/// Numbers at the edges of this guest's memory and of the arithmetic, and near them.
+/// Addresses at the borders of the guest's memory and where arithmetic overflows, and near them.
 fn edges(memory: u64) -> impl Strategy<Value = u64> {
     let shared = 1 << BIT;
     let edge = prop::sample::select(vec![
@@ -182,7 +182,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn as_defined(gpa in edges(MEMORY), pages in counts(MEMORY), attributes in attributes(), split in any::<bool>()) {
+    fn any_request_is_parsed_as_defined(gpa in edges(MEMORY), pages in counts(MEMORY), attributes in attributes(), split in any::<bool>()) {
         let bit = split.then_some(BIT);
         check(gpa, pages, attributes, &VIEWS.with(|views| views[usize::from(split)]), bit);
     }
