@@ -2,12 +2,15 @@
 #![allow(missing_docs)]
 
 mod baselines;
+mod pages;
 
 use std::hint::black_box;
 
-use baselines::{BLOCK, States, scattered};
+use baselines::States;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use pagegate_core::attributes::{AttributeMap, PAGE_SIZE, State};
+use pagegate_core::memory::address::{PAGE_SIZE, State};
+use pagegate_core::memory::page_map::AttributeMap;
+use pages::{BLOCK, scattered};
 use rangemap::RangeMap;
 use roaring::RoaringBitmap;
 

@@ -2,12 +2,12 @@
 
 use std::hint::black_box;
 
-use pagegate_core::attributes::{AttributeMap, PAGE_SIZE, Range, State};
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::memory::page_map::AttributeMap;
 use rangemap::RangeMap;
 use roaring::RoaringBitmap;
 
-/// Pages in a block of 2 MiB.
-pub const BLOCK: u64 = 512;
+use crate::pages::BLOCK;
 
 /// Which pages are private. Pages are numbered from 0.
 pub trait States: Sized {
@@ -122,21 +122,4 @@ impl States for RoaringBitmap {
         let mut pages = self.iter();
         std::iter::from_fn(|| pages.next_range()).map(black_box).count() as u64
     }
-}
-
-/// Pages as if at random, the same each time, all different and in no order.
-pub fn scattered(count: u64, pages: u64) -> Vec<u64> {
-    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = |below: u64| {
-        seed = seed
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 33) % below
-    };
-    let share = pages / count;
-    let mut all: Vec<u64> = (0..count).map(|i| i * share + random(share)).collect();
-    for i in (1..all.len()).rev() {
-        all.swap(i, random(i as u64 + 1) as usize);
-    }
-    all
 }

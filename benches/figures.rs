@@ -1,26 +1,25 @@
-//! What `benches/anywhere.py` measures of the core's bookkeeping, as one JSON object of plain figures: bytes, and
-//! nanoseconds a page, each the best of several rounds in which all take turns.
+//! One run of what `benches/anywhere.py` measures of the page states' bookkeeping, as a JSON object: bytes, and nanoseconds
+//! a page, each the best of several rounds in which all take turns.
 //!
 //!     figures [--short]
 //!
-//! `--short` does with a tenth of the work where a clock counts instructions and nothing has to be repeated.
+//! `--short` does a tenth of the work: for an emulated CPU.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-mod baselines;
+mod pages;
 
 use std::cell::RefCell;
 use std::fmt::Write;
 use std::hint::black_box;
 use std::time::Instant;
 
-use baselines::{BLOCK, States, scattered};
-use pagegate_core::attributes::{AttributeMap, State};
-use rangemap::RangeMap;
-use roaring::RoaringBitmap;
+use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::memory::page_map::AttributeMap;
+use pages::{BLOCK, scattered};
 
-const GIB: u64 = (1 << 30) / 4096;
+const GIB: u64 = (1 << 30) / PAGE_SIZE;
 const TIB: u64 = 1024 * GIB;
-/// Blocks of 2 MiB in 128 MiB, for which an attribute map keeps one piece of bits.
+/// Blocks of 2 MiB in 128 MiB, whose bits the attribute map keeps in one allocation.
 const LEAF_BLOCKS: u64 = 64;
 
 struct Plan {
@@ -29,23 +28,19 @@ struct Plan {
     batch: u64,
     /// Which 2 MiB blocks of the worst case have every other page private.
     which: fn(u64) -> bool,
-    /// Pages of the guest for which a range map is made: a TiB of them takes it gigabytes.
-    range_map: u64,
 }
 
 const WHOLE: Plan = Plan {
     rounds: 15,
     batch: 1 << 15,
     which: |_| true,
-    range_map: 16 * GIB,
 };
 
-/// One block of each 128 MiB: to an attribute map as bad as all of them.
+/// One block of each 128 MiB takes an attribute map as much memory as all of them.
 const SHORT: Plan = Plan {
     rounds: 2,
     batch: 1 << 12,
     which: |block| block.is_multiple_of(LEAF_BLOCKS),
-    range_map: 64 * GIB,
 };
 
 fn main() {
@@ -54,8 +49,7 @@ fn main() {
         false => WHOLE,
     };
     let mut figures = Figures::default();
-    let map = worst_case(&plan, &mut figures);
-    against_baselines(&plan, map, &mut figures);
+    worst_case(&plan, &mut figures);
     by_size(&plan, &mut figures);
     println!("{{{}}}", figures.0);
 }
@@ -76,13 +70,30 @@ fn resident() -> u64 {
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-fn worst_case(plan: &Plan, figures: &mut Figures) -> AttributeMap {
+fn range(first: u64, pages: u64) -> Range {
+    Range::new(first * PAGE_SIZE, pages * PAGE_SIZE).unwrap()
+}
+
+fn set(map: &mut AttributeMap, page: u64, private: bool) {
+    let to = if private { State::Private } else { State::Shared };
+    map.set(range(page, 1), to);
+}
+
+fn is_private(map: &AttributeMap, page: u64) -> bool {
+    map.state(page * PAGE_SIZE) == State::Private
+}
+
+/// Every other page of 1 TiB, or of those of its blocks that the plan picks.
+fn worst_case(plan: &Plan, figures: &mut Figures) {
     let before = resident();
-    let mut map = <AttributeMap as States>::new(TIB);
-    map.fill(TIB, plan.which);
+    let mut map = AttributeMap::new(TIB * PAGE_SIZE, State::Shared);
+    for block in (0..TIB / BLOCK).filter(|block| (plan.which)(*block)) {
+        for page in (block * BLOCK..(block + 1) * BLOCK).step_by(2) {
+            set(&mut map, page, true);
+        }
+    }
     figures.add("worst_case_resident", (resident() - before) as f64);
     figures.add("worst_case_counted", map.memory() as f64);
-    map
 }
 
 struct Task<'a> {
@@ -113,67 +124,24 @@ fn take_turns(rounds: u32, mut tasks: Vec<Task<'_>>, figures: &mut Figures) {
     }
 }
 
-/// To and fro: pages and whether they are private.
-fn change<T: States>(states: &mut T, pages: &[(u64, bool)], batch: u64) {
+/// Changes pages and changes them back. `pages`: each with whether it is private.
+fn change(map: &mut AttributeMap, pages: &[(u64, bool)], batch: u64) {
     for (page, private) in pages.iter().cycle().take(batch as usize / 2) {
-        states.set(*page, !private);
-        states.set(*page, *private);
+        set(map, *page, !private);
+        set(map, *page, *private);
     }
 }
 
-fn query<T: States>(states: &T, pages: &[(u64, bool)], batch: u64) {
+fn query(map: &AttributeMap, pages: &[(u64, bool)], batch: u64) {
     for (page, _) in pages.iter().cycle().take(batch as usize) {
-        black_box(states.is_private(*page));
+        black_box(is_private(map, *page));
     }
 }
 
-fn query_blocks<T: States>(states: &T, pages: &[(u64, bool)], batch: u64) {
+fn query_blocks(map: &AttributeMap, pages: &[(u64, bool)], batch: u64) {
     for (page, _) in pages.iter().cycle().take(batch as usize) {
-        black_box(states.is_mixed(*page / BLOCK));
+        black_box(map.uniform(range(*page / BLOCK * BLOCK, BLOCK)));
     }
-}
-
-/// The four things that are done with it, in the pattern of the worst case.
-fn measure<T: States>(plan: &Plan, states: T, pages: u64, figures: &mut Figures) {
-    let wanted: Vec<(u64, bool)> = scattered(plan.batch / 2, pages)
-        .into_iter()
-        // Into the blocks that are mixed.
-        .map(|page| {
-            let block = page / BLOCK;
-            let block = (0..=block).rev().find(|block| (plan.which)(*block)).unwrap_or(0);
-            block * BLOCK + page % BLOCK
-        })
-        .map(|page| (page, states.is_private(page)))
-        .collect();
-    let states = RefCell::new(states);
-    let (runs, batch) = (states.borrow().runs(), plan.batch);
-    let name = |what: &str| format!("{what}_{}", T::NAME);
-    let tasks = vec![
-        Task::new(name("change"), batch, || {
-            change(&mut *states.borrow_mut(), &wanted, batch)
-        }),
-        Task::new(name("query"), batch, || query(&*states.borrow(), &wanted, batch)),
-        Task::new(name("query_block"), batch, || {
-            query_blocks(&*states.borrow(), &wanted, batch)
-        }),
-    ];
-    take_turns(plan.rounds, tasks, figures);
-    let enumerate = || assert!(states.borrow().runs() == runs);
-    take_turns(
-        plan.rounds.min(3),
-        vec![Task::new(name("run"), runs, enumerate)],
-        figures,
-    );
-}
-
-fn against_baselines(plan: &Plan, map: AttributeMap, figures: &mut Figures) {
-    measure(plan, map, TIB, figures);
-    let mut roaring = <RoaringBitmap as States>::new(TIB);
-    roaring.fill(TIB, plan.which);
-    measure(plan, roaring, TIB, figures);
-    let mut ranges = <RangeMap<u64, State> as States>::new(plan.range_map);
-    ranges.fill(plan.range_map, plan.which);
-    measure(plan, ranges, plan.range_map, figures);
 }
 
 /// The same number of pages in a guest of a GiB and in one of a TiB.
@@ -181,12 +149,12 @@ fn by_size(plan: &Plan, figures: &mut Figures) {
     for count in [16, 64, 256, 1024, 16384] {
         let sizes = [("1g", GIB), ("1t", TIB)].map(|(name, pages)| {
             let wanted = scattered(count, pages);
-            let mut map = <AttributeMap as States>::new(pages);
-            // From the start on each of them is in a block that is mixed, as where pages change there are more.
+            let mut map = AttributeMap::new(pages * PAGE_SIZE, State::Shared);
+            // Each of them is in a mixed block from the start, as a page that changes mostly is.
             for page in &wanted {
-                States::set(&mut map, page ^ 1, true);
+                set(&mut map, page ^ 1, true);
             }
-            let wanted: Vec<(u64, bool)> = wanted.into_iter().map(|page| (page, map.is_private(page))).collect();
+            let wanted: Vec<(u64, bool)> = wanted.into_iter().map(|page| (page, is_private(&map, page))).collect();
             (name, wanted, RefCell::new(map))
         });
         let batch = plan.batch;
@@ -194,11 +162,11 @@ fn by_size(plan: &Plan, figures: &mut Figures) {
         for (size, wanted, map) in &sizes {
             let name = |what: &str| format!("{what}_{size}_{count}");
             tasks.push(Task::new(name("change"), batch, || {
-                change(&mut *map.borrow_mut(), wanted, batch)
+                change(&mut map.borrow_mut(), wanted, batch)
             }));
-            tasks.push(Task::new(name("query"), batch, || query(&*map.borrow(), wanted, batch)));
+            tasks.push(Task::new(name("query"), batch, || query(&map.borrow(), wanted, batch)));
             tasks.push(Task::new(name("query_block"), batch, || {
-                query_blocks(&*map.borrow(), wanted, batch)
+                query_blocks(&map.borrow(), wanted, batch)
             }));
         }
         take_turns(plan.rounds, tasks, figures);
