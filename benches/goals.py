@@ -90,7 +90,7 @@ def judged(row: Row, excuse: Excuse | None) -> Judged:
         said = f"its limit of {limit:g} in {EXCUSED.name} is no wider than its goal"
         return Judged(row, limit, "stale excuse", said, fails=True)
     if not row.values:
-        return Judged(row, limit, "not measured", f"not measured: {row.detail}", fails=False)
+        return Judged(row, limit, "not measured", f"not measured: {row.detail}", fails=True)
     value = number(row.value)
     if row.value <= row.goal:
         stale = excuse is not None and excuse.kind == "missed"

@@ -1,7 +1,7 @@
 """What a user would write instead of pagegate: a VMM in Python, with fcntl, mmap and ctypes alone.
 
 It runs the same guest code as the benchmarks on a software-protected VM and has the kernel do the same work for each
-explicit request: set the attribute, discard what is stale, answer. No policy, no checks, no books, no records.
+explicit request: set the attribute, discard the old side, answer. No policy, no checks, no page states, no events.
 
     python benches/plain.py [REQUESTS]
 """
@@ -113,7 +113,7 @@ class Plain:
         data = SEGMENT.pack(0, 0xFFFFFFFF, 0x10, 0b0011, 1, 0, 1, 1, 0, 1, 0, 0, 0)
         for i, segment in enumerate([code, data, data, data, data, data]):
             sregs[i * SEGMENT.size : (i + 1) * SEGMENT.size] = segment
-        # cr0, cr2, cr3, cr4, cr8, efer: behind eight segments and two table registers
+        # cr0, cr2, cr3, cr4, cr8, efer: after eight segments and two table registers
         struct.pack_into("<6Q", sregs, 8 * SEGMENT.size + 2 * 16, 0x80000033, 0, cr3, 0x620, 0, 0x500)
         fcntl.ioctl(self.vcpu, KVM_SET_SREGS, bytes(sregs))
         registers = [0] * 18

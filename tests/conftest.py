@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 KVM_OBJECTS = ("kvm", "gmem", "guest_memfd", "memfd:")
 FAILED = pytest.StashKey[bool]()
 
-# Who is started in the background of a script ignores Ctrl-C, and so would every program that the tests start.
+# A shell script starts background processes with SIGINT ignored, and programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
@@ -44,12 +44,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def open_objects() -> collections.Counter[str]:
-    """What a machine can leave behind: open files of KVM and memory files, by what they are."""
+    """Counts this process's open KVM and memory files by the target of their link in /proc/self/fd."""
     links = []
     for fd in os.listdir("/proc/self/fd"):
         try:
             links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:  # the directory's own
+        except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return collections.Counter(link for link in links if any(word in link for word in KVM_OBJECTS))
 
@@ -71,7 +71,7 @@ def _nothing_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 class Recorder(Policy):
-    """Keeps every request and answers each in turn; the last answer stays. An answer may be a function."""
+    """Keeps every request, and gives the answers in turn; the last one is repeated. An answer may be a function."""
 
     def __init__(self, *answers: Any) -> None:
         self.requests: list[Any] = []
@@ -98,24 +98,24 @@ def recorder() -> type[Recorder]:
 
 
 class Expecting(Script):
-    """A script that ends where a result is not as expected: the next round of a loop would write over it.
+    """A script that halts at the first unexpected result: in a loop, the next round would overwrite it.
 
-    It is started at 0x1000, where its own table is for it to look at.
+    It must be started at 0x1000, because it reads its own table of operations and results there.
     """
 
     def __init__(self, *, shared_bit: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._own_table = self.image()[1] | (0 if shared_bit is None else 1 << shared_bit)
-        # Always jumps over the end, since the first word of the table is this operation's number.
+        # Always jumps over the halt: the first word of the table is this operation's number, which is not 0.
         self.goto_unless(self._own_table, 0, 2)
         self._end = self.halt()
 
     def result_at(self, operation: int) -> int:
-        """The address of an operation's result, for the guest."""
+        """The address at which the guest finds an operation's result."""
         return self._own_table + operation * _RECORD.size + _RESULT_OFFSET
 
     def expect(self, operation: int, result: int = 0) -> int:
-        """Ends the script here unless this is the operation's result. Returns the operation."""
+        """Halts here unless the operation's result is this. Returns the operation."""
         self.goto_unless(self.result_at(operation), result, self._end)
         return operation
 
@@ -129,7 +129,7 @@ def expecting() -> type[Expecting]:
 
 
 class Running:
-    """A run in a thread of its own, and what came of it."""
+    """A run in a thread of its own, with its report or error."""
 
     def __init__(self, vm: Vm, timeout: float | None = 30.0) -> None:
         self.report: pagegate.Report | None = None
@@ -146,7 +146,7 @@ class Running:
             self.error = error
 
     def join(self, within: float = 10.0) -> pagegate.Report:
-        """Its report, or its error raised. ``within`` is how long it may still take."""
+        """Returns its report, or raises its error. ``within`` is how many seconds it may still take."""
         self._thread.join(within)
         assert not self._thread.is_alive(), f"the run did not end within {within} s"
         if self.error is not None:
@@ -155,7 +155,7 @@ class Running:
         return self.report
 
     def wait_until_in_progress(self) -> None:
-        """Returns when registers cannot be read any more, for a vCPU thread has them."""
+        """Returns once registers cannot be read, which is so while a vCPU thread runs."""
         end = time.monotonic() + 5.0
         while time.monotonic() < end:
             try:

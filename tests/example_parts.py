@@ -1,4 +1,4 @@
-"""Examples as policies, for their tests."""
+"""Loads the examples as policies, for their tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a hook's answers for certain is refused when its file is loaded."""
+"""Answers of a hook that are certain to be wrong are refused when its file is loaded."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_generator(write) -> None:
         "def memory_fault(fault, Denny=Deny): return Denny()\n",
     ],
 )
-def test_what_may_be_right_is_loaded(write, text) -> None:
+def test_answers_that_may_be_right_are_loaded(write, text) -> None:
     load(write(text))
 
 
@@ -114,7 +114,7 @@ def test_the_guest_does_not_start(write, tmp_path) -> None:
     )
 
 
-def test_a_file_that_is_written_again_is_read_again(write) -> None:
+def test_a_rewritten_file_is_read_again(write) -> None:
     load(write("def map_gpa_range(call):\n    return Convert()\n"))
     with pytest.raises(PolicyError, match="line 4"):
         load(write("def map_gpa_range(call):\n    return 'convert'\n"))

@@ -1,4 +1,4 @@
-"""The command line, as its user meets it."""
+"""The command line: output and exit statuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pagegate(*arguments, stdout=subprocess.PIPE, **environment):
 
 @pytest.fixture
 def judge(tmp_path):
-    """Runs the demo with a policy of one's own."""
+    """Runs the demo with this policy."""
 
     def judge(text, *arguments, name="", **environment):
         path = tmp_path / "mine.py"
@@ -45,7 +45,7 @@ def judge(tmp_path):
     return judge
 
 
-def test_it_is_a_module_too():
+def test_it_runs_as_a_module():
     done = pagegate("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("pagegate ")
@@ -83,7 +83,7 @@ def test_the_demo_shows_both_kinds_allowed_denied_and_widened():
 
 
 @pytest.mark.kvm
-def test_the_demo_s_sums_add_up():
+def test_the_counts_of_the_demo_add_up():
     done = pagegate("demo")
     assert (done.returncode, done.stderr) == (0, "")
     asked = re.search(r"asked +(\d+) times: (\d+) implicit, (\d+) explicit", done.stdout)
@@ -94,7 +94,7 @@ def test_the_demo_s_sums_add_up():
 
 @pytest.mark.kvm
 def test_widening_on_the_heap_loses_the_neighbours_bytes():
-    """What the bundled policy must not do, seen by the bundled guest's own checks."""
+    """The bundled guest's checks find a policy that widens requests into pages that hold data."""
     from pagegate import Convert, Vm
 
     class Widen:
@@ -138,7 +138,7 @@ def test_other_policies_are_not_judged_by_the_bundled_one_s_results(judge, text)
         ("def memory_fault(fault): return Retry()", "pagegate: .*(same fault|livelock|again)"),
     ],
 )
-def test_another_ending_is_told(judge, text, said):
+def test_other_ends_of_the_run_are_reported(judge, text, said):
     done = judge(text)
     assert done.returncode == 1
     assert re.match(said, done.stderr), done.stderr
@@ -166,7 +166,7 @@ def test_an_exception_of_a_hook_shows_the_file_alone(judge, json_):
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("error", ["SystemExit(0)", "OSError(28, 'full')"])
-def test_a_hook_that_exits_or_fails_is_no_success(judge, error):
+def test_the_status_after_a_hook_that_exits_or_fails(judge, error):
     done = judge(f"def map_gpa_range(call): raise {error}")
     assert done.returncode == 1
     assert "mine.py" in done.stderr
@@ -174,7 +174,7 @@ def test_a_hook_that_exits_or_fails_is_no_success(judge, error):
 
 
 @pytest.mark.kvm
-def test_an_answer_that_is_none_is_told_with_its_notes(judge):
+def test_an_answer_that_is_no_decision_is_reported_with_its_notes(judge):
     done = judge("def map_gpa_range(call): return 7")
     assert done.returncode == 1
     assert done.stderr.startswith("pagegate: ")
@@ -294,7 +294,7 @@ def test_an_error_elsewhere_is_not_the_cache_s(tmp_path, monkeypatch):
 
 
 @pytest.mark.kvm
-def test_what_was_done_is_called_what_it_is(judge):
+def test_conversions_are_named_narrowed_or_widened(judge):
     narrowed = judge("def map_gpa_range(call): return Convert(gpa=call.gpa, size=4096)")
     assert "(narrowed)" in narrowed.stdout
     assert "(widened)" not in narrowed.stdout

@@ -1,4 +1,4 @@
-"""`pagegate bench`, as its user meets it."""
+"""`pagegate bench`: output and exit statuses."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_usage_error_is_2(arguments, said):
         (("--kind", "implicit", "--pages", 1 << 18), "first GiB"),
     ],
 )
-def test_what_no_machine_fits_is_a_usage_error(arguments, said):
+def test_options_that_no_machine_can_have_are_a_usage_error(arguments, said):
     done = bench(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
@@ -102,7 +102,7 @@ def test_start_up_is_not_timed(policy):
 
 @pytest.mark.kvm
 @pytest.mark.parametrize(("kind", "options"), [("explicit", ()), ("implicit", ()), ("implicit", ("--pages", 2))])
-def test_the_bare_loop_beside_it(kind, options):
+def test_comparison_with_the_bare_loop(kind, options):
     told = measured("--requests", 100, "--kind", kind, "--compare", *options)
     assert set(told) == KEYS | {"bare", "ratio"}
     assert told["bare"]["ns_per_request"] == pytest.approx(told["bare"]["seconds"] * 1e9 / 100)
@@ -111,7 +111,7 @@ def test_the_bare_loop_beside_it(kind, options):
 
 
 @pytest.mark.kvm
-def test_a_policy_of_ones_own_is_asked(policy):
+def test_a_users_policy_is_asked(policy):
     file = policy(
         "from pathlib import Path\n"
         "class Mine(Policy):\n"
@@ -121,12 +121,12 @@ def test_a_policy_of_ones_own_is_asked(policy):
     )
     told = measured("--policy", f"{file}:Mine", "--requests", 40)
     assert told["policy"] == f"{file}:Mine"
-    # All 16 buffers were private and shared once before anything was measured.
+    # All 16 buffers had been made private and shared once before the measurement.
     assert file.with_suffix(".log").read_text().count("asked") == 40 + 32
 
 
 @pytest.mark.kvm
-def test_a_policy_that_denies_is_measured_all_the_same(policy):
+def test_a_policy_that_denies_is_measured(policy):
     file = policy("policy = policies.DenyAll()\n")
     done = bench("--json", "--policy", file, "--requests", 40)
     told = json.loads(done.stdout)
@@ -171,14 +171,14 @@ def test_latencies_are_of_what_is_timed(policy):
         ),
     ],
 )
-def test_what_was_not_measured_is_no_number(policy, text, said):
+def test_values_that_were_not_measured_have_no_number(policy, text, said):
     done = bench("--kind", "implicit", "--policy", policy(text), "--requests", 40)
     assert (done.returncode, done.stdout) == (1, "")
     assert said in done.stderr
 
 
 @pytest.mark.kvm
-def test_for_people():
+def test_the_output_as_text():
     done = bench("--requests", 100, "--policy", "python", "--touch")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(r"100 explicit requests of 1 page, touched, 1 vCPU, (attributes|memslots), python\n", done.stdout)

@@ -35,7 +35,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_trace_that_is_made_up(folder) -> None:
+def test_a_synthetic_trace(folder) -> None:
     pagegate("trace", "new.arrow", "--requests", 1000, cwd=folder)
     assert list(trace.read(folder / "new.arrow")) == list(trace.read(folder / "some.parquet"))
     pagegate("trace", "new.arrow", "--requests", 10, "--seed", 1, "--vcpus", 4, cwd=folder)
@@ -86,7 +86,7 @@ def test_options(folder) -> None:
     assert "-o goes with one policy" in refused.stderr
 
 
-def test_what_cannot_be_replayed(folder) -> None:
+def test_files_that_cannot_be_replayed(folder) -> None:
     assert "is no trace" in pagegate("replay", "mine.py", "-p", "mine.py", cwd=folder, status=2).stderr
     assert "does not exist" in pagegate("replay", "none.arrow", "-p", "mine.py", cwd=folder, status=2).stderr
     assert "Missing option '-p'" in pagegate("replay", "some.parquet", cwd=folder, status=2).stderr
@@ -155,7 +155,7 @@ def test_where_events_cannot_be_written(folder) -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_ended_leaves_a_whole_trace(folder, number, status) -> None:
-    # The same request; then out 0xe9, al with AL = '!', and a loop.
+    # The same request, then out 0xe9, al with AL = '!', and an endless loop.
     (folder / "spin.bin").write_bytes(bytes.fromhex("b80c000000bb00001000b901000000ba10000000e6e6b021e6e9ebfe"))
     run = ["run", "-p", "allow.py", "spin.bin", "--events", "e.parquet", "--timeout", "60"]
     command = [sys.executable, "-m", "pagegate", *run]

@@ -1,4 +1,4 @@
-"""`pagegate run`, as its user meets it."""
+"""`pagegate run`: output and exit statuses."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_an_image_prints_and_the_summary_follows(policy, image):
 
 
 @pytest.mark.kvm
-def test_how_it_ended_is_the_status(policy, image):
+def test_the_status_says_how_the_run_ended(policy, image):
     assert run("-p", policy(), image(FOREVER), "--timeout", "0.2").returncode == 0
     assert run("-p", policy(), image(b"\x0f\x0b")).returncode == 1
     done = run("-p", policy("policy = policies.ExplicitOnly()\n"), "--guest", "touch")
@@ -169,7 +169,7 @@ def test_watch_changes_the_policy_in_a_run(policy, image):
     path = policy()
 
     def change(text):
-        # At once, so that nobody sees half of it.
+        # By rename, so that the watcher never reads half a file.
         other = path.with_name("other.py")
         other.write_text("from pagegate import Stop\n" + text)
         other.replace(path)

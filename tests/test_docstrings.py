@@ -1,7 +1,7 @@
-"""The stub's docstrings are the binding's, word for word, and none stands in one of the two alone.
+"""The stub and the binding have the same docstrings, word for word.
 
-The Rust sources are where they are written. After a change there, ``python tests/test_docstrings.py`` shows each
-difference as it is to stand in the stub (in an environment with the extension built).
+They are written in the Rust sources. After a change there, ``python tests/test_docstrings.py`` prints what has to be
+changed in the stub (in an environment with the extension built).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from pagegate import _core
 
 STUB = ast.parse(Path(pagegate.__file__).with_name("_core.pyi").read_text())
-# What Python itself writes into classes.
+# Docstrings that classes have from Python itself.
 INHERITED = {name: getattr(object, name).__doc__ for name in dir(object)} | {"__weakref__": None}
 CONSTANTS = {"DOORBELL_PORT", "__version__", "LIVELOCK_BOUND"}
 
@@ -51,7 +51,7 @@ def at_runtime() -> dict[str, str | None]:
             continue
         for member, value in vars(thing).items():
             dunder = member.startswith("__")
-            # Slots like __repr__ get a text of Python's own.
+            # Python gives special methods like __repr__ a docstring of its own.
             if member not in ("__doc__", "__module__") and not (dunder and not callable(value)):
                 found[f"{name}.{member}"] = None if dunder else text(value)
     return found
@@ -67,9 +67,9 @@ def differences() -> dict[str, tuple[str | None, str | None]]:
 
 
 @pytest.mark.parametrize("name", sorted({**RUNNING, **STUBBED}))
-def test_the_same_words(name: str) -> None:
+def test_stub_and_binding_have_the_same_docstring(name: str) -> None:
     if name.rsplit(".", maxsplit=1)[-1].startswith("__"):
-        # Special methods are explained by their class.
+        # Special methods are explained in the docstring of their class.
         assert STUBBED.get(name) is None
         return
     assert STUBBED.get(name) == RUNNING.get(name)

@@ -1,4 +1,4 @@
-"""The example external_service, and services that misbehave in every way."""
+"""The example external_service, with the reference service and with services that misbehave."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def where():
 
 @pytest.fixture
 def asks(where):
-    """A policy that asks the service there."""
+    """Makes a policy that asks the service at this path."""
     policies = []
 
     def make(limit=LIMIT):
@@ -49,7 +49,7 @@ def asks(where):
 
 @pytest.fixture
 def serve(where, asks):
-    """The reference service, with a rule of the test's."""
+    """Starts the reference service with a rule of the test."""
     services = []
 
     def make(rule=None):
@@ -69,7 +69,7 @@ def serve(where, asks):
 
 @pytest.fixture
 def misbehave(where):
-    """A service that does as it is told with each connection."""
+    """Starts a service that calls a function of the test with each connection."""
     done = threading.Event()
     threads = []
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -103,7 +103,7 @@ def misbehave(where):
 
 
 def says(*answers):
-    """A service that answers each request with these bytes, in turn."""
+    """A service that answers the first request with the first of these, and so on."""
 
     def behave(connection, done):
         for answer in answers:
@@ -119,7 +119,7 @@ def never(connection, done):
 
 
 def trickles(connection, done):
-    """Always a bit more, never all of it."""
+    """Sends a little of the answer at a time, and never all of it."""
     connection.recv(4096)
     for byte in b'{"id": 1, "decision": "convert"' + b" " * 200:
         connection.sendall(bytes([byte]))
@@ -183,7 +183,7 @@ HOSTILE = {
 
 
 def within_the_limit(tester) -> None:
-    for _ in range(2):  # and again, by a new connection
+    for _ in range(2):  # the second time by a new connection
         before = time.monotonic()
         assert tester.call(PAGE, to="shared") == Deny(11)
         assert time.monotonic() - before < LIMIT + SLACK
@@ -203,7 +203,7 @@ def test_a_service_that_misbehaves_converts_nothing(asks, misbehave, behave) -> 
 
 def test_no_service_converts_nothing(asks, where) -> None:
     within_the_limit(PolicyTester(asks()))
-    # One that is gone left its socket.
+    # A service that has ended leaves its socket's file.
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(where))
     within_the_limit(PolicyTester(asks()))
@@ -221,8 +221,8 @@ def test_a_service_that_does_not_accept_converts_nothing(asks, where) -> None:
         within_the_limit(PolicyTester(asks()))
 
 
-def test_a_late_answer_is_nobodys(asks, misbehave) -> None:
-    """The answer to the first request arrives before the second is asked, which gets none."""
+def test_a_late_answer_is_dropped(asks, misbehave) -> None:
+    """The answer to the first request comes after its time limit; the second request must not take it for its own."""
     denied, sent = threading.Event(), threading.Event()
 
     def behave(connection, done):
@@ -277,7 +277,7 @@ def test_a_service_decides(asks, serve, answer, decision) -> None:
     }
 
 
-def test_a_connection_is_used_again_and_made_again(asks, misbehave) -> None:
+def test_a_connection_is_reused_and_replaced(asks, misbehave) -> None:
     made = []
 
     def behave(connection, done):
@@ -289,7 +289,7 @@ def test_a_connection_is_used_again_and_made_again(asks, misbehave) -> None:
     misbehave(behave)
     tester = PolicyTester(asks(10.0))
     decisions = [tester.call(0, to="shared") for _ in range(5)]
-    # The third finds the line dead, and says so; the fourth finds another.
+    # The service closes the connection after two requests. The third request fails, the fourth opens a new connection.
     assert decisions == [Convert(), Convert(), Deny(11), Convert(), Convert()]
     assert len(made) == 2
 
@@ -348,7 +348,7 @@ def test_the_reference_service_as_a_program(asks, where) -> None:
     assert subprocess.run(program[:2], capture_output=True, timeout=20).returncode == 1
 
 
-def test_the_reference_service_takes_no_file_for_a_socket(asks, where) -> None:
+def test_the_reference_service_does_not_replace_a_regular_file(asks, where) -> None:
     where.write_text("mine")
     with pytest.raises(OSError, match="in use"):
         module(asks()).Service(where)
@@ -356,7 +356,7 @@ def test_the_reference_service_takes_no_file_for_a_socket(asks, where) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, "nan", "inf"])
-def test_a_limit_that_is_none(where, limit) -> None:
+def test_invalid_limits_are_refused(where, limit) -> None:
     with pytest.raises(PolicyError, match="limit"):
         example("external_service", socket=where, limit=limit)
 

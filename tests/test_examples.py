@@ -1,4 +1,4 @@
-"""Each example, by itself, with the tester, on the fake hypervisor, and once under a guest."""
+"""Each example with the tester, on the fake hypervisor, and once with a guest on /dev/kvm."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def learned():
     return tester
 
 
-def test_what_was_shared_at_boot_may_be_shared_again(learned) -> None:
+def test_pages_shared_at_boot_may_be_shared_again(learned) -> None:
     learned.advance(1.0)
     assert learned.fault(9 * PAGE) == Convert()
     assert learned.call(8 * PAGE, 4 * PAGE, to="shared") == Convert()
@@ -176,7 +176,7 @@ def test_what_was_shared_at_boot_may_be_shared_again(learned) -> None:
 
 
 @pytest.mark.parametrize(("page", "pages"), [(0, 1), (7, 2), (11, 2), (8, 13), (21, 1), (0, 64)])
-def test_what_was_not_is_locked(learned, page, pages) -> None:
+def test_other_pages_are_locked(learned, page, pages) -> None:
     learned.advance(1.0)
     for _ in range(2):
         assert learned.call(page * PAGE, pages * PAGE, to="shared") == Deny()
@@ -184,7 +184,7 @@ def test_what_was_not_is_locked(learned, page, pages) -> None:
     assert learned.fault(30 * PAGE) == Deny()
 
 
-def test_the_boot_goes_on_while_it_asks_and_ends_for_good(learned) -> None:
+def test_the_boot_lasts_while_requests_come_and_ends_once(learned) -> None:
     for page in range(100, 110):
         learned.advance(0.99)
         assert learned.fault(page * PAGE) == Convert()
@@ -201,15 +201,15 @@ def test_the_boot_ends_after_so_many_requests() -> None:
 
 
 @pytest.mark.parametrize("options", [{"quiet": 0}, {"quiet": -1}, {"quiet": "nan"}, {"requests": 0}])
-def test_a_boot_that_cannot_be(options) -> None:
+def test_invalid_options_are_refused(options) -> None:
     with pytest.raises(PolicyError, match="must be above 0"):
         example("learn_then_lock", **options)
 
 
-def test_ranges_meet_and_are_joined() -> None:
+def test_adjacent_and_overlapping_ranges_are_joined() -> None:
     ranges = module(example("learn_then_lock")).Ranges()
     told = set()
-    # All orders of meeting: apart, touching, overlapping, inside, around.
+    # Ranges that are apart, touch, overlap, and contain one another, in every order.
     for start, end in [
         (8, 10),
         (2, 4),
@@ -293,7 +293,7 @@ class Answers(Policy):
         (Stop("why"), {"decision": "stop", "reason": "why"}),
     ],
 )
-def test_it_records_what_another_policy_says(audit, answer, logged) -> None:
+def test_the_audit_log_records_the_inner_policys_decision(audit, answer, logged) -> None:
     policy, lines = audit(Answers(answer))
     tester = PolicyTester(policy)
     assert tester.fault(0) == tester.call(0, to="shared") == answer
@@ -305,7 +305,7 @@ def test_it_records_what_another_policy_says(audit, answer, logged) -> None:
 
 
 @pytest.mark.parametrize("remembered", [Convert, Deny, Retry])
-def test_nothing_is_remembered_off_the_record(audit, remembered) -> None:
+def test_every_request_is_logged_despite_remember(audit, remembered) -> None:
     policy, lines = audit(Answers(remembered(remember=Region(0, MEMORY))))
     tester = PolicyTester(policy)
     for _ in range(5):
@@ -313,7 +313,7 @@ def test_nothing_is_remembered_off_the_record(audit, remembered) -> None:
     assert len(lines()) == 5
 
 
-def test_a_mistake_is_on_record_too(audit) -> None:
+def test_the_audit_log_records_failures(audit) -> None:
     policy, lines = audit(Answers(KeyError("mine")))
     with pytest.raises(KeyError):
         PolicyTester(policy).fault(0)
@@ -323,7 +323,7 @@ def test_a_mistake_is_on_record_too(audit) -> None:
     assert (lines()[0]["raised"], lines()[1]["decision"], lines()[1]["answer"]) == ("KeyError('mine')", "none", "None")
 
 
-def test_no_record_no_conversion(audit) -> None:
+def test_nothing_is_converted_if_the_audit_log_cannot_be_written(audit) -> None:
     policy, _ = audit()
     policy.close()
     tester = PolicyTester(policy)

@@ -1,4 +1,4 @@
-"""Options of a policy: text that becomes what the policy's signature says."""
+"""Options of a policy: text is turned into the types of the policy's signature."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_factory_s_parameters_are_options(write):
         load(write("def make(): pass\n"), "make")
 
 
-def test_keywords_without_end_are_text(write):
+def test_arbitrary_keywords_are_text(write):
     path = write("class Mine(Policy):\n  def __init__(self, **rest): self.rest = rest\n")
     assert load(path, options={"a": "1"}).rest == {"a": "1"}
 
@@ -166,7 +166,7 @@ def test_a_built_in_policy_takes_options(write):
         load(path, "Quota", {"max_shared": "1", "then": "x"})
 
 
-def test_what_is_no_class_refuses_options(write):
+def test_modules_and_hooks_take_no_options(write):
     path = write("def memory_fault(fault): return Convert()\n")
     with pytest.raises(PolicyError, match=r"module of functions and takes no options \(limit\): name a class"):
         load(path, options={"limit": "1"})
@@ -182,6 +182,6 @@ def test_an_annotation_that_does_not_resolve(write):
 
 
 @pytest.mark.parametrize("text", ["", "x", "1.5", "K", "0x", "1 2", "12Q", "0b2"])
-def test_what_is_no_whole_number(text):
+def test_invalid_whole_numbers_are_refused(text):
     with pytest.raises(ValueError):  # noqa: PT011
         options.integer(text)

@@ -1,4 +1,4 @@
-"""What a replay says of a trace, and traces made up for it. No KVM."""
+"""Replays of recorded and synthetic traces, without KVM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .trace_parts import MEMORY, PAGE, PRIVATE, SHARED, StopAt, call, machine, r
 
 
 class Naive:
-    """Policies and their bookkeeping, a page at a time."""
+    """A naive model of a policy's replay, page by page."""
 
     def __init__(self, initial_shared):
         self.shared = set(initial_shared)
@@ -129,7 +129,7 @@ def test_where_the_run_would_have_ended() -> None:
     assert found.recorded.ends is None
 
 
-def test_what_is_remembered_is_remembered() -> None:
+def test_remembered_decisions_in_a_replay() -> None:
     class Once(Policy):
         asked = 0
 
@@ -184,7 +184,7 @@ def test_poison() -> None:
     vm.close()
 
 
-def test_what_the_host_converted_is_taken_over() -> None:
+def test_conversions_by_the_host_are_taken_over() -> None:
     vm = machine([call(1), call(2, 4), call(2, 4)], policy=StopAt(1))
     vm.run(timeout=10)
     vm.convert(2 * PAGE, 4 * PAGE, to="private")
@@ -221,7 +221,7 @@ def test_the_same_arguments_make_the_same_trace() -> None:
     assert {event.vcpu for event in made(vcpus=3)} == {0, 1, 2}
     kinds = [event.kind for event in made()]
     assert 0.6 < kinds.count("explicit") / 2000 < 0.7
-    # Each meets the state that the ones before it left.
+    # Each request finds the states that the ones before it left.
     assert trace.replay(trace.synthetic(2000), policies.Allow()).different == 0
     assert all(event.state != event.to and event.changed == event.size for event in made())
 

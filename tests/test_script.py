@@ -1,4 +1,4 @@
-"""Policies from files, and what the scripted guest refuses to be told."""
+"""Policies from files, and wrong operations that a guest's script refuses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_name_picks_a_class_or_an_object(write):
 
 
 @pytest.mark.parametrize("made", ["Two()", "Two", "policies.Quota(4096, Two())"])
-def test_what_the_file_calls_policy_is_it(write, made):
+def test_the_name_policy_in_a_file_is_the_policy(write, made):
     policy = load(write(textwrap.dedent(TWO) + f"from pagegate import policies\npolicy = {made}\n"))
     assert isinstance(policy, policies.Quota) == made.startswith("policies.Quota")
     assert isinstance(policy, policies.Quota) or type(policy).__name__ == "Two"
@@ -114,7 +114,7 @@ def test_a_changed_file_is_read_again(write):
         ),
     ],
 )
-def test_what_a_file_raises_names_its_line(write, text, line, said):
+def test_an_exception_of_a_file_names_its_line(write, text, line, said):
     path = write(text)
     modules = {name for name in sys.modules if name.startswith("_pagegate_policy")}
     with pytest.raises(PolicyError) as caught:
@@ -125,7 +125,7 @@ def test_what_a_file_raises_names_its_line(write, text, line, said):
         assert {name for name in sys.modules if name.startswith("_pagegate_policy")} == modules
 
 
-def test_ctrl_c_stays_what_it_is(write):
+def test_ctrl_c_is_passed_on(write):
     with pytest.raises(KeyboardInterrupt):
         load(write("raise KeyboardInterrupt\n"))
 
@@ -144,7 +144,7 @@ def test_the_only_hook_misspelt(write):
 
 
 @pytest.mark.parametrize("name", ["nothing.py", "."])
-def test_what_is_no_file(tmp_path, name):
+def test_paths_that_are_not_files(tmp_path, name):
     with pytest.raises(PolicyError, match="is no file"):
         load(tmp_path / name)
 
@@ -175,20 +175,20 @@ def test_what_is_no_file(tmp_path, name):
         (TypeError, lambda s: s.touch(0, 1, None)),
     ],
 )
-def test_a_slip_is_an_error_at_the_call(error, do):
+def test_a_wrong_operation_is_an_error_at_the_call(error, do):
     script = Script()
     with pytest.raises(error, match=r"must be|it must"):
         do(script)
     assert len(script) == 0
 
 
-def test_the_largest_words_are_taken():
+def test_the_largest_words_are_accepted():
     script = Script()
     script.write((1 << 64) - 1, (1 << 64) - 1)
     script.map_raw((1 << 64) - 1, (1 << 64) - 1, (1 << 64) - 1)
     assert len(script) == 2
 
 
-def test_a_way_to_ask_that_there_is_not():
+def test_an_unknown_way_to_ask_is_refused():
     with pytest.raises(ValueError, match='"hypercall" or "doorbell"'):
         Script(call="vmcall")

@@ -33,7 +33,7 @@ esac
 class TestSource:
     @pytest.fixture
     def offer(self, tmp_path, monkeypatch):
-        """Let apt offer these packages."""
+        """Have the stand-in for apt offer these packages."""
         write_program(tmp_path / "path" / "apt-cache", APT_CACHE)
         monkeypatch.setenv("PATH", f"{tmp_path}/path:{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_PACKAGES", str(tmp_path / "packages"))
@@ -108,7 +108,7 @@ class TestSuite:
 
     @pytest.fixture
     def host(self, tmp_path, monkeypatch):
-        """What the stand-ins for apt's programs go by."""
+        """The files and variables that the stand-ins for apt's programs read."""
         host = tmp_path / "apt"
         host.mkdir()
         (host / "packages").write_text("linux-source-7.3 - Linux kernel source\n")
@@ -125,7 +125,7 @@ class TestSuite:
 
     @staticmethod
     def sources(suite: str = "trixie-backports") -> tuple[str, str]:
-        """Name and text of the sources that apt fetched the suite by."""
+        """Name and text of the sources file with which apt fetched the suite."""
         (file,) = (kernel.cache_directory() / "apt" / suite / "parts").iterdir()
         return file.name, file.read_text()
 
@@ -258,7 +258,7 @@ class TestBuild:
 
     @pytest.fixture
     def make(self, tmp_path, monkeypatch):
-        """A stand-in for make, with the source unpacked and chosen. Returns what it was asked to make so far."""
+        """A stand-in for make, with the source unpacked and chosen. Returns the targets it was called with so far."""
         tree = kernel.cache_directory() / "sources" / self.source.name
         write_program(tree / "scripts/kconfig/merge_config.sh", "#!/bin/sh\n")
         config = "".join(f"CONFIG_{name}=y\n" for name in builder._NEEDED)

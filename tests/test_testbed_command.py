@@ -1,4 +1,4 @@
-"""`pagegate testbed` but for the machine itself, whose place stand-ins take: booting it takes too long here."""
+"""`pagegate testbed` with stand-ins for the virtual machine, because booting one takes too long here."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from pagegate.testbed.command import testbed as command
 
 from .testbed_parts import own_surroundings, wait_for_end, wait_until, write_image, write_program
 
-# Stands in for vng and for the machine: runs what the machine would be asked to run here, without the mounts.
+# Stands in for vng and for the machine: runs on this host what the machine would run, without the mounts.
 FAKE_VNG = r"""#!/bin/sh
 while [ "$1" != --run ]; do shift; done
 job=${2%/*}
@@ -46,7 +46,7 @@ def _own_surroundings(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_machine(tmp_path, monkeypatch):
-    """A machine that is this host. Returns the file where the stand-in for vng leaves its arguments."""
+    """Replaces vng by the stand-in. Returns the file to which it writes its arguments."""
     vng = write_program(tmp_path / "bin" / "vng", FAKE_VNG)
     log = tmp_path / "vng.log"
     monkeypatch.setattr(machine, "find_tools", lambda: machine.Tools(vng=vng, qemu=Path("/bin/false")))
@@ -343,7 +343,7 @@ class TestMachine:
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             stderr=subprocess.DEVNULL,
-            # Where the tests run in the background of a script, SIGINT is ignored, and would be here.
+            # If the tests run in the background of a script, SIGINT is ignored, and the child would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:

@@ -1,4 +1,4 @@
-"""Requests that no guest made, the tester that asks them, and the fixtures."""
+"""Requests made by hand, the policy tester, and the fixtures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MEMORY = 64 * PAGE
 
 
 class Says(Policy):
-    """Answers everything with one answer, and keeps what it was asked."""
+    """Gives every request the same answer, and keeps the requests."""
 
     def __init__(self, answer) -> None:
         self.answer = answer
@@ -113,7 +113,7 @@ def test_a_call_has_the_fields_that_its_registers_say(to, page_size, raw, state)
         {"time": -1},
     ],
 )
-def test_a_fault_that_cannot_be_is_refused(kind, fields) -> None:
+def test_an_impossible_fault_is_refused(kind, fields) -> None:
     with pytest.raises(ValueError, match="must be"):
         kind(**{"gpa": 0, **fields})
 
@@ -136,13 +136,13 @@ def test_a_fault_that_cannot_be_is_refused(kind, fields) -> None:
         {"time": 1 << 64},
     ],
 )
-def test_a_call_that_cannot_be_is_refused(fields) -> None:
+def test_an_impossible_call_is_refused(fields) -> None:
     with pytest.raises(ValueError, match="must be|contradicts"):
         MapGpaRange(**{"gpa": 0, "to": "private", **fields})
 
 
 @pytest.mark.parametrize("make", [lambda: MemoryFault(), lambda: MemoryFault(0, True), lambda: MapGpaRange(0)])
-def test_what_is_missing_or_out_of_place_is_a_type_error(make) -> None:
+def test_missing_or_unexpected_arguments_are_a_type_error(make) -> None:
     with pytest.raises(TypeError):
         make()
 
@@ -159,12 +159,12 @@ def test_what_is_missing_or_out_of_place_is_a_type_error(make) -> None:
         time=st.integers(0, (1 << 64) - 1),
     )
 )
-def test_a_call_is_its_own_description(call) -> None:
+def test_the_repr_of_a_call_makes_the_call(call) -> None:
     again = eval(repr(call), {"MapGpaRange": MapGpaRange})
     assert repr(again) == repr(call)
 
 
-def test_a_fault_is_its_own_description() -> None:
+def test_the_repr_of_a_fault_makes_the_fault() -> None:
     for made in (MemoryFault(PAGE, private=True, time=5), MemoryPoison(PAGE, vcpu=1, rip=7)):
         assert repr(eval(repr(made))) == repr(made)
 
@@ -188,7 +188,7 @@ def test_it_answers_as_the_policy_does(answer, wrap) -> None:
     assert (fault.gpa, fault.private, fault.state) == (PAGE, False, "private")
 
 
-def test_what_no_hook_says_is_the_default() -> None:
+def test_missing_hooks_have_the_default() -> None:
     for policy in (None, Policy(), Allow()):
         tester = PolicyTester(policy)
         assert tester.fault(0) == tester.call(PAGE, to="shared") == Convert()
@@ -221,7 +221,7 @@ def test_only_a_conversion_changes_them(answer) -> None:
     assert tester.shared_bytes == 0
 
 
-def test_a_page_that_is_accessed_as_it_is_asks_nobody() -> None:
+def test_an_access_in_the_pages_state_does_not_ask_the_policy() -> None:
     policy = Says(Convert())
     tester = PolicyTester(policy, memory=MEMORY)
     with pytest.raises(ValueError, match="is private already"):
@@ -235,7 +235,7 @@ def test_a_page_that_is_accessed_as_it_is_asks_nobody() -> None:
 
 
 @pytest.mark.parametrize(("gpa", "size"), [(MEMORY, PAGE), (0, MEMORY + PAGE), (1, PAGE), (0, 0), (1 << 63, PAGE)])
-def test_what_is_malformed_asks_nobody(gpa, size) -> None:
+def test_a_malformed_request_does_not_ask_the_policy(gpa, size) -> None:
     policy = Says(Convert())
     tester = PolicyTester(policy, memory=MEMORY)
     for ask in (
@@ -250,7 +250,7 @@ def test_what_is_malformed_asks_nobody(gpa, size) -> None:
 
 
 @pytest.mark.parametrize("memory", [0, -PAGE, 100, 1 << 60, 1 << 64])
-def test_memory_that_cannot_be(memory) -> None:
+def test_impossible_memory_is_refused(memory) -> None:
     with pytest.raises(ValueError, match="must be"):
         PolicyTester(memory=memory)
 
@@ -304,7 +304,7 @@ def test_an_answer_is_validated_as_a_machine_does(answer) -> None:
 @pytest.mark.parametrize(
     "answer", [Convert(gpa=1), Convert(gpa=MEMORY), Convert(size=MEMORY + PAGE), Convert(size=0), Discard()]
 )
-def test_a_conversion_that_cannot_be_is_a_policy_error(answer) -> None:
+def test_an_impossible_conversion_is_a_policy_error(answer) -> None:
     tester = PolicyTester(Says(answer), memory=MEMORY)
     with pytest.raises(PolicyError):
         tester.fault(0)
@@ -319,7 +319,7 @@ def test_poison_is_discarded_and_not_converted() -> None:
         PolicyTester(Says(Convert())).poison(0)
 
 
-def test_what_a_hook_raises_is_raised() -> None:
+def test_an_exception_of_a_hook_is_raised() -> None:
     class Breaks(Policy):
         def memory_fault(self, fault):
             raise KeyError("mine")
@@ -371,7 +371,7 @@ def test_ping_pong_goes_by_the_testers_time() -> None:
     assert "ping-pong: 0x0" in decisions[3].reason
 
 
-def test_what_a_policy_taught_is_remembered() -> None:
+def test_remembered_decisions_are_used() -> None:
     policy = Says(Deny(remember=Region(0, MEMORY, uses=2)))
     tester = PolicyTester(policy, memory=MEMORY)
     assert [tester.fault(0).errno for _ in range(4)] == [22] * 4
@@ -392,7 +392,7 @@ def test_a_policy_may_look_at_its_tester() -> None:
     assert seen == [("private", 0), ("private", PAGE)]
 
 
-def test_a_tester_and_its_policy_go_together() -> None:
+def test_a_tester_and_its_policy_are_collected_together() -> None:
     class Keeps(Policy):
         tester = None
 
@@ -418,8 +418,8 @@ requests = st.lists(
 
 
 @given(requests, st.integers(0, 64), st.sampled_from([PAGE, 4 * PAGE]))
-def test_it_says_what_a_machine_does(requests, quota, block) -> None:
-    """Explicit requests, since the fake's vCPUs make those whatever the states are."""
+def test_it_decides_as_a_machine_does(requests, quota, block) -> None:
+    """With explicit requests, since the fake's vCPUs make those in any state of the pages."""
 
     def policy():
         return Quota(quota * PAGE, Window([(0, 48 * PAGE)], Align(block)))
@@ -483,6 +483,6 @@ def test_pytest_finds_the_fixtures_and_closes_the_machines(tmp_path) -> None:
     assert "2 passed" in run.stdout
 
 
-def test_pytest_is_needed_by_nobody_else() -> None:
+def test_the_package_does_not_need_pytest() -> None:
     code = "import sys, pagegate.testing, pagegate.script, pagegate.cli; assert 'pytest' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

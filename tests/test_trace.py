@@ -1,4 +1,4 @@
-"""Traces as files and as tables, and how they are recorded. No KVM."""
+"""Traces as files and as tables, and recording them, without KVM."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_empty_trace(tmp_path, kind) -> None:
     assert trace.replay(file, policies.Allow()).requests == 0
 
 
-def test_others_read_the_files(tmp_path) -> None:
+def test_other_libraries_read_the_files(tmp_path) -> None:
     files = {kind: tmp_path / f"trace.{kind}" for kind in FORMATS}
     made = trace.synthetic(500)
     for file in files.values():
@@ -62,7 +62,7 @@ def test_others_read_the_files(tmp_path) -> None:
     assert all(table.schema.metadata == pa.table(made).schema.metadata for table in tables)
 
 
-def test_what_others_wrote_is_read(tmp_path) -> None:
+def test_files_of_other_libraries_are_read(tmp_path) -> None:
     polars = pytest.importorskip("polars")
     duckdb = pytest.importorskip("duckdb")
     made = trace.synthetic(500)
@@ -80,7 +80,7 @@ def test_what_others_wrote_is_read(tmp_path) -> None:
     assert {event.kind for event in some} == {"implicit"}
 
 
-def test_a_table_that_says_nothing_of_its_machine() -> None:
+def test_a_table_without_its_machine() -> None:
     table = pa.table(trace.synthetic(5)).replace_schema_metadata()
     with pytest.raises(ValueError, match="does not say how much memory .*: tell memory and initial to whoever"):
         trace.read(table)
@@ -104,12 +104,12 @@ def test_a_table_that_says_nothing_of_its_machine() -> None:
         (lambda table: table.set_column(3, "kind", pa.array([1.5, 2.5, 3.5])), '"kind": "1.5" is none of'),
     ],
 )
-def test_what_is_no_trace(change, why) -> None:
+def test_tables_that_are_no_traces(change, why) -> None:
     with pytest.raises(ValueError, match=why):
         trace.read(change(pa.table(trace.synthetic(3))))
 
 
-def test_what_is_no_source(tmp_path) -> None:
+def test_objects_that_are_no_traces(tmp_path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         trace.read(tmp_path / "none.parquet")
     assert caught.value.filename == str(tmp_path / "none.parquet")
@@ -134,7 +134,7 @@ def test_damaged_parquet_is_an_error(tmp_path) -> None:
         file.write_bytes(whole[: choose.randrange(len(whole))])
         with pytest.raises(ValueError, match="is no trace"):
             trace.read(file)
-    # Of a byte that is another one some are in values, where nothing tells.
+    # Some changed bytes are in values, where the change cannot be noticed.
     refused = 0
     for _ in range(50):
         damaged = bytearray(whole)
@@ -160,11 +160,11 @@ def test_a_stream_can_be_read_at_any_time(tmp_path) -> None:
         assert len(read) > 4000
 
 
-def test_a_stream_that_is_damaged_in_the_middle_is_no_shorter_one(tmp_path) -> None:
+def test_a_stream_damaged_in_the_middle_is_an_error(tmp_path) -> None:
     file = tmp_path / "trace.arrows"
     recorded(file, [call(1), call(1, 1, SHARED)], cycles=10_000)
     whole = bytearray(file.read_bytes())
-    # The second batch begins with a message of its own.
+    # Each batch is a message with a header; this finds one in the second half.
     begin = whole.index(b"\xff\xff\xff\xff", len(whole) // 2)
     whole[begin + 8 : begin + 200] = b"\xff" * 192
     file.write_bytes(whole)
@@ -191,7 +191,7 @@ def test_a_killed_recorder_leaves_a_stream_that_can_be_read(tmp_path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout.readline() == "halt 20000 0\n"
-            # Events are in the file a second later at the latest.
+            # Events are written to the file within a second.
             end = time.monotonic() + 10
             while len(trace.read(file)) < 20_000:
                 assert time.monotonic() < end, "events are not written while the recorder runs"
@@ -222,7 +222,7 @@ def test_what_the_log_dropped_is_counted(tmp_path) -> None:
     assert found.missing == recorder.lost
 
 
-def test_recording_begins_where_it_begins(tmp_path) -> None:
+def test_a_recording_has_only_events_after_its_start(tmp_path) -> None:
     with machine([call(1), call(2), call(3)], policy=policies.Allow()) as vm:
         vm.policy.replace(StopAt(1))
         vm.run(timeout=10)
@@ -232,11 +232,11 @@ def test_recording_begins_where_it_begins(tmp_path) -> None:
         recorder.close()
     events = list(trace.read(tmp_path / "trace.arrow"))
     assert [event.sequence for event in events] == [2]
-    # What had been converted by then is known.
+    # The trace knows what had been converted before the recording.
     assert trace.read(tmp_path / "trace.arrow").shared_bytes == MEMORY - PAGE
 
 
-def test_a_full_disk_is_said_once(tmp_path) -> None:
+def test_a_full_disk_is_reported_once(tmp_path) -> None:
     full = tmp_path / "trace.arrows"
     full.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught, machine([call(1)]) as vm:
@@ -283,7 +283,7 @@ def test_no_more_than_the_limit_is_written(tmp_path) -> None:
     assert [event.sequence for event in trace.read(file)] == list(range(7))
 
 
-def test_what_is_missing_at_the_beginning_is_missing() -> None:
+def test_events_dropped_before_the_replay_are_counted_as_missing() -> None:
     vm = machine([call(1), call(1, 1, SHARED)], cycles=50, events=10)
     vm.run(timeout=10)
     found = trace.replay(vm.events, policies.Allow())

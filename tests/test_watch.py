@@ -43,7 +43,7 @@ def test_a_file_that_is_written_or_replaced_is_loaded(watched):
 
 
 @pytest.mark.parametrize("text", ["for", "1 / 0", "raise SystemExit(3)", "raise KeyboardInterrupt", "Mine = 7"])
-def test_a_file_that_fails_leaves_the_policy_and_the_watch_goes_on(watched, text):
+def test_a_file_that_fails_is_skipped_and_the_watch_goes_on(watched, text):
     path, replaced, said = watched
     path.write_text(text)
     line = said.get(timeout=10)
@@ -54,7 +54,7 @@ def test_a_file_that_fails_leaves_the_policy_and_the_watch_goes_on(watched, text
     assert replaced.get(timeout=10).memory_fault(None) == Deny(44)
 
 
-def test_what_does_not_change_is_not_loaded(watched):
+def test_an_unchanged_file_is_not_loaded_again(watched):
     path, replaced, _ = watched
     os.utime(path, ns=(1, path.stat().st_mtime_ns))
     with pytest.raises(queue.Empty):

@@ -1,4 +1,4 @@
-"""What the tests of `pagegate testbed` share."""
+"""Helpers of the tests of `pagegate testbed`."""
 
 import time
 from pathlib import Path
@@ -41,7 +41,7 @@ def wait_until(condition) -> None:
 
 
 def wait_for_end(pid: int) -> None:
-    """Wait until this process has ended; one that nobody has collected counts as ended."""
+    """Wait until this process has ended; a zombie counts as ended."""
 
     def ended() -> bool:
         try:

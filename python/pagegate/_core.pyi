@@ -169,7 +169,8 @@ class Convert:
         """Whether the old side is freed.
 
         If not, it keeps its bytes, which the guest finds again when the page is converted back. Until then both sides
-        take up memory.
+        take up memory. Under attributes KVM's emulation can write to the shared side of a private page; from the first
+        ``discard=False`` on, such bytes are not freed any more before a page becomes shared, whichever page it is.
         """
     @property
     def prefault(self) -> bool:
@@ -853,7 +854,13 @@ class Vm:
         No conversion in between is missed or told twice. Raises PolicyError for an object that is no listener.
         """
     def remove_listener(self, listener: object) -> None:
-        """Stops telling an object of conversions. ValueError if it is no listener of this machine."""
+        """Stops telling an object of conversions.
+
+        It waits for those under way, and after it nothing more is told. From inside of a listener it does not wait, and
+        the conversion under way is still told to its end.
+
+        ValueError if it is no listener of this machine.
+        """
     def run(self, timeout: float | None = None) -> Report:
         """Runs every started vCPU, each in its own thread, until one ends the run, all halt or ``timeout`` is over.
 

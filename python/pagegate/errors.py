@@ -28,7 +28,7 @@ class NotSupported(PagegateError):
 
 
 class BadBacking(PagegateError):
-    """KVM_RUN failed with EFAULT without reporting a memory fault: the host memory behind a memslot cannot be accessed."""
+    """KVM_RUN failed with EFAULT and reported no memory fault: a memslot's host memory cannot be accessed."""
 
 
 class Livelock(PagegateError):

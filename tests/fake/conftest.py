@@ -13,7 +13,7 @@ BIT = 40
 Pair = tuple[Vm, Fake]
 Make = Callable[..., Pair]
 
-# enforcement and shared bit: every way to hold a page in its state
+# Enforcement and shared bit: every way to enforce a page's state.
 WAYS = [
     pytest.param(("attributes", None), id="attributes"),
     pytest.param(("attributes", BIT), id="attributes-shared-bit"),
@@ -21,8 +21,8 @@ WAYS = [
     pytest.param(("memslots", BIT), id="memslots-shared-bit"),
 ]
 
-# What the fake KVM has for a page in each state. For its gpa, and then for its shared view: whether the attribute says
-# private, and the slot: None for no slot, True for one with a guest_memfd.
+# What the fake KVM has for a page in each state: for its gpa the attribute (is it private?) and the slot, then the same
+# for its address in the shared view. A slot is None if there is none, and True if it has a guest_memfd.
 ENFORCED = {
     ("attributes", None): {(True, True, False, None): "private", (False, True, False, None): "shared"},
     ("attributes", BIT): {(True, True, True, False): "private", (True, None, False, False): "shared"},
@@ -32,19 +32,19 @@ ENFORCED = {
 
 
 def enforced(vm: Vm, fake: Fake, gpa: int) -> Any:
-    """The state that the fake KVM enforces for a page; if that is neither of the two, what it has for the page."""
+    """The state that the fake KVM enforces for a page, or, if it is neither, the attributes and slots themselves."""
     view = gpa | 1 << BIT
     found = (fake.is_private(gpa), fake.slot_at(gpa), fake.is_private(view), fake.slot_at(view))
     return ENFORCED[vm.enforcement, vm.shared_bit].get(found, found)
 
 
 def mapped(vm: Vm) -> list[str]:
-    """Each page's state as the map has it."""
+    """Each page's state by the page map."""
     return [state for _, size, state in vm.attributes.runs() for _ in range(size // 4096)]
 
 
 def assert_one_truth(vm: Vm, fake: Fake) -> None:
-    """KVM enforces for every page what the map says."""
+    """Checks that KVM enforces for every page the state in the map."""
     assert [enforced(vm, fake, gpa) for gpa in range(0, vm.memory, 4096)] == mapped(vm)
 
 
@@ -55,7 +55,7 @@ def way(request: pytest.FixtureRequest) -> tuple[str, int | None]:
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes machines on the fake, one vCPU a script, each started."""
+    """Makes machines on the fake, with one vCPU for each script, each started."""
     vms: list[Vm] = []
 
     def make(
@@ -68,7 +68,7 @@ def make() -> Iterator[Make]:
     ) -> Pair:
         enforcement, shared_bit = way
         slots = kwargs.pop("divided", 1)
-        # The VM takes what the fake has.
+        # Without an enforcement the VM uses the one that the fake has.
         fake = Fake(*scripts, private_memory=enforcement == "attributes", memslots=memslots, cycles=cycles)
         vm = Vm(memory, vcpus=max(1, len(scripts)), hypervisor=fake, shared_bit=shared_bit, memslots=slots, **kwargs)
         vms.append(vm)

@@ -1,4 +1,4 @@
-"""What a policy may answer, and what comes of it."""
+"""What each decision of a policy does."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ REQUESTS = [
 
 @pytest.fixture(params=REQUESTS)
 def to_private(request):
-    """Asks for page 8, explicitly for pages 8 to 11, to be private."""
+    """A step that asks for page 8 to be private; an explicit one asks for pages 8 to 11."""
     return request.param
 
 
 # ---- Convert
 
 
-def test_without_a_policy_all_is_converted_as_asked(make, to_private) -> None:
+def test_without_a_policy_every_request_is_converted(make, to_private) -> None:
     vm, _ = make([to_private(8)])
     report = vm.run(timeout=10)
     assert report.conversions == 1
     assert private_pages(vm) == ([8] if report.faults else [8, 9, 10, 11])
 
 
-def test_narrowed(make, recorder) -> None:
+def test_a_narrower_range_is_converted(make, recorder) -> None:
     vm, fake = make([Step.hypercall(8 * PAGE, 4, PRIVATE)], policy=recorder(Convert(gpa=9 * PAGE, size=2 * PAGE)))
     report = vm.run(timeout=10)
     assert private_pages(vm) == [9, 10]
@@ -51,7 +51,7 @@ def test_narrowed(make, recorder) -> None:
     assert fake.replies()[0].value == 0
 
 
-def test_widened(make, recorder, to_private, way) -> None:
+def test_a_wider_range_is_converted(make, recorder, to_private, way) -> None:
     vm, _ = make([to_private(8)], policy=recorder(Convert(gpa=4 * PAGE, size=16 * PAGE)), way=way)
     report = vm.run(timeout=10)
     assert (report.reason, report.conversions, report.bytes_to_private) == ("halt", 1, 16 * PAGE)
@@ -65,7 +65,7 @@ def test_only_size_or_only_start_given(make, recorder) -> None:
     assert private_pages(vm) == [8, 20, 21, 22, 23]
 
 
-def test_to_the_other_state(make, recorder, to_private) -> None:
+def test_convert_to_another_state_than_asked(make, recorder, to_private) -> None:
     vm, _ = make([to_private(8)], policy=recorder(Convert(to="shared")))
     vm.convert(8 * PAGE, 4 * PAGE, to="private")
     before = vm.attributes.private_bytes
@@ -77,7 +77,7 @@ def test_to_the_other_state(make, recorder, to_private) -> None:
     assert report.requests == report.hypercalls
 
 
-def test_other_pages_than_asked(make, recorder) -> None:
+def test_convert_of_other_pages_than_asked(make, recorder) -> None:
     vm, fake = make([Step.doorbell(8 * PAGE, 1, PRIVATE)], policy=recorder(Convert(gpa=30 * PAGE)))
     vm.run(timeout=10)
     assert private_pages(vm) == [30]
@@ -97,7 +97,7 @@ def test_other_pages_than_asked(make, recorder) -> None:
         Convert(gpa=0x1001),
     ],
 )
-def test_impossible_ranges_are_the_policys_fault(make, recorder, to_private, answer) -> None:
+def test_impossible_ranges_are_policy_errors(make, recorder, to_private, answer) -> None:
     vm, fake = make([to_private(8)], policy=recorder(answer))
     calls = fake.calls("set_attributes")
     with pytest.raises(PolicyError, match="vCPU 0") as caught:
@@ -189,7 +189,7 @@ def test_repeats_count_on_though_a_neighbour_changes(make) -> None:
 
 @pytest.mark.parametrize("answer", [Retry(), Convert(to="shared"), Convert(gpa=30 * PAGE)], ids=repr)
 @pytest.mark.parametrize("way", [("attributes", 40), ("memslots", 40)], ids=str)
-def test_requests_never_satisfied_end_as_a_livelock(make, recorder, way, answer) -> None:
+def test_requests_that_are_never_carried_out_are_a_livelock(make, recorder, way, answer) -> None:
     policy = recorder(answer)
     vm, _ = make([Step.access(8 * PAGE)], policy=policy, way=way)
     assert vm.run(timeout=60).reason == "livelock"
@@ -279,7 +279,7 @@ def test_the_report_counts_what_happened(make, recorder) -> None:
     assert vm.run(timeout=10).requests == 0
 
 
-def test_events_tell_the_same(make, recorder) -> None:
+def test_events_say_the_same_as_the_report(make, recorder) -> None:
     script = [Step.doorbell(8 * PAGE, 4, PRIVATE), Step.memory_fault(20 * PAGE), Step.hypercall(0, 1, SHARED)]
     vm, _ = make(script, policy=recorder(Convert(gpa=9 * PAGE, size=PAGE), Convert(), Deny(errno.EPERM)))
     vm.run(timeout=10)

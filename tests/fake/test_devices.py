@@ -49,7 +49,7 @@ def test_reads_are_answered_with_all_their_bytes(make, size, count) -> None:
     assert fake.replies()[0].data == answer
 
 
-def test_ports_without_a_handler_read_ones_and_swallow_writes(make) -> None:
+def test_ports_without_a_handler_read_ones_and_ignore_writes(make) -> None:
     vm, fake = make([Step.io_write(0x99, b"abcd"), Step.io_read(0x99, size=4), Step.io_read(0x98, count=3)])
     assert vm.run(timeout=10).reason == "halt"
     assert [reply.data for reply in fake.replies()[1:]] == [b"\xff" * 4, b"\xff" * 3]
@@ -74,7 +74,7 @@ def test_a_read_answered_wrongly_is_a_policy_error(make, answer) -> None:
     assert fake.replies()[0].data == b"good"
 
 
-def test_what_a_handler_of_a_write_returns_does_not_matter(make) -> None:
+def test_the_result_of_a_handler_of_a_write_is_ignored(make) -> None:
     vm, _ = make([Step.io_write(0x99, b"a"), mmio_write(FAR, b"b")])
     vm.on_io(0x99, lambda io: "ignored")
     vm.on_mmio(FAR, PAGE, lambda mmio: b"ignored too")
@@ -91,7 +91,7 @@ class Odd(BaseException):
     [Step.io_write(0x99, b"abc"), Step.io_read(0x99), mmio_write(FAR, b"ab"), mmio_read(FAR, 4)],
     ids=["out", "in", "store", "load"],
 )
-def test_what_a_handler_raises_is_raised_once_and_the_access_made_again(make, error, step) -> None:
+def test_an_exception_of_a_handler_is_raised_once_and_the_access_repeated(make, error, step) -> None:
     seen = []
     raised = error("from the handler")
 
@@ -114,7 +114,7 @@ def test_what_a_handler_raises_is_raised_once_and_the_access_made_again(make, er
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_mmio_is_told_with_its_size(make, size) -> None:
+def test_mmio_handlers_get_the_size(make, size) -> None:
     data = bytes(range(0x11, 0x11 + size))
     seen = []
     vm, _ = make([mmio_write(FAR + 8, data), mmio_read(FAR + 16, size)])
@@ -138,7 +138,7 @@ def test_mmio_goes_to_the_handler_of_its_range(make) -> None:
     assert seen == [("a", FAR), ("a", FAR + PAGE - 1), ("b", FAR + PAGE)]
 
 
-def test_mmio_read_nobody_answers_reads_ones(make) -> None:
+def test_an_mmio_read_without_a_handler_reads_ones(make) -> None:
     vm, fake = make([Step.access(FAR)])
     vm.run(timeout=10)
     assert fake.replies()[0].data == b"\xff" * 8
@@ -183,7 +183,7 @@ def test_a_port_keeps_its_first_handler(make) -> None:
     assert seen == ["first"]
 
 
-def test_the_doorbells_port_is_taken(make) -> None:
+def test_the_doorbells_port_is_reserved(make) -> None:
     vm, _ = make([])
     with pytest.raises(ValueError, match="doorbell"):
         vm.on_io(DOORBELL_PORT, lambda io: None)
@@ -210,7 +210,7 @@ def test_a_handler_may_convert_and_read(make) -> None:
     assert vm.attributes.is_private(8 * PAGE)
 
 
-def test_vcpus_are_told_apart(make) -> None:
+def test_handlers_get_the_vcpu(make) -> None:
     seen = set()
     vm, _ = make([Step.io_write(0x99, b"x")], [Step.io_write(0x99, b"x")], [Step.io_write(0x99, b"x")])
     vm.on_io(0x99, lambda io: seen.add(io.vcpu))

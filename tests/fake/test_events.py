@@ -1,4 +1,4 @@
-"""The log as data: what is in it, that it is bounded, and that tables lie over its memory."""
+"""The log: its contents, its bound, and that tables are made from its memory without a copy."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_events_say_what_was_asked_decided_and_done(make) -> None:
     assert (other.decision_discard, other.changed) == (False, 0)
 
 
-def test_a_fault_brings_where_it_came_from(make, recorder) -> None:
+def test_the_event_of_a_fault_has_the_faults_fields(make, recorder) -> None:
     policy = recorder()
     vm, _ = make([Step.access(0x5000)], policy=policy, way=("attributes", 40))
     vm.run(timeout=10)
@@ -91,7 +91,7 @@ def test_what_a_quota_refuses_was_denied(make) -> None:
     assert (event.decision, event.decision_errno, event.outcome, event.done_size) == ("deny", 22, "denied", 0)
 
 
-def test_a_hook_that_failed_decided_nothing(make) -> None:
+def test_an_event_whose_hook_failed_has_no_decision(make) -> None:
     class Broken(pagegate.Policy):
         def map_gpa_range(self, call):
             raise ZeroDivisionError
@@ -113,7 +113,7 @@ def test_the_table_says_the_same_as_the_events(make) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 1000, 1023, 1024, 1025, 5000])
-def test_the_newest_are_kept_exactly(make, capacity) -> None:
+def test_exactly_the_newest_events_are_kept(make, capacity) -> None:
     cycles = 3000
     vm, _ = make([Step.doorbell(PAGE, 1, PRIVATE), Step.doorbell(PAGE, 1, SHARED)], cycles=cycles, events=capacity)
     vm.run(timeout=30)
@@ -136,7 +136,7 @@ def addresses(source):
     return [buffer.address for chunk in chunks for buffer in chunk.buffers() if buffer is not None]
 
 
-def test_a_table_is_no_copy(make) -> None:
+def test_a_table_shares_the_logs_memory(make) -> None:
     vm, _ = make([Step.doorbell(PAGE, 1, PRIVATE), Step.doorbell(PAGE, 1, SHARED)], cycles=1500)
     vm.run(timeout=30)
     first = addresses(vm.events)
@@ -153,8 +153,8 @@ class StopAfter(pagegate.Policy):
         return Convert() if self.left >= 0 else Stop("for now")
 
 
-def test_a_table_stays_as_it_was(make) -> None:
-    """Whatever the log does with its memory afterwards, the machine's end included."""
+def test_a_table_does_not_change(make) -> None:
+    """The log reuses its memory in a later run, and the machine is closed, but the table does not change."""
     steps = [Step.doorbell(number * PAGE, 1, PRIVATE) for number in range(8)]
     vm, _ = make(steps, cycles=2000, events=2048, policy=StopAfter(700))
     vm.run(timeout=30)
@@ -167,7 +167,7 @@ def test_a_table_stays_as_it_was(make) -> None:
     assert [row["sequence"] for row in before] == list(range(701))
 
 
-def test_who_looks_meanwhile_sees_whole_rows(make, in_background) -> None:
+def test_tables_taken_during_a_run_have_whole_rows(make, in_background) -> None:
     cycles = 20_000
     scripts = [[Step.doorbell((16 * vcpu + n) * PAGE, 1 + n % 4, PRIVATE) for n in range(12)] for vcpu in range(2)]
     vm, _ = make(*scripts, cycles=cycles, events=4096)
@@ -193,7 +193,7 @@ def resident():
 
 
 def test_the_log_does_not_grow(make, in_background) -> None:
-    """Also while somebody takes table after table."""
+    """Not even while tables are taken from it all the time."""
     vm, _ = make([Step.doorbell(PAGE, 1, PRIVATE)], cycles=400_000, events=2048, initial="private")
     for _ in range(100):
         table(vm.events)
@@ -202,7 +202,7 @@ def test_the_log_does_not_grow(make, in_background) -> None:
     while vm.events.total < 400_000:
         table(vm.events)
     run.join(60)
-    # All of them would be 50 MB.
+    # All events together take 50 MB.
     assert resident() - before < 16 << 20
 
 
@@ -236,7 +236,7 @@ def test_duckdb(make) -> None:
     assert found == [("private", 5 * PAGE), ("shared", 5 * PAGE)]
 
 
-def test_a_fake_of_one_vcpu_is_asked_in_order(make) -> None:
+def test_the_times_of_one_vcpus_events_ascend(make) -> None:
     vm, _ = make([Step.doorbell(n * PAGE, 1, PRIVATE) for n in range(9)])
     vm.run(timeout=10)
     times = table(vm.events).column("time").to_pylist()

@@ -1,4 +1,4 @@
-"""What each return of KVM_RUN leads to: errno by errno, exit by exit."""
+"""What is done for each errno and each exit reason of KVM_RUN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pagegate.testing import Step
 
 PAGE = 4096
 PRIVATE = 8
-EHWPOISON = 133  # not in every module errno
+EHWPOISON = 133  # Python's errno module does not have it everywhere
 HLT, IO, MMIO, MEMORY_FAULT = 5, 2, 6, 39
 KVM_EXIT_INTR, FAIL_ENTRY, SYSTEM_EVENT = 10, 9, 24
 CALLS = ("set_attributes", "create_memslot", "delete_memslot", "discard")
@@ -21,17 +21,17 @@ def changes(fake):
     return [fake.calls(call) for call in CALLS]
 
 
-# ---- interrupted, and again
+# ---- EINTR, EAGAIN, ENOMEM
 
 
 @pytest.mark.parametrize("number", [errno.EINTR, errno.EAGAIN, errno.ENOMEM])
-def test_passing_failures_are_tried_again(make, number) -> None:
+def test_temporary_failures_are_tried_again(make, number) -> None:
     vm, _ = make([Step.fail(number)] * 20)
     assert vm.run(timeout=10).reason == "halt"
 
 
 @pytest.mark.parametrize("number", [errno.EINTR, errno.EAGAIN, errno.ENOMEM])
-def test_exit_reason_is_ignored_where_nothing_happened(make, recorder, number) -> None:
+def test_exit_reason_is_ignored_after_a_temporary_failure(make, recorder, number) -> None:
     policy = recorder()
     vm, _ = make([Step.memory_fault(PAGE, errno=number)], policy=policy)
     assert vm.run(timeout=10).reason == "halt"
@@ -40,7 +40,7 @@ def test_exit_reason_is_ignored_where_nothing_happened(make, recorder, number) -
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
-def test_endless_refusal_is_bounded(make, number) -> None:
+def test_temporary_failures_are_bounded(make, number) -> None:
     vm, _ = make([Step.fail(number)], cycles=100_000)
     with pytest.raises(PagegateError, match=errno.errorcode[number]) as caught:
         vm.run(timeout=30)
@@ -105,7 +105,7 @@ def test_efault_with_any_other_reason_is_bad_backing(make, reason) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EFAULT, EHWPOISON])
-def test_stale_annotation_is_never_trusted(make, recorder, number) -> None:
+def test_a_stale_memory_fault_in_kvm_run_is_ignored(make, recorder, number) -> None:
     policy = recorder()
     vm, _ = make([Step.memory_fault(PAGE), Step.fail(number)], policy=policy)
     with pytest.raises(PagegateError) as caught:
@@ -139,7 +139,7 @@ def test_unknown_fault_flags_are_refused(make, recorder, bits) -> None:
     ],
 )
 @pytest.mark.parametrize("number", [errno.EFAULT, EHWPOISON])
-def test_nonsense_fault_places_are_refused(make, recorder, gpa, size, number) -> None:
+def test_nonsense_fault_addresses_are_refused(make, recorder, gpa, size, number) -> None:
     policy = recorder()
     vm, fake = make([Step.memory_fault(gpa, size=size, errno=number)], policy=policy)
     before = changes(fake)
@@ -161,7 +161,7 @@ def test_memory_fault_without_an_error_is_no_request(make, recorder) -> None:
 # ---- EHWPOISON
 
 
-def test_annotated_poison_is_told_and_stops(make, recorder) -> None:
+def test_annotated_poison_reaches_the_policy_and_stops(make, recorder) -> None:
     policy = recorder(Stop("poison"))
     vm, fake = make([Step.memory_fault(PAGE, errno=EHWPOISON)], policy=policy)
     before = changes(fake)
@@ -180,12 +180,12 @@ def test_poison_stops_by_default(make) -> None:
     assert vm.attributes.private_bytes == 0
 
 
-def test_poison_can_be_tried_again(make, recorder) -> None:
+def test_poison_can_be_retried(make, recorder) -> None:
     vm, _ = make([Step.memory_fault(PAGE, errno=EHWPOISON)], policy=recorder(Retry()))
     assert vm.run(timeout=10).reason == "halt"
 
 
-def test_poison_tried_again_is_bounded(make, recorder) -> None:
+def test_retries_of_poison_are_bounded(make, recorder) -> None:
     policy = recorder(Retry())
     vm, _ = make([Step.memory_fault(PAGE, errno=EHWPOISON)], policy=policy, cycles=100_000)
     assert vm.run(timeout=30).reason == "livelock"
@@ -197,7 +197,7 @@ def test_poison_denied_stops(make, recorder) -> None:
     assert vm.run(timeout=10).reason == "denied"
 
 
-def test_poison_cannot_be_converted_away(make, recorder) -> None:
+def test_poison_cannot_be_converted(make, recorder) -> None:
     vm, fake = make([Step.memory_fault(PAGE, errno=EHWPOISON)], policy=recorder())
     before = changes(fake)
     with pytest.raises(PolicyError, match="poison"):
@@ -226,7 +226,7 @@ def test_other_errnos_end_the_run_by_name(make, number) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
-def test_annotation_under_another_errno_is_not_trusted(make, recorder, number) -> None:
+def test_a_memory_fault_with_another_errno_is_ignored(make, recorder, number) -> None:
     policy = recorder()
     vm, _ = make([Step.memory_fault(PAGE, errno=number)], policy=policy)
     with pytest.raises(PagegateError, match=errno.errorcode[number]):
@@ -289,7 +289,7 @@ def test_a_shut_down_vcpu_has_to_be_started_again(make) -> None:
         pytest.param((1 | 1 << 8 | 0x80 << 16 | 1 << 32, 0, 0), id="header"),
     ],
 )
-def test_senseless_io_reaches_no_handler(make, words) -> None:
+def test_malformed_io_reaches_no_handler(make, words) -> None:
     seen = []
     vm, _ = make([Step.exit(IO, words)])
     vm.on_io(0x80, seen.append)
@@ -299,7 +299,7 @@ def test_senseless_io_reaches_no_handler(make, words) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 9, 0xFFFF_FFFF])
-def test_senseless_mmio_reaches_no_handler(make, length) -> None:
+def test_malformed_mmio_reaches_no_handler(make, length) -> None:
     seen = []
     vm, _ = make([Step.exit(MMIO, (1 << 30, 0, length | 1 << 32))])
     vm.on_mmio(1 << 30, PAGE, seen.append)
@@ -311,17 +311,17 @@ def test_senseless_mmio_reaches_no_handler(make, length) -> None:
 # ---- livelock
 
 
-def test_fault_that_no_conversion_satisfies_is_a_livelock(make, recorder) -> None:
+def test_a_fault_that_repeats_after_its_conversion_is_a_livelock(make, recorder) -> None:
     policy = recorder()
     vm, fake = make([Step.memory_fault(PAGE)], policy=policy, cycles=100_000)
     with pytest.raises(Livelock) as caught:
         vm.run(timeout=30)
     error = caught.value
     assert (error.vcpu, error.gpa, error.state) == (0, PAGE, "private")
-    # Each step moves the fake's instruction pointer on by one; it faulted LIVELOCK_BOUND times and a few more.
+    # Each step adds one to the fake's instruction pointer; it faulted LIVELOCK_BOUND times and a few more.
     assert isinstance(error.rip, int)
     assert 0 < error.rip - 0x1000 <= pagegate.LIVELOCK_BOUND + 2
-    # What was converted, once, before it turned out to be in vain.
+    # Only the first fault was a request and converted; the others found the page in the accessed state.
     assert len(policy.requests) == 1
     assert "implicit to private: converted" in str(error)
     assert fake.calls("set_attributes") == 1
@@ -342,7 +342,7 @@ def test_fewer_repeats_are_no_livelock(make) -> None:
 
 
 def test_changing_neighbours_do_not_hide_a_livelock(make) -> None:
-    # A fault that is not satisfied, while another page of the same 2 MiB changes all the time.
+    # The same fault again and again, while another page of the same 2 MiB is converted all the time.
     flip = [Step.doorbell(9 * PAGE, 1, 16), Step.memory_fault(PAGE), Step.doorbell(9 * PAGE, 1, 0)]
     vm, _ = make([*flip, Step.memory_fault(PAGE)], cycles=2 * pagegate.LIVELOCK_BOUND)
     vm.convert(PAGE, PAGE, to="private")

@@ -1,4 +1,4 @@
-"""Explicit requests: what is malformed, and where the answer goes."""
+"""Explicit requests: which are malformed, and how the guest gets the answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ask(request):
 
 
 @pytest.mark.parametrize("registers", MALFORMED)
-def test_malformed_requests_are_answered_and_go_nowhere(make, recorder, ask, way, registers) -> None:
+def test_malformed_requests_are_answered_without_the_policy(make, recorder, ask, way, registers) -> None:
     policy = recorder()
     vm, fake = make([ask(*registers)], policy=policy, way=way)
     before = [fake.calls(call) for call in CALLS]
@@ -85,7 +85,7 @@ def test_well_formed_requests_are_done_and_answered_0(make, recorder, ask, way) 
 
 
 @pytest.mark.parametrize(("hint", "size"), [(0, 4096), (1, 2 << 20), (2, 1 << 30)])
-def test_page_size_hints_are_told(make, recorder, hint, size) -> None:
+def test_page_size_hints_reach_the_policy(make, recorder, hint, size) -> None:
     policy = recorder()
     vm, _ = make([Step.hypercall(0x2000, 1, hint)], policy=policy)
     vm.run(timeout=10)
@@ -120,7 +120,7 @@ def test_a_request_that_changes_nothing_reaches_the_policy(make, recorder, ask, 
     assert [fake.calls(call) for call in CALLS] == before
 
 
-def test_mixed_ranges_are_told_so(make, recorder) -> None:
+def test_a_mixed_range_is_reported_as_mixed(make, recorder) -> None:
     policy = recorder()
     vm, _ = make([Step.hypercall(0x2000, 2, ENCRYPTED)], policy=policy)
     vm.convert(0x3000, PAGE, to="private")
@@ -138,7 +138,7 @@ def test_mixed_ranges_are_told_so(make, recorder) -> None:
         (Retry(), errno.EAGAIN),
     ],
 )
-def test_refusals_are_found_in_rax(make, recorder, ask, answer, rax) -> None:
+def test_the_errno_of_a_refusal_is_in_rax(make, recorder, ask, answer, rax) -> None:
     vm, fake = make([ask(0x2000, 1, ENCRYPTED), Step.io_write(0x80, b"x")], policy=recorder(answer))
     report = vm.run(timeout=10)
     assert fake.replies()[0].value == rax
@@ -148,7 +148,7 @@ def test_refusals_are_found_in_rax(make, recorder, ask, answer, rax) -> None:
     assert vm.attributes.private_bytes == 0
 
 
-def test_stop_ends_the_run_and_the_guest_is_told_to_ask_again(make, recorder, ask) -> None:
+def test_stop_ends_the_run_and_the_guest_gets_eagain(make, recorder, ask) -> None:
     vm, fake = make([ask(0x2000, 1, ENCRYPTED)], policy=recorder(Stop("enough")))
     assert vm.run(timeout=10).reason == "enough"
     assert vm.attributes.private_bytes == 0
@@ -178,7 +178,7 @@ def test_other_writes_to_the_doorbell_port_are_no_requests(make, recorder) -> No
 
 
 class OnlyWhatIsShared(pagegate.Policy):
-    """Lets be shared what is shared already. While it judges the first time, the host converts some of it."""
+    """Allows only what is shared already. During the first call, the host converts some of the pages."""
 
     def __init__(self, *meanwhile: tuple[int, int]) -> None:
         self.vm: pagegate.Vm | None = None
@@ -195,7 +195,7 @@ class OnlyWhatIsShared(pagegate.Policy):
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-def test_pages_that_changed_while_the_policy_judged_are_judged_again(make, ask, blocks) -> None:
+def test_the_policy_is_asked_again_if_the_pages_changed_meanwhile(make, ask, blocks) -> None:
     hook = OnlyWhatIsShared((0x2000, PAGE))
     policy = hook if blocks == 1 else pagegate.policies.Align(blocks * PAGE, then=hook)
     vm, fake = make([ask(0x2000, 1, 0)], policy=policy)
@@ -208,7 +208,7 @@ def test_pages_that_changed_while_the_policy_judged_are_judged_again(make, ask, 
     assert vm.attributes.is_private(0x2000)
 
 
-def test_pages_that_became_what_was_asked_for_are_not_judged_again(make, recorder, ask) -> None:
+def test_the_policy_is_not_asked_again_if_the_pages_became_as_asked(make, recorder, ask) -> None:
     hook = OnlyWhatIsShared((0x2000, PAGE))
     vm, fake = make([ask(0x2000, 1, ENCRYPTED)], policy=hook)
     hook.vm = vm
@@ -216,8 +216,8 @@ def test_pages_that_became_what_was_asked_for_are_not_judged_again(make, recorde
     assert (hook.states, [reply.value for reply in fake.replies()]) == (["shared"], [0])
 
 
-def test_a_large_range_is_done_as_far_as_it_is_what_the_policy_was_told(make, ask) -> None:
-    # Two transactions; the second one's pages change meanwhile.
+def test_a_large_range_is_converted_up_to_the_first_part_that_changed(make, ask) -> None:
+    # The request takes two transactions, and the pages of the second change meanwhile.
     large = 512 << 20
     hook = OnlyWhatIsShared((large - PAGE, PAGE))
     vm, fake = make([ask(0, large // PAGE, 0)], policy=hook, memory=large)

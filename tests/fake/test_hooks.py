@@ -1,4 +1,4 @@
-"""What is a policy and what is none, and what happens when a hook fails."""
+"""What is accepted as a policy, and what happens when a hook fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def machine(policy):
     return Vm(64 * PAGE, policy=policy, hypervisor=Fake([]))
 
 
-# ---- what is refused when it is handed over
+# ---- objects that are refused as policies
 
 
 class Misspelt:
@@ -88,19 +88,19 @@ class NotCallable:
     ],
     ids=lambda value: None if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
 )
-def test_what_is_no_policy_is_refused_at_once(policy, says) -> None:
+def test_an_object_that_is_no_policy_is_refused(policy, says) -> None:
     with pytest.raises(PolicyError, match=says):
         machine(policy)
 
 
-def test_the_refusal_leaves_nothing_open(kvm_objects) -> None:
+def test_a_refused_policy_leaves_no_file_open(kvm_objects) -> None:
     before = kvm_objects()
     with pytest.raises(PolicyError):
         machine(object())
     assert kvm_objects() == before
 
 
-# ---- what is accepted
+# ---- objects that are accepted
 
 
 def run_one(policy, step=None):
@@ -110,12 +110,12 @@ def run_one(policy, step=None):
         return report, vm.attributes.private_bytes
 
 
-def test_policy_without_hooks_of_its_own_means_the_defaults() -> None:
+def test_a_policy_without_hooks_has_the_defaults() -> None:
     report, private = run_one(Policy())
     assert (report.reason, report.conversions, private) == ("halt", 1, PAGE)
 
 
-def test_missing_hooks_mean_the_defaults() -> None:
+def test_missing_hooks_are_the_defaults() -> None:
     class OnlyExplicit:
         def map_gpa_range(self, call):
             return Stop("explicit")
@@ -178,7 +178,7 @@ def test_hooks_are_resolved_once() -> None:
         assert vm.run(timeout=10).reason == "first"
 
 
-# ---- answers that are none
+# ---- answers that are no decisions
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_an_answer_that_is_no_decision_is_a_policy_error(make, recorder, answer,
     assert vm.attributes.private_bytes == 0
 
 
-def test_a_policy_error_knows_its_place(make, recorder) -> None:
+def test_a_policy_error_has_its_site(make, recorder) -> None:
     vm, _ = make([Step.memory_fault(8 * PAGE)], policy=recorder(lambda _: None))
     with pytest.raises(PolicyError) as caught:
         vm.run(timeout=10)
@@ -216,7 +216,7 @@ class Odd(BaseException):
     pass
 
 
-# With what KVM hands to the guest in the end: RAX, or the word that an emulated load reads.
+# Last: what the guest gets in the end, in RAX or as the word that an emulated load reads.
 ASKED_AGAIN = [
     pytest.param(Step.hypercall(8 * PAGE, 2, PRIVATE), ("attributes", None), [0], id="hypercall"),
     pytest.param(Step.doorbell(8 * PAGE, 2, PRIVATE), ("attributes", None), [0], id="doorbell"),
@@ -228,7 +228,7 @@ ASKED_AGAIN = [
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Odd, StopIteration])
 @pytest.mark.parametrize(("step", "way", "replies"), ASKED_AGAIN)
-def test_what_a_hook_raises_is_raised_once_and_the_request_asked_again(
+def test_an_exception_of_a_hook_is_raised_once_and_the_request_repeated(
     make, recorder, error, step, way, replies
 ) -> None:
     raised = error("from the hook")
@@ -247,7 +247,7 @@ def test_what_a_hook_raises_is_raised_once_and_the_request_asked_again(
     assert vm.attributes.private_bytes == 0
     assert fake.calls("set_attributes") == calls
     assert vm.read(8 * PAGE, 4) == bytes(4)
-    # Usable again: the same request is the first thing to be asked.
+    # The machine can run again, and the first thing it does is to ask about the same request.
     report = vm.run(timeout=10)
     assert report.reason == "halt"
     assert len(policy.requests) == 2
@@ -291,7 +291,7 @@ def test_of_several_failures_one_is_raised(make, recorder) -> None:
     policy.answers = [Convert()]
     asked = len(policy.requests)
     assert vm.run(timeout=10).reason == "halt"
-    # Whoever failed, and whoever was not asked yet, asks now: nobody is forgotten and none is done twice.
+    # Requests whose hook failed and those that had not reached it are all asked about now, each once.
     assert vm.attributes.runs(8 * PAGE, 4 * PAGE) == [(8 * PAGE, 4 * PAGE, "private")]
     assert {call.vcpu for call in policy.requests[asked:]} == {0, 1, 2, 3}
 
@@ -306,7 +306,7 @@ def test_a_poison_hook_that_raises_is_raised(make, recorder) -> None:
     assert "gpa 0x8000" in caught.value.__notes__
 
 
-def test_exceptions_that_cannot_carry_notes_are_raised_all_the_same(make, recorder) -> None:
+def test_exceptions_that_take_no_notes_are_raised(make, recorder) -> None:
     class Bare(Exception):
         def add_note(self, note):
             raise TypeError(note)
@@ -319,7 +319,7 @@ def test_exceptions_that_cannot_carry_notes_are_raised_all_the_same(make, record
         vm.run(timeout=10)
 
 
-# ---- what a hook may do
+# ---- what a hook may call
 
 
 def test_run_from_inside_a_hook_is_refused(make, recorder) -> None:
@@ -375,7 +375,7 @@ def test_a_hook_may_read_write_and_convert(make, recorder, way_of, vcpus) -> Non
     assert vm.attributes.private_bytes == 2 * PAGE
 
 
-def test_registers_cannot_be_had_from_inside_a_hook(make, recorder) -> None:
+def test_registers_cannot_be_read_inside_a_hook(make, recorder) -> None:
     def look(_):
         with pytest.raises(PagegateError, match="running"):
             vm.vcpus[0].regs()
@@ -387,7 +387,7 @@ def test_registers_cannot_be_had_from_inside_a_hook(make, recorder) -> None:
     assert vm.run(timeout=10).reason == "halt"
 
 
-def test_requests_are_frozen_and_print_themselves(make, recorder) -> None:
+def test_requests_are_frozen_and_have_a_repr(make, recorder) -> None:
     policy = recorder()
     vm, _ = make([Step.memory_fault(8 * PAGE), Step.hypercall(8 * PAGE, 1, 0)], policy=policy)
     vm.run(timeout=10)
@@ -398,7 +398,7 @@ def test_requests_are_frozen_and_print_themselves(make, recorder) -> None:
         assert "gpa=0x8000" in repr(request)
 
 
-# ---- request objects are used again, unless a hook keeps them
+# ---- request objects are reused unless a hook keeps them
 
 
 def asking(pages):
@@ -425,7 +425,7 @@ def test_requests_that_a_hook_keeps_stay_as_they_were(make, recorder) -> None:
     assert len(set(map(id, kept))) == len(kept)
 
 
-def test_a_request_that_is_kept_now_and_then_is_not_written_again(make, recorder) -> None:
+def test_a_request_that_is_kept_only_sometimes_is_not_overwritten(make, recorder) -> None:
     kept, told = [], []
 
     def judge(request):
@@ -441,7 +441,7 @@ def test_a_request_that_is_kept_now_and_then_is_not_written_again(make, recorder
     assert all(seen(request) == then for request, then in kept)
 
 
-def test_a_hook_that_asks_a_policy_itself_keeps_its_own_request() -> None:
+def test_a_hook_that_calls_another_policy_keeps_its_own_request() -> None:
     class Outer:
         def map_gpa_range(self, call):
             if call.gpa < 32 * PAGE:

@@ -1,4 +1,4 @@
-"""Those who are told of conversions: what they see, when, and what they may do."""
+"""Listeners: what they are told of conversions, when, and what they may do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEMORY = 64 * PAGE
 
 
 class Log(Listener):
-    """Keeps what it is told, and what KVM enforced at that moment."""
+    """Keeps what it is told, with what KVM enforced at that time."""
 
     def __init__(self, fake: Fake | None = None) -> None:
         self.fake = fake
@@ -61,7 +61,7 @@ def test_to_private_is_prepared_before_kvm_changes_anything(vm, fake) -> None:
     assert log.enforced == [False, True]
 
 
-def test_to_shared_is_told_when_it_is_done(vm, fake) -> None:
+def test_to_shared_is_committed_after_it_is_done(vm, fake) -> None:
     vm.convert(8 * PAGE, PAGE, to="private")
     log = Log(fake)
     vm.add_listener(log)
@@ -70,7 +70,7 @@ def test_to_shared_is_told_when_it_is_done(vm, fake) -> None:
     assert log.enforced == [False]
 
 
-def test_only_what_changes_is_told(vm) -> None:
+def test_only_pages_that_change_are_reported(vm) -> None:
     vm.convert(9 * PAGE, PAGE, to="private")
     log = Log()
     vm.add_listener(log)
@@ -82,7 +82,7 @@ def test_only_what_changes_is_told(vm) -> None:
     assert log.told == []
 
 
-def test_a_newcomer_sees_the_present_first(vm) -> None:
+def test_a_new_listener_gets_the_present_states_first(vm) -> None:
     vm.convert(8 * PAGE, PAGE, to="private")
     log = Log()
     vm.add_listener(log)
@@ -90,14 +90,14 @@ def test_a_newcomer_sees_the_present_first(vm) -> None:
     assert log.told == []
 
 
-def test_nothing_is_lost_or_doubled_while_one_joins(vm) -> None:
+def test_no_change_is_lost_or_doubled_while_a_listener_joins(vm) -> None:
     stop = threading.Event()
 
     def flip() -> None:
         turn = 0
         while not stop.is_set():
             turn += 1
-            # An odd number of pages, so that each is made private and shared in turn.
+            # The number of pages is odd, so that each one is made private and shared alternately.
             vm.convert((turn * 7 % 61) * PAGE, PAGE, to=["private", "shared"][turn % 2])
 
     threads = [threading.Thread(target=flip) for _ in range(2)]
@@ -108,7 +108,7 @@ def test_nothing_is_lost_or_doubled_while_one_joins(vm) -> None:
         log = Log()
         vm.add_listener(log)
         logs.append(log)
-        # The next one joins while pages are converted, and so has this one.
+        # Add the next listener only while pages are being converted.
         while not log.told and time.monotonic() < end:
             time.sleep(0.001)
     stop.set()
@@ -130,7 +130,7 @@ def test_nothing_is_lost_or_doubled_while_one_joins(vm) -> None:
             assert {seen[page] for page in range(gpa, gpa + size, PAGE)} == {state}, "something was lost"
 
 
-def test_one_that_refuses_stops_the_conversion_and_the_others_hear_of_it(vm, fake) -> None:
+def test_a_refusal_stops_the_conversion_and_aborts_the_others(vm, fake) -> None:
     first, second = Log(fake), Log(fake)
     second.refuse = True
     vm.add_listener(first)
@@ -143,7 +143,7 @@ def test_one_that_refuses_stops_the_conversion_and_the_others_hear_of_it(vm, fak
     assert not fake.is_private(8 * PAGE)
 
 
-def test_a_guest_that_is_refused_asks_again() -> None:
+def test_a_guest_that_a_listener_refuses_asks_again() -> None:
     fake = Fake([Step.doorbell(8 * PAGE, 1, 16)])
     with Vm(MEMORY, hypervisor=fake) as vm:
         log = Log()
@@ -154,7 +154,7 @@ def test_a_guest_that_is_refused_asks_again() -> None:
         assert [reply.value for reply in fake.replies()] == [11]
 
 
-def test_a_failure_in_kvm_is_told(vm, fake) -> None:
+def test_a_failure_in_kvm_aborts_the_listeners(vm, fake) -> None:
     log = Log()
     vm.add_listener(log)
     fake.inject("set_attributes", 12)
@@ -180,11 +180,11 @@ def test_a_listener_that_raises_ends_the_run(method) -> None:
         with pytest.raises(ValueError, match=method) as caught:
             vm.run(timeout=10)
         assert any("gpa 0x8000" in note for note in caught.value.__notes__)
-        # The map says what KVM enforces, whatever the listener thought of it.
+        # The map still says what KVM enforces, although the listener failed.
         assert vm.attributes.is_private(8 * PAGE) is (method == "committed") is fake.is_private(8 * PAGE)
 
 
-def test_one_that_raises_while_it_joins_does_not(vm) -> None:
+def test_a_listener_that_raises_while_joining_does_not_join(vm) -> None:
     class Raises:
         calls = 0
 
@@ -200,7 +200,7 @@ def test_one_that_raises_while_it_joins_does_not(vm) -> None:
 
 
 @pytest.mark.parametrize("use", ["read", "write", "convert", "load", "add_listener"])
-def test_from_within_memory_is_out_of_reach(vm, use) -> None:
+def test_a_listener_cannot_use_memory(vm, use) -> None:
     calls = {
         "read": lambda: vm.read(8 * PAGE, 8),
         "write": lambda: vm.write(8 * PAGE, b"x"),
@@ -219,7 +219,7 @@ def test_from_within_memory_is_out_of_reach(vm, use) -> None:
         vm.convert(8 * PAGE, PAGE, to="private")
 
 
-def test_one_that_left_is_told_nothing(vm) -> None:
+def test_a_listener_that_left_is_not_called(vm) -> None:
     log = Log()
     vm.add_listener(log)
     vm.remove_listener(log)
@@ -230,7 +230,7 @@ def test_one_that_left_is_told_nothing(vm) -> None:
 
 
 @pytest.mark.parametrize("listener", [object(), Log, 7])
-def test_what_is_no_listener_is_refused(vm, listener) -> None:
+def test_an_object_that_is_no_listener_is_refused(vm, listener) -> None:
     with pytest.raises(PolicyError):
         vm.add_listener(listener)
 

@@ -1,4 +1,4 @@
-"""Whatever is asked, decided and failing: the map, KVM and a naive model agree on every page."""
+"""For random requests, decisions and failures, the map, KVM and a naive model agree on every page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .conftest import enforced, mapped
 
 PAGE = 4096
 PAGES = 24
-# Beside those, the top of memory holds the page tables of mode "long".
+# The other pages are for the page tables of mode "long", at the top of memory.
 MEMORY = (PAGES + 8) * PAGE
 MARK = 0x77
 FAILING = {
@@ -63,7 +63,7 @@ def operations(draw, mode):
 
 
 class Model:
-    """One state a page, and after each operation a comparison of everything with everything."""
+    """The state of each page in a list, compared with the map and with KVM after each operation."""
 
     def __init__(self, mode: str, bit: int | None, plan: list[Operation]) -> None:
         self.bit, self.plan = bit, plan
@@ -102,7 +102,7 @@ class Model:
         if implicit and not isinstance(decision, Convert):
             decision = Convert()
         if operation.kind == "access" and not self._satisfies(decision, gpa, to):
-            decision = Convert()  # or it would come back for ever
+            decision = Convert()  # otherwise the access would fault for ever
         if isinstance(decision, Convert):
             gpa = gpa if decision.gpa is None else decision.gpa
             size = size if decision.size is None else decision.size
@@ -128,7 +128,7 @@ class Model:
     # ---- between operations
 
     def between(self, _io) -> None:
-        """On the vCPU's thread: the operation before is over, the next one comes."""
+        """Called on the vCPU's thread when one operation is over and the next one begins."""
         if self.current is not None:
             self.settle(failed=None)
             self.compare()
@@ -152,7 +152,7 @@ class Model:
                 self.compare()
 
     def spent(self) -> bool:
-        """No failure is left over that could meet the next way back: that is another test's subject."""
+        """Whether the injected failure has happened. Otherwise an undo could meet it, which another test is about."""
         return self.injected is None or self.fake.calls(self.injected[0]) > self.injected[1]
 
     def settle(self, failed: PagegateError | None) -> None:
@@ -163,7 +163,7 @@ class Model:
         converting, self.converting = self.converting, None
         if failed is not None:
             assert "ENOMEM" in str(failed)
-            # Undone, unless only the discard failed.
+            # The conversion was undone, unless it was the discard that failed.
             if "discarding" not in str(failed):
                 return
         elif kind in ("hypercall", "doorbell"):

@@ -1,4 +1,4 @@
-"""The built-in policies, alone and around each other and a Python one."""
+"""The built-in policies, alone, chained, and around a Python policy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_explicit_only(make) -> None:
         ((9, 1), (8, 4)),
         ((8, 4), (8, 4)),
         ((7, 2), (4, 8)),
-        ((61, 1), (60, 3)),  # as far as memory goes
+        ((61, 1), (60, 3)),  # cut off at the end of memory
     ],
 )
 def test_align_widens_to_blocks(make, asked, done) -> None:
@@ -75,7 +75,7 @@ def test_align_widens_to_blocks(make, asked, done) -> None:
     assert report.conversions == 1
 
 
-def test_align_widens_what_the_next_one_chose(make) -> None:
+def test_align_widens_the_decision_of_the_next_policy(make) -> None:
     python = Python(Convert(gpa=20 * PAGE, size=PAGE))
     vm, _, _ = explicit(make, Align(16 * PAGE, python), (8 * PAGE, 1, PRIVATE))
     assert vm.attributes.runs()[1] == (16 * PAGE, 16 * PAGE, "private")
@@ -90,7 +90,7 @@ def test_a_denial_is_never_widened(make) -> None:
 
 def test_quota_counts_what_is_shared(make) -> None:
     requests = [(8 * PAGE, 2, SHARED), (10 * PAGE, 1, SHARED), (9 * PAGE, 1, PRIVATE), (10 * PAGE, 1, SHARED)]
-    # Tables and the like are shared already: six pages of them.
+    # Six pages are shared already, for page tables and the like.
     vm, report, answers = explicit(make, Quota(8 * PAGE), *requests, initial="private")
     assert answers == [0, 22, 0, 0]
     assert vm.memory - vm.attributes.private_bytes == 8 * PAGE
@@ -102,7 +102,7 @@ def test_quota_ends_an_implicit_request(make) -> None:
     assert vm.run(timeout=10).reason == "denied"
 
 
-def test_no_two_vcpus_slip_under_a_quota(make) -> None:
+def test_two_vcpus_together_do_not_exceed_a_quota(make) -> None:
     def script(first):
         return [Step.doorbell((first + i % 4) * PAGE, 1, SHARED if i % 2 else PRIVATE) for i in range(400)]
 
@@ -114,7 +114,7 @@ def test_no_two_vcpus_slip_under_a_quota(make) -> None:
             shared += change.size if change.to == "shared" else -change.size
             most = max(most, shared)
 
-    shared = -MEMORY  # the present is told first: private runs count down, the tables count up
+    shared = -MEMORY  # a listener is told the present states first: private runs count down, the tables up
     vm, _ = make(script(8), script(20), policy=Quota(7 * PAGE), initial="private")
     shared = 0
     vm.add_listener(Listen())
@@ -123,11 +123,11 @@ def test_no_two_vcpus_slip_under_a_quota(make) -> None:
     assert most == 7 * PAGE
 
 
-def test_a_quota_refuses_nobody_who_stays_within_it(make) -> None:
+def test_a_quota_refuses_nothing_within_its_limit(make) -> None:
     def script(page):
         return [Step.doorbell(page * PAGE, 1, [SHARED, PRIVATE][turn % 2]) for turn in range(3000)]
 
-    # Six pages of tables, and one for each vCPU: exactly what is allowed, whoever is when.
+    # Six pages of tables and one for each vCPU are exactly what the quota allows, in any order.
     vm, _ = make(script(8), script(20), policy=Quota(8 * PAGE), initial="private")
     report = vm.run(timeout=30)
     assert (report.reason, report.denied, report.conversions) == ("halt", 0, 6000)
@@ -153,9 +153,10 @@ def test_rate_limit(make) -> None:
     assert report.requests == 5
 
 
-def test_rate_limit_slows_implicit_requests_down(make) -> None:
+@pytest.mark.parametrize("enforcement", ["attributes", "memslots"])
+def test_rate_limit_slows_implicit_requests_down(make, enforcement) -> None:
     steps = [Step.access((8 + page) * PAGE) for page in range(10)]
-    vm, _ = make(steps, policy=RateLimit(50.0, burst=1), way=("attributes", 40))
+    vm, _ = make(steps, policy=RateLimit(50.0, burst=1), way=(enforcement, 40))
     began = time.monotonic()
     report = vm.run(timeout=30)
     took = time.monotonic() - began
@@ -163,14 +164,15 @@ def test_rate_limit_slows_implicit_requests_down(make) -> None:
     assert took >= 9 / 50 * 0.9
 
 
-def test_rate_limit_does_not_delay_the_end(make) -> None:
-    vm, _ = make([Step.access(8 * PAGE), Step.access(9 * PAGE)], policy=RateLimit(1e-6), way=("attributes", 40))
+@pytest.mark.parametrize("enforcement", ["attributes", "memslots"])
+def test_rate_limit_does_not_delay_the_end_of_a_run(make, enforcement) -> None:
+    vm, _ = make([Step.access(8 * PAGE), Step.access(9 * PAGE)], policy=RateLimit(1e-6), way=(enforcement, 40))
     began = time.monotonic()
     assert vm.run(timeout=0.2).reason == "timeout"
     assert time.monotonic() - began < 1
 
 
-def test_ping_pong_tells_its_evidence(make) -> None:
+def test_ping_pong_says_why_it_stopped(make) -> None:
     flips = [(8 * PAGE, 1, [PRIVATE, SHARED][turn % 2]) for turn in range(20)]
     _, report, answers = explicit(make, PingPong(5, 10.0), *flips)
     assert report.reason.startswith("ping-pong: 0x8000 changed direction 6 times in ")
@@ -187,13 +189,18 @@ def test_ping_pong_needs_the_same_page_and_a_short_time(make) -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_ping_pong_within_other_ranges(make, order) -> None:
-    """The page is the same, whatever else is asked for with it."""
+def test_ping_pong_of_one_page_in_different_ranges(make, order) -> None:
+    """Requests for different ranges that have one page in common."""
     ranges = [(8 * PAGE, 1, SHARED), (7 * PAGE, 3, PRIVATE)]
     flips = [ranges[i] for _ in range(20) for i in order]
     _, report, answers = explicit(make, PingPong(5, 10.0), *flips)
     assert report.reason.startswith("ping-pong: 0x8000 changed direction 6 times")
     assert len(answers) < 10
+    # Each request leaves out the pages that the one before it had in common with it.
+    creeping = [(7 * PAGE, 2, SHARED), (7 * PAGE, 1, SHARED), (8 * PAGE, 2, PRIVATE), (9 * PAGE, 1, PRIVATE)] * 20
+    assert explicit(make, PingPong(5, 10.0), *creeping)[1].reason.startswith(
+        "ping-pong: 0x8000 changed direction 6 times"
+    )
     apart = [(8 * PAGE, 1, SHARED), (9 * PAGE, 1, PRIVATE)] * 20
     assert explicit(make, PingPong(5, 10.0), *apart)[1].reason == "halt"
 
@@ -255,7 +262,7 @@ def test_a_chain_without_python_never_waits_for_the_interpreter(make, in_backgro
     interval = sys.getswitchinterval()
     sys.setswitchinterval(60)
     try:
-        # From here on this thread does not let go of the interpreter.
+        # From here on this thread does not release the GIL.
         before, end = vm.events.total, time.perf_counter() + 0.3
         while time.perf_counter() < end:
             pass
@@ -264,5 +271,5 @@ def test_a_chain_without_python_never_waits_for_the_interpreter(make, in_backgro
         sys.setswitchinterval(interval)
     vm.stop()
     assert run.join().reason == "stopped"
-    # Who waited already is let in once more: it had asked when the interval was another.
+    # A thread that waited already gets the GIL once more, because it had asked for it under the old interval.
     assert judged < 10 if python else judged > 100

@@ -1,4 +1,4 @@
-"""What was wrong once, whatever the hypervisor."""
+"""Bugs that were fixed and do not depend on the hypervisor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class InterruptError(Exception):
 
 
 @pytest.mark.parametrize("ending", ["stop", "timeout"])
-def test_an_interrupt_is_raised_also_by_a_run_that_is_ending(make, ending) -> None:
+def test_a_run_that_is_ending_still_raises_an_interrupt(make, ending) -> None:
     handled = threading.Event()
     within = []
 
@@ -33,7 +33,7 @@ def test_an_interrupt_is_raised_also_by_a_run_that_is_ending(make, ending) -> No
             if ending == "stop":
                 vm.stop()
             else:
-                time.sleep(0.4)  # far beyond the timeout
+                time.sleep(0.4)  # much longer than the timeout
             os.kill(os.getpid(), signal.SIGUSR1)
             within.append(handled.wait(10))
             return Convert()
@@ -46,7 +46,7 @@ def test_an_interrupt_is_raised_also_by_a_run_that_is_ending(make, ending) -> No
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert within == [True]
-    # It is over with that: the run can be taken up again.
+    # Nothing is left of the interrupt: the machine can run again.
     assert vm.run(timeout=10).reason == "halt"
 
 
@@ -59,7 +59,7 @@ class Answers(Listener):
 
 
 def convert_with(answer) -> tuple[Exception | None, bool]:
-    """What a conversion to private raised, and whether it came about, with a listener that answers this."""
+    """Converts to private with a listener that answers this: the error, and whether it was converted."""
     fake = Fake([])
     with Vm(MEMORY, hypervisor=fake) as vm:
         vm.add_listener(Answers(answer))
@@ -73,7 +73,7 @@ def convert_with(answer) -> tuple[Exception | None, bool]:
 
 
 @pytest.mark.parametrize("answer", [0, 1, "no", "", Deny(), Stop("x")], ids=repr)
-def test_what_is_no_answer_of_a_listener_converts_nothing(answer) -> None:
+def test_a_wrong_answer_of_a_listener_converts_nothing(answer) -> None:
     error, converted = convert_with(answer)
     assert isinstance(error, PolicyError)
     assert "listener answered" in str(error)
@@ -81,7 +81,7 @@ def test_what_is_no_answer_of_a_listener_converts_nothing(answer) -> None:
 
 
 @pytest.mark.parametrize("answer", [None, True])
-def test_a_listener_consents_by_none_and_true(answer) -> None:
+def test_a_listener_allows_by_none_and_true(answer) -> None:
     assert convert_with(answer) == (None, True)
 
 
@@ -93,7 +93,7 @@ def test_a_listener_refuses_by_false() -> None:
 
 
 def test_run_is_refused_inside_a_listener() -> None:
-    # No fixture closes it: where this hangs, nobody can.
+    # Made without the fixture, because closing it would hang if run() does.
     vm = Vm(MEMORY, hypervisor=Fake([Step.doorbell(PAGE, 1, 16)]))
     vm.vcpus[0].start()
     errors = []
@@ -118,7 +118,7 @@ def test_run_is_refused_inside_a_listener() -> None:
     vm.close()
 
 
-def test_who_polls_the_events_misses_none(make, in_background) -> None:
+def test_polling_the_events_misses_none(make, in_background) -> None:
     cycles = 20_000
     scripts = [[Step.doorbell(page * PAGE, 1, 16), Step.doorbell(page * PAGE, 1, 0)] for page in (2, 8)]
     vm, _ = make(*scripts, cycles=cycles, events=8 * cycles)
@@ -126,7 +126,7 @@ def test_who_polls_the_events_misses_none(make, in_background) -> None:
     polled = []
     over = False
     while not over:
-        over = run.report is not None or run.error is not None  # and then once more
+        over = run.report is not None or run.error is not None  # the loop's last round comes after the run
         polled += vm.events.since(polled[-1].sequence + 1 if polled else 0)
     assert run.join().reason == "halt"
     assert [event.sequence for event in polled] == list(range(4 * cycles))

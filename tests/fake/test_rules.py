@@ -12,7 +12,7 @@ SHARED, PRIVATE = 0, 1 << 4
 
 
 class Teacher:
-    """Answers explicit requests, and counts."""
+    """Gives each explicit request this answer, and keeps what it was asked."""
 
     def __init__(self, answer) -> None:
         self.answer = answer
@@ -105,13 +105,13 @@ def test_forget(make) -> None:
     assert vm.policy.spared == 3
 
 
-def test_what_judges_around_it_still_does(make) -> None:
-    # A rule spares the Python policy, not the chain.
+def test_the_policies_around_it_are_still_asked(make) -> None:
+    # A remembered decision replaces the call of the Python policy, not those of the chain around it.
     teacher = Teacher(Convert(remember=Region(8 * PAGE, 8 * PAGE)))
     quota = policies.Quota(8 * PAGE, then=teacher)
     vm, fake = make(calls(8, 9, 10, 11), policy=quota, initial="private")
     vm.run(timeout=10)
-    # Six pages of tables are shared from the start.
+    # Six pages of page tables are shared from the start.
     assert answers(fake) == [0, 0, 22, 22]
     assert (len(teacher.asked), vm.policy.spared) == (1, 3)
     assert vm.policy.current is quota
@@ -135,7 +135,7 @@ def test_other_pages(make) -> None:
         Convert(remember=Region(1 << 30, PAGE)),
     ],
 )
-def test_a_rule_that_could_not_be_right_ends_the_run(make, answer) -> None:
+def test_an_impossible_rule_ends_the_run(make, answer) -> None:
     vm, _ = make(calls(8), policy=Teacher(answer), initial="private")
     with pytest.raises(PolicyError, match=r"remember|Region") as raised:
         vm.run(timeout=10)
@@ -173,7 +173,7 @@ def test_a_remembered_retry_is_no_endless_loop(make) -> None:
         ((2**64 - PAGE, PAGE * 2), {}),
     ],
 )
-def test_regions_that_are_none(arguments, keywords) -> None:
+def test_invalid_regions_are_refused(arguments, keywords) -> None:
     with pytest.raises(ValueError, match=r"."):
         Region(*arguments, **keywords)
 
@@ -215,7 +215,7 @@ def test_a_policy_may_replace_itself(make) -> None:
     assert (report.conversions, report.denied) == (1, 1)
 
 
-def test_what_is_no_policy_leaves_the_old_one(make) -> None:
+def test_a_replacement_that_is_no_policy_is_refused(make) -> None:
     teacher = Teacher(Convert(remember=Region(8 * PAGE, PAGE)))
     vm, _ = make(calls(8, 8), policy=teacher)
     for wrong in (object(), Teacher, None):
@@ -226,7 +226,7 @@ def test_what_is_no_policy_leaves_the_old_one(make) -> None:
     assert (vm.policy.seen, vm.policy.spared) == (1, 1)
 
 
-def test_what_a_replaced_policy_taught_is_gone(make) -> None:
+def test_rules_of_a_replaced_policy_are_forgotten(make) -> None:
     teacher = Teacher(Convert(remember=Region(8 * PAGE, PAGE)))
     pause = Step.io_write(0x80, b"\0")
     vm, _ = make([*calls(8, 8), pause, *calls(8)], policy=teacher)
@@ -235,7 +235,7 @@ def test_what_a_replaced_policy_taught_is_gone(make) -> None:
     assert len(teacher.asked) == 2
 
 
-def test_replaced_under_load_every_request_is_judged_once(make) -> None:
+def test_replaced_under_load_every_request_is_decided_once(make) -> None:
     rounds = 40_000
     made = []
 

@@ -1,4 +1,4 @@
-"""Beginning and ending runs, closing machines, and what refers to what."""
+"""Beginning and ending runs, closing machines, and garbage collection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conftest import assert_one_truth
 
 PAGE = 4096
 PRIVATE = 16
-# The promise is 0.1 s; the rest is for a busy machine.
+# 0.1 s is documented; the rest is for a busy host.
 PROMPTLY = 0.4
 
 
@@ -46,7 +46,7 @@ def test_stop_from_another_thread_brings_every_vcpu_out(make, in_background, vcp
 
 
 def test_stop_reaches_vcpus_that_wait_to_try_again(make, in_background) -> None:
-    # Faults of accesses that the page's state allows. After a few of them the vCPU waits before it tries again.
+    # Faults on a page that is in the accessed state. After a few of them the vCPU waits before it tries again.
     faults = [Step.memory_fault(PAGE)] * (LIVELOCK_BOUND // 10)
     vm, _ = make([*faults, Step.io_write(0x80, b"!"), *faults * 8])
     vm.convert(PAGE, PAGE, to="private")
@@ -58,13 +58,13 @@ def test_stop_reaches_vcpus_that_wait_to_try_again(make, in_background) -> None:
     assert run.join(within=PROMPTLY).reason == "stopped"
 
 
-def test_a_run_that_nobody_waits_for_too_long_ends_at_once(make) -> None:
+def test_a_run_with_timeout_0_ends_at_once(make) -> None:
     vm, _ = make([Step.block()])
     assert vm.run(timeout=0).reason == "timeout"
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), -0.001])
-def test_senseless_timeouts_are_refused(make, timeout) -> None:
+def test_invalid_timeouts_are_refused(make, timeout) -> None:
     vm, _ = make([])
     with pytest.raises(ValueError, match="timeout"):
         vm.run(timeout=timeout)
@@ -169,7 +169,7 @@ def test_the_host_converts_and_reads_while_vcpus_run(make, in_background, way) -
     assert_one_truth(vm, fake)
 
 
-def test_opposite_requests_of_two_vcpus_leave_one_truth(make, way) -> None:
+def test_after_opposite_requests_of_two_vcpus_map_and_kvm_agree(make, way) -> None:
     to_private = [Step.doorbell(8 * PAGE, 16, PRIVATE)]
     to_shared = [Step.hypercall(8 * PAGE, 16, 0)]
     vm, fake = make(to_private, to_shared, cycles=500, way=way)
@@ -194,7 +194,7 @@ def test_the_host_reads_and_writes_shared_memory(make, way) -> None:
 
 
 @pytest.mark.parametrize("access", ["read", "write"])
-def test_private_memory_is_out_of_reach_and_named(make, way, access) -> None:
+def test_private_memory_cannot_be_accessed_and_the_error_names_it(make, way, access) -> None:
     vm, _ = make([], way=way)
     vm.convert(9 * PAGE, 2 * PAGE, to="private")
     touch = {"read": lambda gpa, n: vm.read(gpa, n), "write": lambda gpa, n: vm.write(gpa, b"x" * n)}[access]
@@ -220,7 +220,7 @@ def test_a_refused_write_writes_nothing(make) -> None:
 @pytest.mark.parametrize(
     ("gpa", "n"), [(64 * PAGE, 1), (64 * PAGE - 1, 2), (0, 64 * PAGE + 1), ((1 << 64) - 1, 2), (1 << 50, 8)]
 )
-def test_memory_ends(make, gpa, n) -> None:
+def test_accesses_past_the_end_of_memory_are_refused(make, gpa, n) -> None:
     vm, _ = make([])
     with pytest.raises(ValueError, match="0x40000"):
         vm.read(gpa, n)
@@ -244,7 +244,7 @@ def test_memory_ends(make, gpa, n) -> None:
     ],
     ids=str,
 )
-def test_senseless_machines_are_refused(wrong, says) -> None:
+def test_invalid_machines_are_refused(wrong, says) -> None:
     with pytest.raises(ValueError, match=says):
         Vm(wrong.pop("memory", 64 * PAGE), hypervisor=Fake([]), **wrong)
 
@@ -296,7 +296,7 @@ def test_dropping_a_machine_closes_it(kvm_objects) -> None:
     assert kvm_objects() == before
 
 
-def test_close_lets_go_of_policy_and_handlers(recorder) -> None:
+def test_close_releases_policy_and_handlers(recorder) -> None:
     policy = recorder()
 
     def handler(access):
@@ -311,7 +311,7 @@ def test_close_lets_go_of_policy_and_handlers(recorder) -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
-# ---- garbage
+# ---- garbage collection
 
 
 class Holder(Policy):
@@ -391,7 +391,7 @@ def test_many_machines_leave_nothing(kvm_objects) -> None:
     assert kvm_objects() == before
 
 
-def test_requests_do_not_pile_up(make) -> None:
+def test_requests_are_not_leaked(make) -> None:
     class Counts:
         def map_gpa_range(self, call):
             return Convert()

@@ -1,4 +1,4 @@
-"""A conversion is all or nothing: with any call failing half-way, the map and what KVM enforces stay one."""
+"""A conversion is all or nothing: whichever call fails half-way, the map says what KVM enforces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEMORY = PAGES * PAGE
 PRIVATE, SHARED = 16, 0
 
 
-# Pages 4-7, 12-15, 20-23 and 28-31 are private at first, and 9-26 are asked for: some of these are, some not.
+# Pages 4-7, 12-15, 20-23 and 28-31 are private at first. The range asked for is 9-26, which has pages of both states.
 def patchwork(vm) -> None:
     for page in range(4, 32, 8):
         vm.convert(page * PAGE, 4 * PAGE, to="private")
@@ -39,7 +39,7 @@ FAILURES = [
 
 
 def needed(make, way, call):
-    """How many such calls the conversion of pages 9-26 of the patchwork to private takes."""
+    """How many such calls it takes to make pages 9-26 of that pattern private."""
     vm, fake = make([], way=way)
     patchwork(vm)
     calls = fake.calls(call)
@@ -56,7 +56,7 @@ def test_initial_state_is_enforced(make, way, initial) -> None:
 
 @pytest.mark.parametrize("ask", [Step.hypercall, Step.doorbell], ids=["hypercall", "doorbell"])
 @pytest.mark.parametrize(("way", "call", "after", "half_done"), FAILURES)
-def test_the_guest_is_told_the_errno_and_finds_all_as_before(make, way, call, after, half_done, ask) -> None:
+def test_a_failed_explicit_request_gets_the_errno_and_changes_nothing(make, way, call, after, half_done, ask) -> None:
     vm, fake = make([ask(9 * PAGE, 18, PRIVATE)], way=way)
     patchwork(vm)
     before, generation = mapped(vm), vm.attributes.generation
@@ -104,7 +104,7 @@ def test_a_failed_implicit_request_is_raised_and_changes_nothing(make, way, call
     assert (caught.value.vcpu, caught.value.gpa, caught.value.state) == (0, 8 * PAGE, "shared")
     assert mapped(vm) == before
     assert_one_truth(vm, fake)
-    # The failure passed, so the same access is satisfied now.
+    # The call does not fail any more, so now the same access is completed.
     assert vm.run(timeout=10).reason == "halt"
     assert vm.attributes.is_private(8 * PAGE) == (way[1] is not None)
     assert_one_truth(vm, fake)
@@ -152,11 +152,11 @@ def test_large_conversions_are_cut_into_bounded_calls(make) -> None:
     assert fake.calls("set_attributes") - calls >= 8
 
 
-# ---- the way back fails too
+# ---- the undo fails too
 
 
 @pytest.mark.parametrize(("way", "call", "after", "half_done"), FAILURES)
-def test_calls_failing_for_good_lose_nothing_or_end_all_converting(make, way, call, after, half_done) -> None:
+def test_calls_that_keep_failing_are_undone_or_end_all_converting(make, way, call, after, half_done) -> None:
     vm, fake = make([], way=way)
     patchwork(vm)
     before, calls = mapped(vm), fake.calls(call)
@@ -172,7 +172,7 @@ def test_calls_failing_for_good_lose_nothing_or_end_all_converting(make, way, ca
     if "undone" in str(caught.value):
         assert_one_truth(vm, fake)
         return
-    # The way back failed too: what KVM enforces is unknown, so there is no next conversion.
+    # The undo failed too, so what KVM enforces is unknown and every later conversion is refused.
     made = [fake.calls(name) for name in ALL_CALLS]
     for gpa, to in [(44 * PAGE, "private"), (4 * PAGE, "shared")]:
         with pytest.raises(PagegateError, match="close"):
@@ -196,8 +196,8 @@ def test_undo_that_fails_is_an_error_with_both_errnos(make, kind) -> None:
         vm.convert(30 * PAGE, PAGE, to="shared")
 
 
-def test_nothing_is_promised_about_pages_whose_enforcement_is_unknown(make) -> None:
-    # The map says shared, and KVM has no slot there at all: "done, nothing to change" would be untrue.
+def test_conversions_of_pages_whose_enforcement_is_unknown_are_refused(make) -> None:
+    # The map says shared, but KVM has no slot there: to answer that nothing needs to change would be wrong.
     vm, fake = make([Step.doorbell(8 * PAGE, 1, SHARED)], way=("memslots", None))
     fake.inject("create_memslot", errno.ENOMEM, forever=True)
     with pytest.raises(PagegateError, match="unknown"):
@@ -220,12 +220,12 @@ def test_a_failed_discard_is_an_error_after_the_conversion(make, way, kind) -> N
     convert = vm.run if step else lambda: vm.convert(8 * PAGE, PAGE, to="private")
     with pytest.raises(PagegateError, match="EIO"):
         convert()
-    # The point of no return was reached: both sides say so.
+    # The discard comes after the last step that can be undone, so the map and KVM both have the new state.
     assert vm.attributes.is_private(8 * PAGE)
     assert_one_truth(vm, fake)
 
 
-def test_the_stale_side_is_discarded_both_ways(make, way) -> None:
+def test_the_old_side_is_discarded_in_both_directions(make, way) -> None:
     vm, fake = make([], way=way)
     vm.write(8 * PAGE, b"\x55" * (2 * PAGE))
     shared = vm.memory_usage().shared
@@ -239,7 +239,7 @@ def test_the_stale_side_is_discarded_both_ways(make, way) -> None:
 # ---- running out of slots
 
 
-def test_running_out_of_slots_is_enospc_and_nothing_is_lost(make) -> None:
+def test_running_out_of_slots_is_enospc_and_changes_nothing(make) -> None:
     script = [Step.doorbell(page * PAGE, 1, PRIVATE) for page in range(0, 40, 2)]
     vm, fake = make(script, way=("memslots", None), memslots=9)
     vm.run(timeout=10)
@@ -261,7 +261,7 @@ def test_running_out_of_slots_says_what_to_do(make) -> None:
     assert "0xa000" in str(caught.value)
     assert mapped(vm) == before
     assert_one_truth(vm, fake)
-    # What needs no more slots still works, and so does what frees some.
+    # Conversions that need no more slots still work, and so do those that free some.
     vm.convert(3 * PAGE, PAGE, to="private")
     vm.convert(6 * PAGE, PAGE, to="shared")
     vm.convert(10 * PAGE, PAGE, to="private")
@@ -303,7 +303,7 @@ def test_neighbours_converted_one_by_one_share_a_slot(make, way, order) -> None:
     at_first = fake.slots
     for page in pages[:64] if order != "odd-then-even" else pages:
         vm.convert((100 + page) * PAGE, PAGE, to="private")
-    assert fake.slots - at_first <= 2  # at most: shared, private, shared
+    assert fake.slots - at_first <= 2  # at most three: shared, private, shared
     for page in pages:
         vm.convert((100 + page) * PAGE, PAGE, to="shared")
     assert fake.slots == at_first
@@ -318,7 +318,7 @@ def test_memory_divided_into_slots_keeps_its_borders(make) -> None:
     assert fake.slots == 4
 
 
-# ---- ranges the host names
+# ---- ranges that the host converts
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_host_conversions_are_validated(make, gpa, size) -> None:
     assert vm.attributes.private_bytes == 0
 
 
-def test_attributes_answer_as_converted(make, way) -> None:
+def test_attributes_return_the_converted_states(make, way) -> None:
     vm, _ = make([], way=way)
     generation = vm.attributes.generation
     vm.convert(8 * PAGE, 4 * PAGE, to="private")
@@ -350,7 +350,7 @@ def test_attributes_answer_as_converted(make, way) -> None:
         vm.attributes.is_private(MEMORY)
 
 
-def test_a_conversion_that_changes_nothing_is_done_and_costs_nothing(make, way) -> None:
+def test_a_conversion_that_changes_nothing_makes_no_call(make, way) -> None:
     vm, fake = make([], way=way)
     generation = vm.attributes.generation
     calls = [fake.calls(call) for call in ALL_CALLS]
@@ -361,8 +361,8 @@ def test_a_conversion_that_changes_nothing_is_done_and_costs_nothing(make, way) 
     assert vm.read(8 * PAGE, 4) == b"kept"
 
 
-def test_pages_that_are_already_there_keep_their_bytes(make, way) -> None:
-    # Shared pages inside a range that becomes shared are not what is converted.
+def test_pages_already_in_the_wanted_state_keep_their_bytes(make, way) -> None:
+    # Pages of the range that are shared already are not converted.
     vm, _ = make([], way=way)
     vm.write(8 * PAGE, b"kept")
     vm.convert(9 * PAGE, PAGE, to="private")
@@ -371,13 +371,13 @@ def test_pages_that_are_already_there_keep_their_bytes(make, way) -> None:
     assert vm.read(9 * PAGE, 4) == bytes(4)
 
 
-def test_a_fault_from_before_a_change_that_was_undone_is_looked_at_again(make) -> None:
-    # With one view KVM tells of a page's state as it was at the fault, which may be the one that was undone.
+def test_a_request_from_before_an_undone_change_is_superseded(make) -> None:
+    # With one view, KVM reports the page's state at the time of the fault, which may be the one that was undone.
     page = 0x3000
     undone = []
 
     class Host(Policy):
-        """While it judges for the first time the host begins to make the page private, and fails."""
+        """During the first call, the host tries to make the page private, and fails."""
 
         def memory_fault(self, fault: MemoryFault) -> Convert:
             if not undone:

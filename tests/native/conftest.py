@@ -23,7 +23,7 @@ def make() -> Iterator[Callable[..., Vm]]:
         vm.close()
 
 
-# Above all memory used here, and below the physical addresses of any CPU.
+# Above the memory of all machines here, and within the physical address width of every CPU.
 SHARED_BIT = 35
 
 

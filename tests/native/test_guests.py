@@ -1,4 +1,4 @@
-"""Guests on the real /dev/kvm: starting, loading, devices, ending."""
+"""Guests on /dev/kvm: starting, loading, devices, ending."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_code(vm, code, *, mode="long", vcpu=0, at=0x1000, **registers):
 
 
 def load_imm(mode):
-    """Code that loads 0x12..., as only this mode decodes it, and the value."""
+    """Code that only this mode decodes as a load of 0x12..., and the value it loads."""
     return {
         "real": (b"\xb8\x34\x12", 0x1234),
         "protected": (b"\xb8\x78\x56\x34\x12", 0x1234_5678),
@@ -85,7 +85,7 @@ def test_a_stack_is_usable(make) -> None:
 # ---- loading
 
 
-def test_bytes_are_loaded_where_they_belong(make) -> None:
+def test_bytes_are_loaded_at_their_address(make) -> None:
     vm = make()
     data = bytes(range(256)) * 40
     assert vm.load(data, at=0x2345) == 0x2345
@@ -106,7 +106,7 @@ def test_a_raw_file_is_loaded(make, tmp_path) -> None:
 
 
 def elf(code, *, vaddr=0x7000_0000, paddr=0x20_0000, entry=0, zeroes=0, machine=62):
-    """A file of one segment: the code, and zeroes."""
+    """An ELF file of one segment: the code, then zeroes."""
     start = 64 + 56
     ident = b"\x7fELF\x02\x01\x01" + bytes(9)
     header = struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, vaddr + entry, 64, 0, 0, 64, 56, 1, 64, 0, 0)
@@ -146,7 +146,7 @@ def test_elf_files_that_cannot_be_loaded_are_refused(make, tmp_path, image) -> N
         make().load(path)
 
 
-def test_files_that_are_not_there_are_named(make, tmp_path) -> None:
+def test_the_error_names_a_missing_file(make, tmp_path) -> None:
     with pytest.raises(Exception, match="nowhere"):
         make().load(tmp_path / "nowhere")
 
@@ -188,7 +188,7 @@ def test_port_io_of_each_size(make, size) -> None:
     assert vm.vcpus[0].regs()["rax"] == int.from_bytes(bytes(range(0xA1, 0xA1 + size)), "little")
 
 
-def test_string_io_keeps_its_bytes(make) -> None:
+def test_string_io_transfers_all_bytes(make) -> None:
     seen = []
     answers = iter(b"hello")
     vm = make()
@@ -203,7 +203,7 @@ def test_string_io_keeps_its_bytes(make) -> None:
     assert vm.read(0x6000, 6) == b"hello\0"
 
 
-def test_a_port_nobody_answers_reads_ones(make) -> None:
+def test_a_port_without_a_handler_reads_ones(make) -> None:
     vm = make()
     run_code(vm, b"\xed" + HLT, rdx=0x99)
     assert vm.vcpus[0].regs()["rax"] == 0xFFFF_FFFF
@@ -228,7 +228,7 @@ def test_mmio_of_each_size(make, size) -> None:
     assert vm.vcpus[0].regs()["rax"] == int.from_bytes(data, "little")
 
 
-def test_a_handler_that_raises_is_asked_again(make) -> None:
+def test_a_handler_that_raises_is_called_again(make) -> None:
     seen = []
 
     def handler(io):
@@ -249,7 +249,7 @@ def test_a_handler_that_raises_is_asked_again(make) -> None:
     assert vm.vcpus[0].regs()["rax"] & 0xFF == 0x42
 
 
-# ---- ending, and going on
+# ---- ending a run and running again
 
 
 def test_a_triple_fault_is_a_shutdown(make) -> None:
@@ -270,7 +270,7 @@ def test_the_last_of_several_vcpus_to_halt_ends_the_run(make) -> None:
 
 
 def counting(vm, vcpu=0, at=0x1000):
-    """Counts up at 0x8000, for ever."""
+    """Starts a guest that increments the word at 0x8000 for ever."""
     vm.load(b"\x48\xff\x07\xeb\xfb", at=at)  # inc qword [rdi]; jmp
     vm.vcpus[vcpu].start(rip=at, rdi=0x8000)
 
@@ -302,7 +302,7 @@ def test_a_run_goes_on_after_stop(make, in_background) -> None:
     assert count(vm) > before
 
 
-def test_a_halted_guest_goes_on_behind_its_hlt(make) -> None:
+def test_a_halted_guest_goes_on_after_its_hlt(make) -> None:
     vm = make()
     assert run_code(vm, HLT + b"\xb8\x07\x00\x00\x00" + HLT).reason == "halt"
     assert vm.run(timeout=10).reason == "halt"
@@ -358,7 +358,7 @@ def test_machines_run_side_by_side(make) -> None:
     assert all(count(vm) > 0 for vm in vms)
 
 
-# ---- the host's view
+# ---- access by the host
 
 
 def test_host_and_guest_share_shared_memory(make) -> None:
@@ -368,7 +368,7 @@ def test_host_and_guest_share_shared_memory(make) -> None:
     assert vm.read(0x30_0000, 8) == struct.pack("<Q", WORD + 1)
 
 
-def test_private_memory_is_the_guests_alone(make) -> None:
+def test_only_the_guest_can_access_private_memory(make) -> None:
     vm = make()
     vm.write(0x30_0000, b"shared bytes")
     vm.convert(0x30_0000, 2 * PAGE, to="private")

@@ -1,4 +1,4 @@
-"""Requests that take long: a run that ends does not wait for them."""
+"""Requests that take long: a run can end in the middle of one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_deadline_interrupts_a_request_over_many_slots(expecting) -> None:
     asked = []
 
     class Late(Policy):
-        """Answers for the first time when the deadline is near: what is left is not enough for that many slots."""
+        """Its first answer comes 5 ms before the deadline, too late for that many slots to be changed."""
 
         def map_gpa_range(self, call):
             asked.append(call)
@@ -49,13 +49,13 @@ def test_a_deadline_interrupts_a_request_over_many_slots(expecting) -> None:
         assert report.reason == "timeout"
         assert report.seconds < 0.6
         assert answered == []
-        # Whatever was done is in the map and nothing else is: only pages that became private lost their shared bytes.
+        # The map has exactly what was converted: only pages that became private lost their shared bytes.
         private = vm.attributes.private_bytes
         assert ENOUGH * PAGE <= private <= size
         assert resident - vm.memory_usage().shared == private - ENOUGH * PAGE
         for gpa, length, state in vm.attributes.runs(first, size):
             assert state == "private" or vm.read(gpa, length) == b"\x55" * length
-        # The guest was told EAGAIN, unless it was too slow to ask before the deadline, and asks again.
+        # The guest got EAGAIN and asks again, unless it had been too slow to ask before the deadline.
         interrupted = len(asked)
         assert vm.run(timeout=30).reason == "halt"
         assert [event.outcome for event in vm.events] == ["retried"] * interrupted + ["converted"]
@@ -63,7 +63,7 @@ def test_a_deadline_interrupts_a_request_over_many_slots(expecting) -> None:
         assert vm.attributes.runs(first, size) == [(first, size, "private")]
 
 
-def test_a_large_request_is_carried_out_whole() -> None:
+def test_a_large_request_is_carried_out_completely() -> None:
     size = 1 << 30
     with Vm(size, shared_bit=35) as vm:
         script = Script()
@@ -78,7 +78,7 @@ def test_a_large_request_is_carried_out_whole() -> None:
 
 
 def test_one_slot_is_never_larger_than_a_gib() -> None:
-    """Where KVM shadows page tables a slot costs as much as it is large, and one page splits it."""
+    """With shadow page tables a slot takes KVM time in proportion to its size, and converting one page splits it."""
     with Vm(4 << 30, enforcement="memslots") as vm:
         vm.convert(2 << 30, PAGE, to="private")
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Out of a KVM_RUN that does not return, and nothing left behind."""
+"""Ending a KVM_RUN that does not return by itself, and leaving no file or thread behind."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pagegate.guests import Script, hypercall_instruction
 pytestmark = pytest.mark.kvm
 
 PAGE = 4096
-# The promise is 0.1 s; the rest is for a busy machine.
+# 0.1 s is documented; the rest is for a busy host.
 PROMPTLY = 0.5
 
 LOOP = b"\xeb\xfe"
-# A hypercall that some hosts never complete; where one does, the loop behind it is as endless.
+# A hypercall that never returns on some hosts. On the others the endless loop after it runs.
 HYPERCALL = {"vmcall": b"\x0f\x01\xc1", "vmmcall": b"\x0f\x01\xd9"}
 STARTED = b"\xe6\x80"  # out 0x80, al
 INSIDE = 0x8000
@@ -36,15 +36,15 @@ def endless(request):
 
 
 def start(vm, code) -> None:
-    """Starts all vCPUs; each counts before it comes to the code."""
+    """Starts all vCPUs; each increments the counter at INSIDE before it executes the code."""
     vm.load(COUNTED + code, at=0x1000)
     for vcpu in vm.vcpus:
-        # MAP_GPA_RANGE of no pages, which is refused by whoever sees it.
+        # MAP_GPA_RANGE of no pages, which KVM and pagegate both refuse.
         vcpu.start(rip=0x1000, rax=12, rbx=0, rcx=0, rdx=0)
 
 
 def wait_until_inside(vm) -> None:
-    """Until all vCPUs execute the guest's code."""
+    """Waits until all vCPUs execute the guest's code."""
     end = time.monotonic() + 10
     while vm.read(INSIDE, 8) != len(vm.vcpus).to_bytes(8, "little"):
         assert time.monotonic() < end, "the guest does not begin"
@@ -95,7 +95,7 @@ def test_a_script_whose_hypercall_never_returns_times_out_or_is_answered(make) -
     script.start(vm)
     report = vm.run(timeout=0.3)
     assert (report.reason, vm.attributes.is_private(0x30_0000)) in (("timeout", False), ("halt", True))
-    # The machine is usable all the same.
+    # The machine can still be used.
     script = Script(call="doorbell")
     answer = script.map(0x30_0000, PAGE, to="private")
     script.start(vm)
@@ -103,8 +103,8 @@ def test_a_script_whose_hypercall_never_returns_times_out_or_is_answered(make) -
     assert script.result(vm, answer) == 0
 
 
-def test_the_host_converts_under_an_endless_guest(make, in_background, endless) -> None:
-    # Swapping slots needs every vCPU out of the guest for a moment.
+def test_the_host_converts_while_a_guest_loops(make, in_background, endless) -> None:
+    # While slots are replaced every vCPU has to be out of the guest.
     vm = make(vcpus=2)
     start(vm, endless)
     run = in_background(vm)
@@ -173,7 +173,7 @@ def _exists(fd) -> bool:
 def test_all_files_are_closed_on_exec(make) -> None:
     make(vcpus=2, initial="private")
     fds = kvm_fds()
-    assert len(fds) >= 5  # /dev/kvm or not, the VM, two vCPUs, both sides of memory
+    assert len(fds) >= 5  # the VM, two vCPUs, both sides of memory, and perhaps /dev/kvm
     assert {fd: fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in fds} == dict.fromkeys(fds, fcntl.FD_CLOEXEC)
 
 
@@ -231,7 +231,7 @@ def test_threads_end_with_the_run(make) -> None:
         vcpu.start(rip=0x1000)
     vm.run(timeout=0.2)
     assert max(seen) == 2
-    # A thread that was joined stays in the list until the kernel has buried it.
+    # A thread that was joined stays in the list until the kernel has removed it.
     end = time.monotonic() + 1.0
     while vcpu_threads() and time.monotonic() < end:
         time.sleep(0.001)

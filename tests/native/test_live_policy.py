@@ -1,4 +1,4 @@
-"""Policies that teach, and policies that change, under real guests."""
+"""Remembered decisions, and policies that are replaced in a run, with guests on /dev/kvm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Counting:
         return self.decision
 
 
-def test_implicit_requests_are_learned(make, shared_bit, expecting) -> None:
+def test_decisions_on_implicit_requests_are_remembered(make, shared_bit, expecting) -> None:
     policy = Counting(Convert(remember=Region(DATA, PAGES * PAGE)))
     vm = make(policy=policy, shared_bit=shared_bit)
     script = expecting(shared_bit=shared_bit)
@@ -65,7 +65,7 @@ def test_forgotten_between_two_runs(make) -> None:
 
 @pytest.mark.parametrize("bit", [None, 35], ids=["explicit", "implicit"])
 def test_replaced_under_load(make, bit) -> None:
-    # Each request is judged once, by one of the policies, and none is lost.
+    # Each request goes to exactly one of the policies, once.
     rounds, vcpus = 24, 2
     policies = [Counting()]
     vm = make(policy=policies[0], vcpus=vcpus, shared_bit=bit)
@@ -117,7 +117,7 @@ class Mine(pagegate.Policy):
 
 
 def test_a_file_that_is_edited_under_load(make, tmp_path) -> None:
-    """By the watcher, with files that are written in two steps and one that is broken."""
+    """The watcher loads files that are written in two steps, and one that is broken."""
     vcpus = 2
     file = tmp_path / "mine.py"
     file.write_text(POLICY.format(edition=0))
@@ -168,7 +168,7 @@ def test_a_file_that_is_edited_under_load(make, tmp_path) -> None:
     assert len(loaded) == 2
     asked = [each for policy in (first, *loaded) for each in asked_of(policy)]
     assert {edition for edition, *_ in asked} == {0, 1, 2}
-    # One that was judged when the run ended is not counted twice: every request, and each once.
+    # Every request is counted once, also one that was with the policy when the run ended.
     assert len(asked) == len(set(asked)) == report.requests == vm.events.total
     for vcpu in range(vcpus):
         states = [to for _, index, _, to, _ in sorted(asked, key=lambda each: each[-1]) if index == vcpu]

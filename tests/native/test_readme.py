@@ -1,4 +1,4 @@
-"""The README's first block of code runs as it stands."""
+"""The README's first block of code runs unchanged."""
 
 from __future__ import annotations
 

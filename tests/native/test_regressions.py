@@ -1,4 +1,4 @@
-"""What was wrong once on the real /dev/kvm."""
+"""Bugs on /dev/kvm that were fixed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNTER = 0x40_0000
 WORDS = 0x50_0000
 
 
-def test_the_host_converts_under_the_only_vcpu(make, in_background, expecting) -> None:
+def test_the_host_converts_while_the_only_vcpu_runs(make, in_background, expecting) -> None:
     vm = make(enforcement="memslots")
     script = expecting()
     begin = script.fill(WORDS, 4 * PAGE, 0x5A)
@@ -26,7 +26,7 @@ def test_the_host_converts_under_the_only_vcpu(make, in_background, expecting) -
     script.touch(WORDS, 16)
     script.add(COUNTER, 1)
     rounds = script.count()
-    script.goto_unless(COUNTER + PAGE, 1, begin)  # until the host has done enough
+    script.goto_unless(COUNTER + PAGE, 1, begin)  # until the host has converted often enough
     script.start(vm)
     run = in_background(vm, timeout=120.0)
     run.wait_until_in_progress()
@@ -52,14 +52,14 @@ ALL_BLOCKED = """
 """
 
 
-def test_a_caller_who_blocks_all_signals_still_times_out() -> None:
+def test_a_run_times_out_when_its_caller_blocks_all_signals() -> None:
     arguments = [sys.executable, "-c", textwrap.dedent(ALL_BLOCKED)]
-    # Without the kick it never ends, and only a kill does it.
+    # Without the kick the run never ends and has to be killed.
     child = subprocess.run(arguments, capture_output=True, text=True, timeout=30, check=True)
     assert child.stdout == "timeout\n"
 
 
-def test_one_alone_does_not_pass_a_barrier_for_two(make) -> None:
+def test_one_vcpu_does_not_pass_a_barrier_for_two(make) -> None:
     vm = make()
     script = Script()
     script.barrier(COUNTER, 2)
@@ -68,7 +68,7 @@ def test_one_alone_does_not_pass_a_barrier_for_two(make) -> None:
     assert vm.read(COUNTER, 8) == (1).to_bytes(8, "little")
 
 
-def test_a_barrier_keeps_two_in_step_round_after_round(make) -> None:
+def test_a_barrier_keeps_two_vcpus_in_step(make) -> None:
     rounds = 20
     vm = make(vcpus=2)
     seen = []
@@ -83,7 +83,7 @@ def test_a_barrier_keeps_two_in_step_round_after_round(make) -> None:
         script = Script()
         begin = script.add(COUNTER, 1)
         script.barrier(COUNTER + PAGE, 2)
-        script.out(0xE9, 1)  # both have counted, and neither counts on before both were here
+        script.out(0xE9, 1)  # both vCPUs have counted, and neither goes on before both are here
         script.barrier(COUNTER + 2 * PAGE, 2)
         script.loop(begin, rounds)
         script.start(vm, vcpu, at=0x1000 + vcpu * 0x10000)
@@ -101,7 +101,7 @@ def test_an_instruction_that_crosses_into_the_other_view_is_a_request(make, reco
     assert vm.run(timeout=20).reason == "denied"
     (fault,) = policy.requests
     assert (fault.gpa, fault.size, fault.private, fault.state) == (2 * PAGE, PAGE, False, "private")
-    # The rest of it, now in the view through which it is fetched.
+    # The rest of the instruction, now in the view through which it is fetched.
     vm.convert(2 * PAGE, PAGE, to="shared")
     vm.write(2 * PAGE, code[4:])
     assert vm.run(timeout=20).reason == "halt"

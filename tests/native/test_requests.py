@@ -1,4 +1,4 @@
-"""Requests of real guests, implicit and explicit."""
+"""Implicit and explicit requests of guests on /dev/kvm."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_malformed_requests_are_answered(make, recorder, registers) -> None:
     assert vm.attributes.private_bytes == 0
 
 
-def test_decisions_reach_the_guest(make, recorder) -> None:
+def test_the_guest_gets_the_answer(make, recorder) -> None:
     vm = make(policy=recorder(Deny(errno.EPERM), Retry(), Convert(size=2 * PAGE)))
     script = Script(call="doorbell")
     answers = [script.map(DATA, PAGE, to="private") for _ in range(3)]
@@ -162,7 +162,7 @@ def test_both_directions_of_implicit_requests(make, recorder, shared_bit) -> Non
     [(size, "inside") for size in (1, 2, 4, 8)]
     + [(size, place) for size in (2, 4, 8) for place in ("straddling", "off-centre", "first-only", "second-only")],
 )
-def test_the_access_that_asked_is_completed(make, shared_bit, to, size, place) -> None:
+def test_an_access_is_completed_after_its_request(make, shared_bit, to, size, place) -> None:
     vm = make(shared_bit=shared_bit)
     view = 0 if to == "private" else 1 << shared_bit
     cut = {"inside": 0, "off-centre": 1}.get(place, size // 2)
@@ -216,8 +216,8 @@ def test_read_modify_write_on_the_other_view(make, shared_bit) -> None:
     assert vm.vcpus[0].regs()["rax"] == 14
 
 
-def test_code_in_the_other_view_is_a_request_or_an_end(make, recorder, shared_bit) -> None:
-    # What is fetched after the conversion is zeroes; that it was asked for is what counts.
+def test_code_in_the_other_view_is_a_request_or_ends_the_run(make, recorder, shared_bit) -> None:
+    # After the conversion the guest fetches zeroes. What is checked is that the request was made.
     policy = recorder(Deny())
     vm = make(policy=policy, shared_bit=shared_bit)
     vm.load(HLT, at=DATA)
@@ -238,17 +238,17 @@ def test_without_a_shared_bit_no_access_is_a_request(make, recorder) -> None:
     assert (script.result(vm, check), report.faults, len(policy.requests)) == (0, 0, 1)
 
 
-# ---- the long ones
+# ---- tests that take long
 
 PAGES = 64
-# In the testbed each conversion takes milliseconds; test_faults.py there makes its own ten thousand.
+# In the testbed each conversion takes milliseconds; tests/testbed/test_faults.py makes ten thousand there.
 ROUNDS = 100 if os.environ.get("PAGEGATE_TESTBED") else 1000
 
 
 def ping_pong_code() -> bytes:
-    """RDI, RSI: the shared and the private view. RBP: rounds. RBX: what is written next, a word a page.
+    """RDI, RSI: the shared and the private view. RBP: rounds. RBX: the next value to write, one word for each page.
 
-    R10: where in each page; the word moves on with each round, so that one that was not discarded is still there.
+    R10: the word's offset in each page. It changes with each round, so a word that was not discarded would be found.
     """
     each = b"\x49\x81\xc0\x00\x10\x00\x00\x48\xff\xc3\x48\xff\xc9"  # add r8, 4096; inc rbx; dec rcx
     pages = b"\x48\xc7\xc1" + struct.pack("<I", PAGES)  # mov rcx, PAGES
@@ -266,7 +266,7 @@ def ping_pong_code() -> bytes:
     all_zero = b"\x49\x89\xf9\x48\x89\xf7\x48\xc7\xc1" + struct.pack("<I", PAGES * PAGE // 8)
     all_zero += b"\x31\xc0\xf3\x48\xaf" + or_fail + b"\x4c\x89\xcf"
     code = for_each_page(shared, write) + b"\xe6\x80" + for_each_page(private, write)
-    # Every byte of the private pages: the words are there, without them all is zero, and they are put back.
+    # Checks every byte of the private pages: takes the words out, checks that all the rest is zero, puts them back.
     code += again + for_each_page(private, take) + all_zero + again + for_each_page(private, write) + b"\xe6\x81"
     # add r10, 8; and r10d, 4095; dec rbp; jnz
     code += b"\x49\x83\xc2\x08\x41\x81\xe2\xff\x0f\x00\x00\x48\xff\xcd"
@@ -274,8 +274,7 @@ def ping_pong_code() -> bytes:
 
 
 def test_64_pages_ping_pong_between_the_views_1000_times(make, shared_bit) -> None:
-    """After each conversion every byte of the page is looked at: by the host in the shared view, by the guest in the
-    private one."""
+    """Each conversion is followed by a check of every byte: by the host if shared, by the guest if private."""
     vm = make(shared_bit=shared_bit)
     first = 0x1122_3344_0000_0000
     seen = {0x80: 0, 0x81: 0}
@@ -319,12 +318,12 @@ def test_64_pages_ping_pong_between_the_views_1000_times(make, shared_bit) -> No
 
 
 def resident(vm, limit):
-    """Shared and private bytes, which together are never more than ``limit``."""
+    """Shared and private bytes in use; checks that together they are at most ``limit``."""
     usage = vm.memory_usage()
     assert usage.shared + usage.private <= limit, usage
     links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
     (shared,) = [link for link in links if os.path.exists(link) and "pagegate-shared" in os.readlink(link)]
-    # The file system's own account of the shared side.
+    # What the file system says of the shared side.
     assert os.stat(shared).st_blocks * 512 == usage.shared
     return usage
 
@@ -367,7 +366,7 @@ def put_to_rest(vm, vcpu):
 
 
 def views_seen(vm, policy, gpa, bit):
-    """The view of a page that a guest can read without asking."""
+    """The address of a page in the view that the guest can access without a request."""
     seen = []
     for state, view in (("private", 0), ("shared", 1 << bit)):
         policy.requests.clear()
@@ -379,7 +378,7 @@ def views_seen(vm, policy, gpa, bit):
 
 
 def opposite(vm, bit, kinds):
-    """Two vCPUs for ever: one makes the pages private, the other shared."""
+    """Two vCPUs in endless loops: one makes the pages private, the other shared."""
     for vcpu, to in enumerate(["private", "shared"]):
         view = 0 if to == "private" or bit is None else 1 << bit
         script = Script(call="doorbell")
@@ -431,7 +430,7 @@ def test_opposite_requests_of_two_vcpus_with_one_view(make) -> None:
 
 
 def test_conversions_do_not_disturb_other_vcpus(make) -> None:
-    # One counts in shared memory with locked instructions while the other swaps the slots around it.
+    # One vCPU counts in shared memory with locked instructions while the other's requests replace the slots around it.
     vm = make(vcpus=2)
     counter = Script()
     counter.add(DATA - 8, 1)

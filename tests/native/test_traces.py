@@ -1,4 +1,4 @@
-"""Traces of real guests: whole, and with the same decisions when they are replayed."""
+"""Traces of guests on /dev/kvm are complete, and a replay of them makes the same decisions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 MEMORY = 64 << 20
 MIB = 1 << 20
 
-# Examples that go by their requests alone, times included. The others ask somebody else, or need a trace first.
+# Examples whose decisions depend only on the requests and their times. The others ask a service or need a trace.
 PURE = {
     "audit_log": None,
     "explicit_only": None,
@@ -35,7 +35,7 @@ def example(name, how):
 
 @pytest.mark.parametrize("guest", GUESTS)
 @pytest.mark.parametrize("name", PURE)
-def test_an_example_decides_the_same_again(name, guest, shared_bit, tmp_path, capfd) -> None:
+def test_a_replay_of_an_example_decides_the_same(name, guest, shared_bit, tmp_path, capfd) -> None:
     file = tmp_path / "trace.arrow"
     policy = example(name, PURE[name])
     with Vm(MEMORY, policy=policy, shared_bit=shared_bit, initial="private") as vm:
@@ -55,7 +55,7 @@ def test_an_example_decides_the_same_again(name, guest, shared_bit, tmp_path, ca
 
 
 class Mine(Policy):
-    """Everything that a decision can say."""
+    """A policy that makes every kind of decision."""
 
     def map_gpa_range(self, call):
         if call.to == "shared" and call.gpa >= 16 * MIB:
@@ -113,7 +113,7 @@ def test_two_vcpus_under_a_policy_without_a_memory(make, shared_bit, tmp_path) -
 def test_a_guest_that_crashes_leaves_its_trace(make, tmp_path) -> None:
     script = Script()
     script.map(MIB, PAGE, to="private")
-    # There is no IDT, and this address is no memory of any table.
+    # No page table maps this address, and there is no IDT, so this is a triple fault.
     script.write(1 << 46, 1)
     vm = make()
     script.start(vm)

@@ -1,4 +1,4 @@
-"""What the tests on real private memory share. They run inside the testbed, in one boot."""
+"""Helpers of the tests with guest_memfd, which run inside the testbed, in one boot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel's private_mem_conversions_test checks, by our own guest and through a policy."""
+"""The checks of the kernel's private_mem_conversions_test, with our own guest and a policy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def shared_file(vm: Vm) -> int:
 
 
 def conversion_guest(base: int, offset: int, size: int, *, discard: bool) -> tuple[Script, dict[int, int]]:
-    """To private and back, whole and every other page, with a neighbour on both sides. What each result must be."""
+    """Converts to private and back, the whole range and every other page, between two neighbours.
+
+    Returns the script, and what each result must be.
+    """
     script = Script(call="hypercall")
     want: dict[int, int] = {}
     start, end = base + offset, base + offset + size
@@ -51,7 +54,7 @@ def conversion_guest(base: int, offset: int, size: int, *, discard: bool) -> tup
     want[script.map(start, size, to="private")] = 0
     script.fill(start, size, PRIVATE)
     check(start, size, PRIVATE)
-    script.out(0xE9, 1)  # the host looks
+    script.out(0xE9, 1)  # the host checks the bytes
     for gpa in neighbours:
         check(gpa, PAGE, LATER)
     if size > PAGE:
@@ -90,7 +93,7 @@ def test_conversions(vcpus: int, memslots: int, offset: int, size: int, discard:
             looks.append((io.vcpu, step))
             if step == 1:
                 assert vm.attributes.state(start, size) == "private"
-                # Not by vm.read, which refuses: what a careless VMM would have found.
+                # vm.read would refuse, so read the file as a VMM without that check would.
                 held = os.pread(shared_file(vm), size, start)
                 assert held == bytes([0 if discard else SHARED]) * size
             elif step == 2:
@@ -114,7 +117,7 @@ def test_conversions(vcpus: int, memslots: int, offset: int, size: int, discard:
         assert len(looks) == vcpus * (3 if size > PAGE else 2)
         assert not policy.faults, "nothing is implicit here"
         assert vm.attributes.runs() == [(0, MEMORY, "shared")]
-        # What the guest did not touch is as the host wrote it.
+        # Bytes that the guest did not touch are as the host wrote them.
         for base in bases:
             untouched = base + offset + size + PAGE
             if untouched < base + SPAN:

@@ -1,4 +1,4 @@
-"""What KVM emulates it does on the shared side, whatever a page's attribute says (string IO is enough for that)."""
+"""KVM's emulation accesses the shared side, even of a private page. String IO is always emulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def insb(vm: Vm, rdi: int, count: int) -> None:
     vm.on_io(0x71, lambda io: b"A" * (io.size * io.count))
 
 
-def test_its_bytes_are_gone_when_the_page_comes_back() -> None:
+def test_emulated_writes_are_gone_when_the_page_becomes_shared() -> None:
     with Vm(MEMORY) as vm:
         vm.convert(AT, 2 * MIB, to="private")
         insb(vm, AT, 3 * PAGE)
@@ -28,7 +28,7 @@ def test_its_bytes_are_gone_when_the_page_comes_back() -> None:
         assert vm.read(AT, 4 * PAGE) == bytes(4 * PAGE)
 
 
-def test_bytes_of_pages_that_are_shared_already_stay() -> None:
+def test_emulated_writes_to_shared_pages_stay() -> None:
     with Vm(MEMORY) as vm:
         vm.convert(AT, 4 * PAGE, to="private")
         vm.convert(AT + PAGE, PAGE, to="shared")
@@ -37,7 +37,7 @@ def test_bytes_of_pages_that_are_shared_already_stay() -> None:
         assert vm.read(AT, 3 * PAGE) == bytes(PAGE) + b"x" * PAGE + bytes(PAGE)
 
 
-def test_it_does_not_reach_a_private_view() -> None:
+def test_emulation_does_not_reach_the_private_view() -> None:
     with Vm(MEMORY, shared_bit=BIT) as vm:
         vm.convert(AT, PAGE, to="private")
         insb(vm, AT, 64)

@@ -1,4 +1,4 @@
-"""Explicit requests of every size and kind of wrongness, by the real hypercall."""
+"""Explicit requests by hypercall: different sizes, and malformed ones."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def test_malformed(call, gpa: int, pages: int, attributes: int) -> None:
     with Vm(MEMORY, policy=Never()) as vm:
         rax = ask(vm, call, gpa, pages, attributes)
         by_kvm = call == "hypercall" and (gpa % PAGE or pages == 0)
-        # What KVM refuses itself is negative; what we refuse is positive, as SNP and TDX have it.
+        # An errno from KVM itself is negative; from pagegate it is positive, as SNP and TDX guests expect.
         assert rax == (-errno.EINVAL if by_kvm else errno.EINVAL)
         assert vm.attributes.runs() == [(0, MEMORY, "shared")]

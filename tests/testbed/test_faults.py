@@ -1,4 +1,4 @@
-"""Real KVM_EXIT_MEMORY_FAULT, and what else KVM_RUN can end with."""
+"""KVM_EXIT_MEMORY_FAULT and other failures of KVM_RUN, from a real KVM."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_access_to_a_slot_without_guest_memfd() -> None:
         assert (fault.gpa, fault.size, fault.flags, fault.errno, fault.private, fault.state) == expected
 
 
-def test_the_slot_goes_while_the_vcpu_reads() -> None:
+def test_the_slot_is_removed_while_the_vcpu_reads() -> None:
     policy = Recorder(Deny())
     with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
         vm.convert(AT, PAGE, to="private")
@@ -105,10 +105,10 @@ def test_shared_bit_ten_thousand_conversions(expecting) -> None:
 
         for page in range(pages):
             gpa = AT + page * PAGE
-            check(gpa, 0)  # private again: zeroes
+            check(gpa, 0)  # private again: reads zeroes
             script.fill(gpa, PAGE, 0x50 + page)
             check(gpa, 0x50 + page)
-            check(SHARED | gpa, 0)  # shared again: zeroes, nothing of the private bytes
+            check(SHARED | gpa, 0)  # shared again: reads zeroes, not the private bytes
             script.fill(SHARED | gpa, PAGE, 0x60 + page)
         script.loop(begin, rounds)
         script.start(vm)
@@ -123,7 +123,7 @@ def test_shared_bit_ten_thousand_conversions(expecting) -> None:
 
 
 @pytest.mark.skipif(kernel() < (6, 18), reason="before 6.18 no guest_memfd can be mapped, so none can be poisoned")
-def test_poison_is_no_conversion_and_discarding_heals() -> None:
+def test_poison_is_not_converted_and_a_discard_repairs_it() -> None:
     policy = Recorder()
     madv_hwpoison = 100
     caught: list[int] = []
@@ -157,7 +157,7 @@ def test_poison_is_no_conversion_and_discarding_heals() -> None:
             assert script.result(vm, neighbour) == 0
             assert vm.attributes.runs(AT, 16 * PAGE) == [(AT, 16 * PAGE, "private")]
     finally:
-        # None if the handler before was not set from Python, as faulthandler's.
+        # None if the previous handler was not set from Python, such as faulthandler's.
         signal.signal(signal.SIGBUS, previous or signal.SIG_DFL)
 
 
@@ -181,12 +181,12 @@ def test_unmapped_host_memory_is_bad_backing() -> None:
         assert LIBC.mprotect(where, PAGE, prot_rw) == 0
         assert policy.faults == []
         assert vm.attributes.runs() == [(0, MEMORY, "shared")]
-        # The instruction was not executed: once the memory is back, the guest goes on.
+        # The instruction was not executed: once the memory is accessible again, the guest goes on with it.
         assert vm.run(timeout=60).reason == "halt"
 
 
 @pytest.mark.parametrize("answer", [Convert(), Retry()], ids=repr)
-def test_a_page_that_nothing_can_satisfy_is_a_livelock(answer) -> None:
+def test_a_page_that_keeps_faulting_is_a_livelock(answer) -> None:
     policy = Recorder(answer)
     with Vm(MEMORY, policy=policy) as vm:
         script = Script(call="hypercall")
@@ -195,7 +195,7 @@ def test_a_page_that_nothing_can_satisfy_is_a_livelock(answer) -> None:
         script.read(AT)
 
         def close_the_file(io) -> None:
-            # The last descriptor goes, as if somebody had closed it, and a harmless one takes its number.
+            # Closes the last descriptor of the file, and puts another file under its number.
             (fd,) = descriptors("gmem") or descriptors("guest_memfd")
             nothing = os.open("/dev/null", os.O_RDWR)
             os.dup2(nothing, fd)

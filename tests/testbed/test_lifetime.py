@@ -1,4 +1,4 @@
-"""What is left of a machine, and what KVM maps ahead."""
+"""Memory after a machine is closed, and KVM_PRE_FAULT_MEMORY."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUNCH_KEEPING_SIZE = 3
 
 
 def unevictable() -> int:
-    """Bytes of memory that cannot be evicted, which guest_memfd pages are."""
+    """Bytes of unevictable memory, to which guest_memfd pages belong."""
     with open("/proc/meminfo") as meminfo:
         return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("Unevictable:"))
 
@@ -75,13 +75,13 @@ def test_memory_does_not_double() -> None:
         assert vm.run(timeout=120).reason == "halt"
         seen.append((vm.memory_usage().shared, unevictable() - base_line))
         for shared, private in seen:
-            # What cannot be evicted is counted in batches per CPU, so a little may be missing.
+            # The kernel counts unevictable pages in batches per CPU, so a few may be missing.
             assert size * 0.95 <= shared + private <= size * 1.05
         assert vm.read(AT, size) == b"\x43" * size
 
 
 @pytest.mark.parametrize("prefault", [True, False])
-def test_prefault_spares_the_first_touches(prefault: bool) -> None:
+def test_prefault_saves_the_first_faults(prefault: bool) -> None:
     if not probe().pre_fault:
         pytest.skip("this kernel has no KVM_PRE_FAULT_MEMORY")
 

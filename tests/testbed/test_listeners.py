@@ -1,4 +1,4 @@
-"""Listeners on a real VM: what the guest sees at each moment."""
+"""Listeners on a real VM, for the example of a device that maps shared pages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ AT = 8 * MIB
 
 
 def shared_bytes(gpa: int, size: int) -> bytes:
-    """What lies in the shared side, as a device that has it mapped would find it."""
+    """Bytes of the shared side, as a device that has it mapped would read them."""
     (fd,) = descriptors("memfd:pagegate-shared")
     return os.pread(fd, size, gpa)
 
 
 class Device(Listener):
-    """Keeps what it has mapped, and what it saw there as it let go."""
+    """Keeps the pages that it has mapped, and the bytes that were there when it unmapped them."""
 
     def __init__(self) -> None:
         self.mapped: set[int] = set()
@@ -34,7 +34,7 @@ class Device(Listener):
     def prepare(self, change) -> bool:
         if self.refuse:
             return False
-        # Nothing is discarded yet: it can still write back what it has.
+        # Nothing is discarded yet, so a device can still write its data back.
         self.let_go.append(shared_bytes(change.gpa, 8))
         self.mapped.difference_update(range(change.gpa, change.gpa + change.size, PAGE))
         return True
@@ -96,7 +96,7 @@ def test_a_device_that_refuses_keeps_its_page() -> None:
         assert not vm.attributes.is_private(AT)
 
 
-def test_one_that_joins_while_the_guest_converts_misses_nothing() -> None:
+def test_a_listener_that_joins_while_the_guest_converts_misses_nothing() -> None:
     with Vm(MEMORY, vcpus=2) as vm:
         for vcpu in range(2):
             script = Script(call="hypercall")
@@ -114,7 +114,7 @@ def test_one_that_joins_while_the_guest_converts_misses_nothing() -> None:
                 device = Device()
                 vm.add_listener(device)
                 devices.append(device)
-                # The next one joins while pages are converted, and so has this one.
+                # Add the next listener only while pages are being converted.
                 while not device.let_go and time.monotonic() < end:
                     time.sleep(0.001)
             vm.stop()

@@ -1,4 +1,4 @@
-"""The race that undoes conversions: a fault that carries a page's old state."""
+"""A fault that reports a page's old state must not undo a conversion that came after it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Counting(Policy):
 def test_a_stale_fault_never_undoes_a_conversion(expecting) -> None:
     policy = Counting()
     with Vm(MEMORY, vcpus=2, policy=policy) as vm:
-        # The converter writes, converts and checks its own words; the other one reads and writes beside them.
+        # One vCPU writes, converts and checks its own words; the other reads and writes other words of the same pages.
         converter = expecting(call="hypercall")
         begin = len(converter)
         results = []
@@ -52,9 +52,9 @@ def test_a_stale_fault_never_undoes_a_conversion(expecting) -> None:
         other.start(vm, 1, at=MIB)
         report = vm.run(timeout=SECONDS)
         assert report.reason == "timeout"
-        # It went on converting until the end, with every result as it must be.
+        # The first vCPU converted until the end, and every result was as expected.
         assert [converter.result(vm, operation) for operation in results] == [0] * len(results)
-        # On one CPU a 6.12 kernel does not change threads between its two looks at the attribute.
+        # On one CPU, a 6.12 kernel does not switch threads between its two reads of the attribute.
         assert report.stale > 0 or kernel() < (6, 18), "there was no race"
         assert policy.faults == 0, "each of them would have undone a conversion"
         assert report.conversions == policy.calls > 10

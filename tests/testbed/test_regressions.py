@@ -1,4 +1,4 @@
-"""What was wrong once with real private memory."""
+"""Bugs with guest_memfd that were fixed."""
 
 from __future__ import annotations
 

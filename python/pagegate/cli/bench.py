@@ -52,7 +52,7 @@ def _policy(named: str | tuple[Path, str | None], options: dict[str, str]) -> tu
     return named, policies.Allow() if named == "allow" else _Asked()
 
 
-@click.command()
+@click.command(short_help="Measures what a request costs on this host.")
 @click.option(
     "-p",
     "--policy",

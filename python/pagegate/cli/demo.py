@@ -82,7 +82,7 @@ def _run(vm: Vm, guest: Guest, watch: _Watch) -> Report:
             watch.catch_up()
 
 
-@click.command()
+@click.command(short_help="Runs a bundled guest under a Python policy.")
 @click.option(
     "-p",
     "--policy",

@@ -50,10 +50,10 @@ def _table(host: Host) -> Table:
     return table
 
 
-@click.command()
+@click.command(short_help="Shows what this host offers and what is missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(*, as_json: bool) -> int:
-    """What this host offers, what is missing and how to get it."""
+    """Shows what this host offers, what is missing and how to get it."""
     host = probe()
     usable = host.enforcement is not None
     if as_json:

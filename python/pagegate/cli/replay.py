@@ -27,7 +27,7 @@ _MIB = 1 << 20
 _BYTES = {"bytes_to_private": "to private", "bytes_to_shared": "to shared", "peak_shared": "shared at most"}
 
 
-@click.command()
+@click.command(short_help="Puts recorded requests to another policy.")
 @click.argument("events", type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
 @click.option(
     "-p",

@@ -9,7 +9,7 @@ import click
 from pagegate.trace import synthetic
 
 
-@click.command()
+@click.command(short_help="Writes a trace of generated requests.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--requests", type=click.IntRange(min=0), default=1_000_000, show_default=True)
 @click.option("--vcpus", type=click.IntRange(min=1, max=(1 << 32) - 1), default=1, show_default=True)

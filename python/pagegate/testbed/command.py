@@ -92,7 +92,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
 )
 @click.pass_context
 def testbed(ctx: click.Context, /, **options: Any) -> None:
-    """Run COMMAND in a machine whose KVM has software-protected VMs.
+    """Runs COMMAND in a machine whose KVM has software-protected VMs.
 
     QEMU emulates the machine; it needs no KVM of this host. Its root is this host's file system. COMMAND runs there as
     root in the current directory. Its standard output and standard error arrive here as it writes them, and its exit

@@ -226,7 +226,7 @@ pub enum ConvertError {
 }
 
 impl ConvertError {
-    /// The errno that the guest gets, negated, in RAX for an explicit request; `None` where the run has to end.
+    /// The errno that the guest gets in RAX for an explicit request, as a positive number; `None` where the run has to end.
     pub fn guest_errno(&self) -> Option<Errno> {
         match self {
             ConvertError::Range { .. } | ConvertError::OverQuota { .. } => Some(Errno(libc::EINVAL)),

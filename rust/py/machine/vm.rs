@@ -254,7 +254,12 @@ impl PyVm {
         Ok(())
     }
 
-    /// Stops telling an object of conversions. ValueError if it is no listener of this machine.
+    /// Stops telling an object of conversions.
+    ///
+    /// It waits for those under way, and after it nothing more is told. From inside of a listener it does not wait, and
+    /// the conversion under way is still told to its end.
+    ///
+    /// ValueError if it is no listener of this machine.
     fn remove_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
         let machine = self.0.machine(py)?;
         let known = {

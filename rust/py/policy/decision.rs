@@ -129,7 +129,8 @@ pub(crate) struct PyConvert {
     /// Whether the old side is freed.
     ///
     /// If not, it keeps its bytes, which the guest finds again when the page is converted back. Until then both sides
-    /// take up memory.
+    /// take up memory. Under attributes KVM's emulation can write to the shared side of a private page; from the first
+    /// ``discard=False`` on, such bytes are not freed any more before a page becomes shared, whichever page it is.
     #[pyo3(get)]
     discard: bool,
     /// For which pages this decision is remembered; ``None`` if it is for this request only.

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::thread::LocalKey;
 
 use pagegate_core::errno::{EFAULT, EHWPOISON, Errno};
+use pagegate_core::hypervisor::exit::FLAG_PRIVATE;
 use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
 use pagegate_core::policy::map_gpa_range;
 use pagegate_core::policy::request::{ExplicitRequest, ImplicitRequest};
@@ -13,9 +14,6 @@ use pyo3::prelude::*;
 use crate::interpreter::arguments;
 use crate::interpreter::fields::{Field, RangeState};
 use crate::interpreter::reuse::{HookArgument, Spare};
-
-/// KVM_MEMORY_EXIT_FLAG_PRIVATE.
-const FLAG_PRIVATE: u64 = 1 << 3;
 
 /// Checks the pages of a request made in Python; the core makes only valid ones.
 fn pages(gpa: u64, size: u64) -> PyResult<Range> {

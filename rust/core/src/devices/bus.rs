@@ -31,7 +31,7 @@ pub trait MmioHandler: Send + Sync {
 }
 
 /// The size of a range in bytes, and its handler.
-type Region = (u64, Arc<dyn MmioHandler>);
+type MmioRange = (u64, Arc<dyn MmioHandler>);
 
 /// The port that a vCPU used last, and its handler: a guest that uses a port uses it many times in a row.
 #[derive(Default)]
@@ -48,7 +48,7 @@ pub(crate) struct Bus {
     /// Counts changes of `ports`, so that a [`KnownPort`] can tell whether it is out of date.
     version: AtomicU64,
     /// By the first gpa. No two overlap.
-    mmio: RwLock<BTreeMap<u64, Region>>,
+    mmio: RwLock<BTreeMap<u64, MmioRange>>,
 }
 
 impl Bus {

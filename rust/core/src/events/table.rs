@@ -4,10 +4,11 @@ use std::sync::{Arc, LazyLock};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int8Type, Int32Type, UInt8Type, UInt32Type, UInt64Type};
-use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, DictionaryArray, PrimitiveArray, RecordBatch, StringArray};
+use arrow_array::{
+    Array, ArrayRef, ArrowPrimitiveType, DictionaryArray, PrimitiveArray, RecordBatch, StringArray, UInt32Array,
+};
 use arrow_buffer::{Buffer, ScalarBuffer};
 use arrow_cast::cast;
-use arrow_ord::sort::sort_to_indices;
 use arrow_schema::DataType;
 use arrow_select::concat::concat_batches;
 use arrow_select::take::take_record_batch;
@@ -55,8 +56,10 @@ pub(super) fn merge(batches: &Vec<RecordBatch>) -> Option<RecordBatch> {
     let whole = concat_batches(&schema(), batches)
         .ok()
         .filter(|whole| whole.num_rows() > 0)?;
-    let order = sort_to_indices(whole.column(SEQUENCE_COLUMN), None, None).ok()?;
-    take_record_batch(&whole, &order).ok()
+    let sequences = whole.column(SEQUENCE_COLUMN).as_primitive::<UInt64Type>().values();
+    let mut order: Vec<u32> = (0..).take(whole.num_rows()).collect();
+    order.sort_by_key(|row| sequences.get(*row as usize));
+    take_record_batch(&whole, &UInt32Array::from(order)).ok()
 }
 
 /// The sequence number of the last row of a batch that [`assemble`] or [`merge`] made.

@@ -24,6 +24,8 @@ use crate::errno::Errno;
 pub const START: usize = offset_of!(kvm_run, exit_reason);
 /// `exit_reason` of an access to a page in the wrong state (KVM_EXIT_MEMORY_FAULT).
 pub const MEMORY_FAULT: u32 = kvm_bindings::KVM_EXIT_MEMORY_FAULT;
+/// The only known flag of such a fault: the access was a private one (KVM_MEMORY_EXIT_FLAG_PRIVATE).
+pub const FLAG_PRIVATE: u64 = kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE as u64;
 /// What the run loop writes into `exit_reason` before each entry. No exit of KVM has this number.
 pub const SENTINEL: u32 = u32::MAX;
 

@@ -13,6 +13,11 @@ use crate::vcpu::run_loop;
 use crate::vcpu::state::VcpuState;
 use crate::vcpu::tally::Tally;
 
+const RUNNING: &str =
+    "this machine is running already: run() cannot be called again until it has returned, nor in a hook";
+/// How often a thread that waits for a vCPU to begin a run looks whether there is a run already.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 impl Machine {
     /// Runs every started vCPU, each in a thread of its own, until something ends the run. `interrupt` is called some
     /// forty times a second; its failure ends the run.
@@ -70,14 +75,23 @@ impl Machine {
     }
 
     fn begin(&self) -> Result<(Arc<Control>, Vec<MutexGuard<'_, VcpuState>>), Error> {
+        let mut vcpus = Vec::new();
+        for vcpu in &self.vcpus {
+            // Between runs another thread locks a vCPU to start it or to read its registers, which can take as long as a
+            // listener takes. A run holds it until it is over.
+            vcpus.push(loop {
+                if self.running() {
+                    return Err(Error::Busy(RUNNING));
+                }
+                if let Some(vcpu) = vcpu.try_lock_for(LOOK_AGAIN) {
+                    break vcpu;
+                }
+            });
+        }
         let mut current = self.current.lock();
         if current.is_some() {
-            return Err(Error::Busy(
-                "this machine is running already: run() cannot be called again until it has returned, nor in a hook",
-            ));
+            return Err(Error::Busy(RUNNING));
         }
-        // Between runs another thread locks a vCPU only for a moment, to start it or to read its registers.
-        let mut vcpus: Vec<_> = self.vcpus.iter().map(Mutex::lock).collect();
         vcpus.retain(|vcpu| vcpu.started);
         if vcpus.is_empty() {
             return Err(Error::Busy(

@@ -1,11 +1,12 @@
-//! A conversion is one transaction: lock the range, have KVM enforce the new state, discard the old side, commit the map.
+//! A conversion is one transaction: lock the range, have KVM enforce the new state, discard the old side, commit the
+//! map.
 //!
 //! A failure before the discard undoes what was done. The discard destroys bytes, so after it there is no way back.
 
 use std::sync::atomic::Ordering;
 
 use super::address::{Range, State};
-use super::enforcement::{Before, Failure as EnforcementFailure};
+use super::enforcement::{Before, NotEnforced};
 use super::guest_memory::{FaultStatus, FaultingAccess, GuestMemory};
 use super::listeners::Changes;
 use super::page_states::{Held, Seen, States};
@@ -16,19 +17,20 @@ use crate::hypervisor::host::EnforcementMode;
 /// What became of a conversion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Converted {
-    /// All of the range is in the wanted state; this many bytes were not before.
+    /// All of the range is in the wanted state.
     Done {
         /// Bytes whose state changed.
         changed: u64,
     },
-    /// Only a first part of the range was done: the run is ending, or the rest is not as the policy was told.
+    /// Only a first part of the range was converted: the run is ending, or the rest is no longer in the states that the
+    /// policy was told.
     Interrupted {
         /// Bytes whose state changed.
         changed: u64,
         /// How many of the range's bytes, from its start, are in the wanted state now.
         size: u64,
     },
-    /// The pages changed meanwhile; nothing was done.
+    /// The pages changed meanwhile, so nothing was converted.
     Superseded,
 }
 
@@ -37,25 +39,25 @@ pub enum Converted {
 pub(crate) struct Order {
     pub range: Range,
     pub to: State,
-    /// The old side keeps its bytes.
+    /// Do not discard the old side.
     pub keep: bool,
-    /// Refuse if more bytes than this would be shared then.
+    /// Refuse if more bytes than this would be shared afterwards.
     pub max_shared: Option<u64>,
 }
 
-/// When a conversion is not wanted any more by the time that its pages are locked.
+/// What must be true, once the pages are locked, for the conversion to be carried out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Condition<'a> {
     /// Always carry it out.
     Always,
-    /// Only if these pages still are as the policy was told, or are in the wanted state already.
+    /// Only if these pages are still in the states that the policy was told, or already in the wanted state.
     AsTold(&'a Seen),
     /// Only if this access would still fault.
     StillFaulting(FaultingAccess),
 }
 
 impl Condition<'_> {
-    /// Whether it is known with this range locked.
+    /// Whether locking `range` is enough to check it.
     #[inline]
     fn is_about(&self, range: Range) -> bool {
         match self {
@@ -67,7 +69,7 @@ impl Condition<'_> {
 }
 
 impl GuestMemory {
-    /// The transaction on the host's own account. `keep` leaves the old side as it is.
+    /// Converts for the host, without asking the policy. `keep` leaves the old side as it is.
     ///
     /// # Errors
     /// See [`ConvertError`]: unless it says otherwise, nothing was changed.
@@ -81,7 +83,7 @@ impl GuestMemory {
         self.convert_if(&order, Condition::Always, &|| false)
     }
 
-    /// The transaction, or one after the other for a large range; `cancel` is asked in between.
+    /// Converts in one transaction, or part by part for a large range; `cancel` is called between parts.
     pub(crate) fn convert_if(
         &self,
         order: &Order,
@@ -127,8 +129,8 @@ impl GuestMemory {
         cancel: &dyn Fn() -> bool,
     ) -> Result<Converted, ConvertError> {
         let quota = order.max_shared.filter(|_| order.to == State::Shared);
-        // The page that faulted is locked too, so that it cannot change between the look at it and the conversion. What is
-        // not locked whole is locked part by part.
+        // The page that faulted is locked too, so that it cannot change between the check and the conversion. If
+        // nothing is locked here, `in_parts` locks each part.
         let (held, condition) = match (condition, quota) {
             (Condition::StillFaulting(fault), _) => {
                 let (held, states) = self.states.hold_and_access(order.range.hull(&fault.page));
@@ -147,7 +149,8 @@ impl GuestMemory {
         }
     }
 
-    /// With the range locked: what it adds is known, whatever others add elsewhere.
+    /// Reserves the bytes that will become shared, then converts. The caller has locked the range, so their number
+    /// cannot change.
     fn within_quota(
         &self,
         order: &Order,
@@ -163,14 +166,14 @@ impl GuestMemory {
         }
         drop(states);
         let done = self.in_parts(order, false, condition, cancel);
-        // What became shared was taken from the reservation as it did; the rest will not be.
+        // `commit` released the bytes that became shared; this releases those that did not.
         let mut states = self.states.lock();
         let left = states.private_in(order.range);
         states.release(left);
         done
     }
 
-    /// Each part is a transaction: one that fails is undone, those before it stand.
+    /// Each part is a transaction of its own: if one fails it is undone, and the parts before it stay converted.
     fn in_parts(
         &self,
         order: &Order,
@@ -203,8 +206,8 @@ impl GuestMemory {
         Ok(Converted::Done { changed })
     }
 
-    /// The transaction, for a range that is locked and whose state is known if it is uniform: bytes whose state changed.
-    /// `held` is `None` where the caller has locked more than the range.
+    /// The transaction, for a range that is locked. `before` is the state of all its pages, `None` if they differ.
+    /// `held` is `None` if the caller has locked more than the range. Returns the bytes whose state changed.
     #[inline]
     fn transaction(
         &self,
@@ -236,8 +239,8 @@ impl GuestMemory {
         Ok(changed)
     }
 
-    /// The same where somebody wants to know what exactly changes, and may refuse it. The caller holds the range until this
-    /// returns, for listeners are told while it is locked.
+    /// The same with listeners, which may refuse it. The caller holds the range until this returns, because listeners
+    /// are called while it is locked.
     #[cold]
     fn transaction_with_listeners(
         &self,
@@ -254,7 +257,7 @@ impl GuestMemory {
         self.listeners.prepare(&changes)?;
         if let Err(failure) = self.enforce(order, range, before) {
             let failure = self.not_enforced(range, failure);
-            // What KVM enforces matters more than what a listener says of it.
+            // If KVM's state is unknown, that error is returned rather than the listener's.
             let aborted = self.listeners.abort(&changes).err();
             let said = aborted.filter(|_| failure.guest_errno().is_some());
             return Err(said.map_or(failure, ConvertError::Listener));
@@ -268,7 +271,7 @@ impl GuestMemory {
     }
 
     #[inline]
-    fn enforce(&self, order: &Order, range: Range, before: Option<State>) -> Result<(), EnforcementFailure> {
+    fn enforce(&self, order: &Order, range: Range, before: Option<State>) -> Result<(), NotEnforced> {
         let runs = |part| self.states.lock().runs_in(part);
         let before = Before {
             uniform: before,
@@ -295,26 +298,26 @@ impl GuestMemory {
     }
 
     #[cold]
-    fn not_enforced(&self, range: Range, failure: EnforcementFailure) -> ConvertError {
+    fn not_enforced(&self, range: Range, failure: NotEnforced) -> ConvertError {
         self.states.disturb(range);
         let (gpa, size) = (range.gpa(), range.size());
         match failure {
-            EnforcementFailure::NoSlots(out) => ConvertError::NoSlots {
+            NotEnforced::NoSlots(out) => ConvertError::NoSlots {
                 gpa,
                 size,
                 needed: out.needed,
                 available: out.available,
             },
-            EnforcementFailure::Kernel { errno, undo: Ok(()) } => undone(range, errno),
-            EnforcementFailure::Kernel { errno, undo: Err(undo) } => {
+            NotEnforced::Kernel { errno, undo: Ok(()) } => undone(range, errno),
+            NotEnforced::Kernel { errno, undo: Err(undo) } => {
                 self.broken.store(true, Ordering::SeqCst);
                 ConvertError::Inconsistent { gpa, size, errno, undo }
             }
         }
     }
 
-    /// KVM's emulation writes to the shared side, whatever the page's attribute says. Such bytes must not be there when the
-    /// page becomes shared again, and they go before it does: afterwards they might be the guest's.
+    /// KVM's emulation writes to the shared side even while the page is private. Those bytes must not appear when the
+    /// page becomes shared, and they are freed before it does: after that, the guest may have written there itself.
     #[inline]
     fn clean_shared_side(&self, order: &Order, range: Range) -> Result<(), Errno> {
         if order.keep {
@@ -332,7 +335,7 @@ impl GuestMemory {
 
     #[cold]
     fn discard_emulated(&self, range: Range) -> Result<(), Errno> {
-        // Of pages that are shared already, the bytes stay.
+        // Pages that are shared already keep their bytes.
         let runs = self.states.lock().runs_in(range);
         let mut private = runs.iter().filter(|run| run.state == State::Private);
         private.try_for_each(|run| self.discard_side(State::Shared, run.range))

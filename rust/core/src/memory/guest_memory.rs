@@ -1,4 +1,4 @@
-//! Guest memory with the state of each page: what is asked of it, but for conversions.
+//! Guest memory with the state of each page: everything but conversions, which are in `conversion.rs`.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use super::address::{PAGE_SIZE, Range, Run, State};
 use super::backing::{Backing, Sides};
 pub(crate) use super::enforcement::Pause;
-use super::enforcement::{Enforcement, Failure as EnforcementFailure};
-use super::listeners::{Listener, Listeners};
+use super::enforcement::{Enforcement, NotEnforced};
+use super::listeners::{self, Listener, Listeners};
 use super::page_map::Snapshot;
 use super::page_states::{PageStates, Seen, States};
 use super::views::{Place, Views};
@@ -33,24 +33,24 @@ pub struct Resident {
     pub shared: u64,
     /// Bytes of the private side.
     pub private: u64,
-    /// Whether `private` was counted. Else it is all that may be there: the bytes in state private.
+    /// Whether `private` was counted. If not, it is an upper bound: the size of all private pages.
     pub exact: bool,
 }
 
-/// What a vCPU had seen when it entered the guest; a fault is judged against it.
+/// What a vCPU had seen when it entered the guest. It tells whether a fault is spurious.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
     generation: u64,
     slot_epoch: u64,
 }
 
-/// An access that faulted: a request, as long as its page is not in the accessed state.
+/// An access that faulted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FaultingAccess {
     pub page: Range,
     /// The state that the page would have to be in.
     pub access: State,
-    /// Of the vCPU.
+    /// The vCPU's last entry into the guest.
     pub entry: Entry,
 }
 
@@ -59,9 +59,9 @@ pub(crate) struct FaultingAccess {
 pub(crate) enum FaultStatus {
     /// The page is not in the accessed state: a request.
     Request,
-    /// The page, or what enforces its state, changed since the vCPU entered: the guest looks again.
+    /// The page's state or its memslots changed since the vCPU entered: the guest tries again.
     Spurious,
-    /// The page is in the accessed state and has been all the time: no conversion helps.
+    /// The page has been in the accessed state since the vCPU entered: no conversion helps.
     Unexplained,
 }
 
@@ -72,11 +72,11 @@ pub struct GuestMemory {
     pub(super) listeners: Listeners,
     pub(super) enforcement: Enforcement,
     pub(super) hypervisor: Arc<dyn Hypervisor>,
-    /// What KVM enforces is not known any more.
+    /// A conversion failed and could not be undone, so what KVM enforces is unknown.
     pub(super) broken: AtomicBool,
-    /// Somebody wanted the bytes of an old side back, so none are cleaned away.
+    /// A conversion kept its old side, so bytes on the shared side of private pages may be wanted and are not freed.
     pub(super) kept: AtomicBool,
-    /// Last, so that it outlives the VM whose memslots point into it.
+    /// The last field, so that it is dropped after the VM, whose memslots point into it.
     pub(super) sides: Arc<Sides>,
 }
 
@@ -101,7 +101,7 @@ impl GuestMemory {
         })
     }
 
-    /// Where memory appears.
+    /// The guest-physical addresses of memory.
     #[inline]
     pub fn views(&self) -> Views {
         self.views
@@ -118,7 +118,7 @@ impl GuestMemory {
         self.enforcement.mode()
     }
 
-    /// Where vCPUs wait while memslots change, if they have to.
+    /// Where vCPUs wait while memslots change; `None` if this enforcement needs no pause.
     pub(crate) fn pause(&self) -> Option<&Pause> {
         self.enforcement.pause()
     }
@@ -129,7 +129,7 @@ impl GuestMemory {
         all.map_or_else(String::new, |all| self.enforcement.describe_slots(all))
     }
 
-    // ---- states. Not for deciding and then acting: only a range lock keeps a state as it is.
+    // ---- states. They can change as soon as these return: only a range lock prevents that.
 
     /// The state of the page that holds `gpa`, which lies in memory.
     pub fn state(&self, gpa: u64) -> State {
@@ -161,7 +161,7 @@ impl GuestMemory {
         self.states.lock().snapshot()
     }
 
-    /// The states of a range, for a policy to be told.
+    /// The states of a range, to tell a policy.
     #[inline]
     pub(crate) fn see(&self, range: Range) -> Seen {
         self.states.lock().see(range)
@@ -178,8 +178,8 @@ impl GuestMemory {
         }
     }
 
-    /// What a fault is, as soon as nobody converts its page; and how often the page changed since this vCPU began to watch
-    /// it, which may be now.
+    /// What a fault is, after any conversion of its page is over; and how often the page changed since this vCPU began
+    /// to fault on it.
     pub(crate) fn examine(&self, fault: &FaultingAccess, vcpu: u32) -> (FaultStatus, u64) {
         let mut states = self.states.access_when_free(fault.page);
         let status = self.status(fault, &states);
@@ -188,7 +188,7 @@ impl GuestMemory {
         if status != FaultStatus::Unexplained {
             return (status, changes);
         }
-        // A slot change under way explains the fault as well as one since.
+        // A memslot change that is in progress can have caused the fault too, so wait for it and compare then.
         self.enforcement.settle();
         match self.enforcement.slot_epoch() == fault.entry.slot_epoch {
             true => (FaultStatus::Unexplained, changes),
@@ -196,19 +196,19 @@ impl GuestMemory {
         }
     }
 
-    /// By the page's state alone.
+    /// What a fault is, by the page's state alone, without the memslots' epoch.
     pub(super) fn status(&self, fault: &FaultingAccess, states: &States) -> FaultStatus {
         let changed = states.changed_since(fault.page, fault.entry.generation);
         match (states.map().state(fault.page.gpa()) == fault.access, changed) {
             (true, false) => FaultStatus::Unexplained,
             (true, true) => FaultStatus::Spurious,
-            // With one view the access has no state of its own: KVM sampled the page's, perhaps before it changed.
+            // With one view, KVM took the accessed state from the page's attribute, perhaps before it changed.
             (false, true) if !self.views.split() => FaultStatus::Spurious,
             (false, _) => FaultStatus::Request,
         }
     }
 
-    /// How often the page at `gpa` changed since this vCPU began to watch it.
+    /// How often the page at `gpa` changed since this vCPU began to fault on it.
     pub(crate) fn watch(&self, vcpu: u32, gpa: u64) -> u64 {
         self.states.lock().watch(vcpu, gpa)
     }
@@ -220,8 +220,8 @@ impl GuestMemory {
         self.sides.of(state).is_reachable()
     }
 
-    /// Carries out an access that KVM emulates: `data` is written to the page, or read from it. `false` where the page is
-    /// not in the view that was used.
+    /// Does an access that KVM emulates: `data` is written to the page, or read from it. `false` if the page is not in
+    /// the state of the view that was used.
     pub(crate) fn access_emulated(
         &self,
         place: Place,
@@ -243,8 +243,8 @@ impl GuestMemory {
         Ok(true)
     }
 
-    /// The first private page of the bytes `[gpa, gpa + len)`, with their pages held; else the result of `access` on
-    /// the shared side.
+    /// Calls `access` on the shared side with the pages of `[gpa, gpa + len)` held, if all are shared. Otherwise
+    /// returns the first private page.
     pub(crate) fn on_shared<T>(
         &self,
         gpa: u64,
@@ -266,7 +266,7 @@ impl GuestMemory {
         })
     }
 
-    /// Frees pages, poisoned ones among them, in whichever state they are: they read as zeroes.
+    /// Frees pages, on the side of the state they are in; they read as zeroes then. Poisoned ones can be freed too.
     ///
     /// # Errors
     /// Those of fallocate(2).
@@ -311,7 +311,7 @@ impl GuestMemory {
 
     // ---- listeners
 
-    /// Tells a listener the present state and from then on every change, with nothing in between.
+    /// Tells a listener the present states and then every change; it misses none.
     ///
     /// # Errors
     /// The listener's own; then it did not join.
@@ -321,24 +321,27 @@ impl GuestMemory {
         self.listeners.join(listener, &self.snapshot())
     }
 
-    /// Tells a listener nothing more. Whether it was one.
+    /// Removes a listener; returns whether it was there. It is told nothing more, unless it is removed from inside of a
+    /// listener: then the conversion under way is still told to its end.
     pub(crate) fn leave(&self, listener: &Arc<dyn Listener>) -> bool {
+        let all = Range::new(0, self.size()).filter(|_| !listeners::inside());
+        let _held = all.map(|all| self.states.hold(all));
         self.listeners.leave(listener)
     }
 
-    /// Tells no listener anything any more.
+    /// Removes all listeners.
     pub(crate) fn clear_listeners(&self) {
         self.listeners.clear();
     }
 }
 
-fn not_set_up(failure: EnforcementFailure) -> Error {
+fn not_set_up(failure: NotEnforced) -> Error {
     match failure {
-        EnforcementFailure::NoSlots(out) => Error::NotSupported(format!(
+        NotEnforced::NoSlots(out) => Error::NotSupported(format!(
             "this host has {} memslots and {} are needed: use fewer parts",
             out.available, out.needed
         )),
-        EnforcementFailure::Kernel { errno, .. } => Error::Host {
+        NotEnforced::Kernel { errno, .. } => Error::Host {
             what: "give the guest its memory",
             errno,
         },

@@ -1,8 +1,8 @@
-//! The page map with its locks, and what tells a request from a fault that is out of date.
+//! The page map with its locks, and the recent changes, by which a spurious fault is recognised.
 //!
-//! One mutex protects the map and the queue of range locks, held for a moment at a time; a range lock holds the states of
-//! its pages for as long as a conversion takes. KVM serialises changes of attributes and memslots by the VM's slots_lock
-//! anyway.
+//! One mutex protects the map and the queue of range locks, and is held only briefly. A range lock is held for a whole
+//! conversion and keeps the states of its pages as they are. A single mutex is enough because KVM itself changes
+//! attributes and memslots one at a time, under the VM's slots_lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,8 +12,8 @@ use super::address::{PAGE_SIZE, Range, Run, State};
 use super::page_map::{AttributeMap, Snapshot};
 use super::range_lock::{RangeGuard, RangeLocks};
 
-/// How many changes are remembered exactly: as a rule more than a vCPU misses while it is in the guest. For older ones
-/// the map says which 2 MiB blocks changed.
+/// How many of the last changes are kept with their exact ranges: usually more than happen while a vCPU is in the
+/// guest. For older ones the map knows only which 2 MiB blocks changed.
 const REMEMBERED: usize = 64;
 /// The unit in which the map knows when pages changed.
 const BLOCK: u64 = 2 << 20;
@@ -21,22 +21,22 @@ const BLOCK: u64 = 2 << 20;
 /// The state of each page.
 pub(super) struct PageStates {
     locks: RangeLocks<States>,
-    /// A copy of the map's generation, to be read without the mutex at each entry of a vCPU.
+    /// A copy of the map's generation, which vCPUs read without the mutex each time they enter the guest.
     generation: AtomicU64,
 }
 
 /// What the mutex protects.
 pub(super) struct States {
     map: AttributeMap,
-    /// The last changes, each at the place that its generation gives.
+    /// The ranges of the last changes; that of generation n is at index n % REMEMBERED.
     recent: Box<[Range; REMEMBERED]>,
     /// For each vCPU, the page that it last faulted on.
     watches: Vec<Watch>,
-    /// Whether there is any.
+    /// Whether any vCPU has faulted yet.
     watched: bool,
     /// How many of the map's generations are changes that were undone.
     undone: u64,
-    /// Bytes that are about to become shared, under a quota.
+    /// Bytes that conversions in progress under a quota are about to make shared.
     reserved: u64,
 }
 
@@ -50,15 +50,15 @@ struct Watch {
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
     pub range: Range,
-    /// `None` where the range has pages of both states.
+    /// `None` if the range has pages of both states.
     pub state: Option<State>,
     generation: u64,
-    /// Where it has: which is which.
+    /// The states, if the range has both.
     mixed: Option<Box<Snapshot>>,
 }
 
 impl Seen {
-    /// Whether nothing at all changed since.
+    /// Whether nothing has changed since, in any page.
     #[inline]
     pub(super) fn is_current(&self, now: &AttributeMap) -> bool {
         self.generation == now.generation()
@@ -73,7 +73,7 @@ impl Seen {
     }
 }
 
-/// The states for a moment, with the mutex locked.
+/// The states, with the mutex locked.
 pub(super) type Locked<'a> = MappedMutexGuard<'a, States>;
 
 /// A range whose states nobody else changes.
@@ -96,36 +96,36 @@ impl PageStates {
         }
     }
 
-    /// The map's generation. Whoever reads a change's number finds KVM enforcing it.
+    /// The map's generation. KVM enforces a change before its generation can be read here.
     #[inline]
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// The states for a moment, also while ranges are held.
+    /// Locks the mutex, which does not wait for held ranges.
     #[inline]
     pub(super) fn lock(&self) -> Locked<'_> {
         self.locks.data()
     }
 
-    /// Waits until nobody holds a part of `range`, and holds it. A thread that holds one must not ask for another.
+    /// Waits until no part of `range` is held, and holds it. A thread that holds a range must not hold a second one.
     pub(super) fn hold(&self, range: Range) -> Held<'_> {
         self.locks.lock(range)
     }
 
-    /// The same, and the states as they are from then on.
+    /// The same, and locks the mutex in the same step.
     #[inline]
     pub(super) fn hold_and_access(&self, range: Range) -> (Held<'_>, Locked<'_>) {
         self.locks.lock_and_access(range)
     }
 
-    /// Waits until nobody holds a part of `range`: the states as they are then.
+    /// Waits until no part of `range` is held, and locks the mutex, without holding the range.
     #[inline]
     pub(super) fn access_when_free(&self, range: Range) -> Locked<'_> {
         self.locks.access_when_free(range)
     }
 
-    /// Takes a change over: bytes whose state it changed.
+    /// Sets the state of a range. Returns the bytes whose state changed.
     #[inline]
     pub(super) fn set(&self, states: &mut States, range: Range, to: State) -> u64 {
         if states.watched {
@@ -138,7 +138,8 @@ impl PageStates {
         changed
     }
 
-    /// Takes note of a change that was undone: a fault from in between does not tell which state its vCPU meant.
+    /// Counts a change that was undone as a change of the range: with one view, the accessed state of a fault from in
+    /// between may be the one that was undone, and such a fault is spurious.
     pub(super) fn disturb(&self, range: Range) {
         let states = &mut *self.lock();
         states.map.disturb(range);
@@ -150,7 +151,7 @@ impl PageStates {
     fn changed(&self, states: &mut States, range: Range) {
         let generation = states.map.generation();
         states.recent[generation as usize % REMEMBERED] = range;
-        // Release: a vCPU that finds the change counted enters a guest for which KVM enforces it.
+        // Release: KVM enforces the change already when a vCPU reads this generation.
         self.generation.store(generation, Ordering::Release);
     }
 }
@@ -179,7 +180,7 @@ impl States {
         }
     }
 
-    /// The fewest possible runs of a range, ascending.
+    /// The runs of a range, ascending; neighbouring runs have different states.
     pub(super) fn runs_in(&self, range: Range) -> Vec<Run> {
         self.map.runs_in(range).collect()
     }
@@ -194,8 +195,8 @@ impl States {
         private.map(|run| run.range.size()).sum()
     }
 
-    /// Whether a page of `range` changed after `generation`. Exact for the last 64 changes; else it can say so of a page
-    /// whose 2 MiB block changed.
+    /// Whether a page of `range` changed after `generation`. Exact for the last 64 changes; before those it is also
+    /// true if only another page of the same 2 MiB block changed.
     pub(super) fn changed_since(&self, range: Range, generation: u64) -> bool {
         let now = self.map.generation();
         if now == generation {
@@ -211,7 +212,7 @@ impl States {
             .any(|gpa| self.map.changed_since(gpa, generation))
     }
 
-    /// How often the page at `gpa` changed since this vCPU began to watch it, which may be now.
+    /// How often the page at `gpa` changed since this vCPU began to watch it. Starts to watch it if it watched another.
     pub(super) fn watch(&mut self, vcpu: u32, gpa: u64) -> u64 {
         let Some(watch) = self.watches.get_mut(vcpu as usize) else {
             return 0;
@@ -231,7 +232,7 @@ impl States {
         }
     }
 
-    /// Makes room for so many more shared bytes, if no more than `max` are shared with them.
+    /// Reserves `bytes` that are to become shared, if no more than `max` bytes are shared then, reservations included.
     pub(super) fn reserve(&mut self, bytes: u64, max: u64) -> bool {
         let shared = self.map.size() - self.map.private_bytes();
         let fits = shared.saturating_add(self.reserved).saturating_add(bytes) <= max;
@@ -241,7 +242,7 @@ impl States {
         fits
     }
 
-    /// The reserved bytes are shared now, or will not be.
+    /// Takes `bytes` off the reservation: they are shared now, or will not become shared.
     pub(super) fn release(&mut self, bytes: u64) {
         self.reserved -= bytes;
     }

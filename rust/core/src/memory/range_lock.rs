@@ -72,7 +72,7 @@ impl<T> RangeLocks<T> {
     }
 
     /// The same, and the data, with the mutex still locked.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn lock_and_access(&self, range: Range) -> (RangeGuard<'_, T>, MappedMutexGuard<'_, T>) {
         let mut inner = self.inner.lock();
         let ticket = inner.queue.next;
@@ -118,12 +118,12 @@ pub(crate) struct RangeGuard<'a, T> {
 impl<'a, T> RangeGuard<'a, T> {
     /// Gives the range back and returns the data with the mutex still locked. The next holder sees what the caller then
     /// changes.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn release(self) -> MappedMutexGuard<'a, T> {
         ManuallyDrop::new(self).leave()
     }
 
-    #[inline]
+    #[inline(always)]
     fn leave(&self) -> MappedMutexGuard<'a, T> {
         let mut inner = self.locks.inner.lock();
         inner.queue.leave(self.ticket);

@@ -6,7 +6,7 @@ use crate::errno::Errno;
 use crate::memory::address::{Range, State};
 
 /// A decision to convert. What is `None` is as the request asks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Convert {
     /// The state to convert to.
     pub to: Option<State>,
@@ -28,7 +28,7 @@ pub struct Convert {
 pub enum Decision {
     /// Convert: as asked, or other pages, or to the other state.
     Convert(Convert),
-    /// Refuse. Explicit: the guest gets the errno, negated, in RAX. Implicit: the run ends as "denied".
+    /// Refuse. Explicit: the guest gets the errno in RAX, as a positive number. Implicit: the run ends as "denied".
     Deny(Errno),
     /// Let the guest try again. Explicit: it gets EAGAIN.
     Retry,

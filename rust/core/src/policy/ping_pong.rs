@@ -52,7 +52,7 @@ impl PingPong {
     fn note(&self, request: Request<'_>) -> Option<String> {
         let (range, to, now) = (request.range(), request.to(), request.time());
         let mut recent = self.recent.lock();
-        let mut touched = self.take_out(&mut recent, range, to, now);
+        let touched = self.take_out(&mut recent, range, to, now);
         let most = touched.iter().max_by_key(|entry| entry.turns.len());
         if let Some(entry) = most.filter(|entry| entry.turns.len() > self.limit) {
             // The entries stay taken out: if the machine is run again, counting starts again.
@@ -67,32 +67,37 @@ impl PingPong {
                 request.vcpu()
             ));
         }
-        if touched.is_empty() {
-            touched.push(Recent {
-                range,
-                to,
-                turns: VecDeque::new(),
-            });
-        }
-        for entry in touched {
+        let new = uncovered(range, &touched).map(|range| Recent {
+            range,
+            to,
+            turns: VecDeque::new(),
+        });
+        for entry in new.chain(touched) {
             recent.push_front(entry);
         }
         recent.truncate(RANGES);
         None
     }
 
-    /// Takes out the entries that overlap the range, cut to the pages in common, and brings them up to date.
-    /// Overlapping is enough, so that a guest cannot avoid being counted by asking for different ranges around the same
-    /// page.
+    /// Takes out the pages of the range that are in the list, and brings them up to date. Entries are cut at the range's
+    /// ends, and what lies outside stays as it is: a guest cannot avoid being counted by asking for different ranges
+    /// around the same page.
     fn take_out(&self, recent: &mut VecDeque<Recent>, range: Range, to: State, now: u64) -> Vec<Recent> {
         let mut touched = Vec::new();
-        let mut at = 0;
-        while let Some(entry) = recent.get(at) {
-            match entry.range.intersect(&range) {
-                Some(common) => touched.extend(recent.remove(at).map(|entry| Recent { range: common, ..entry })),
-                None => at += 1,
-            }
+        let mut left = VecDeque::with_capacity(recent.len());
+        for entry in recent.drain(..) {
+            let Some(common) = entry.range.intersect(&range) else {
+                left.push_back(entry);
+                continue;
+            };
+            left.extend(outside(entry.range, common).map(|range| Recent {
+                range,
+                to: entry.to,
+                turns: entry.turns.clone(),
+            }));
+            touched.push(Recent { range: common, ..entry });
         }
+        *recent = left;
         for entry in &mut touched {
             if entry.to != to {
                 entry.to = to;
@@ -105,6 +110,28 @@ impl PingPong {
         }
         touched
     }
+}
+
+/// What is left of a range before and after a part of it.
+fn outside(range: Range, part: Range) -> impl Iterator<Item = Range> {
+    let before = Range::new(range.gpa(), part.gpa() - range.gpa());
+    let after = Range::new(part.end(), range.end() - part.end());
+    before.into_iter().chain(after)
+}
+
+/// The parts of a range that none of the entries, all inside of it, covers.
+fn uncovered(range: Range, entries: &[Recent]) -> impl Iterator<Item = Range> + use<> {
+    let mut covered: Vec<Range> = entries.iter().map(|entry| entry.range).collect();
+    covered.sort_unstable_by_key(Range::gpa);
+    let starts: Vec<u64> = [range.gpa()]
+        .into_iter()
+        .chain(covered.iter().map(Range::end))
+        .collect();
+    let ends = covered.into_iter().map(|range| range.gpa()).chain([range.end()]);
+    starts
+        .into_iter()
+        .zip(ends)
+        .filter_map(|(start, end)| Range::new(start, end - start))
 }
 
 impl Link for PingPong {

@@ -15,7 +15,7 @@ impl Policy for Allow {}
 /// Refuses every request.
 #[derive(Clone, Copy, Debug)]
 pub struct DenyAll {
-    /// The errno that an explicit request gets, negated, in RAX.
+    /// The errno that an explicit request gets in RAX, as a positive number.
     pub errno: Errno,
 }
 

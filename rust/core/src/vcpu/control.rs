@@ -1,4 +1,4 @@
-//! Ending a run: the first reason counts, and every vCPU is brought out.
+//! Ending a run: the first reason given is the run's result, and every vCPU is kicked out of KVM_RUN.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use super::kick::Kick;
 use crate::error::{Error, Failure};
 
-/// How often the waiting caller looks for its own interrupts (Ctrl-C).
+/// How often the thread that waits for the run checks for Ctrl-C.
 const POLL: Duration = Duration::from_millis(25);
 /// How often vCPUs that were told to leave are kicked again.
 const PATIENCE: Duration = Duration::from_millis(5);
@@ -47,7 +47,8 @@ impl Control {
     /// Ends the run, unless something else already did.
     pub(crate) fn finish(&self, end: Result<String, Error>) {
         let mut inner = self.inner.lock();
-        // The first end counts; but what interrupted the caller was taken from it and must come back to it.
+        // The first end counts. An interrupt of the caller replaces a regular end: its signal has been consumed
+        // already, so it would be lost if it were not returned here.
         let interrupts = matches!(end, Err(Error::Interrupted(_)));
         if inner.end.is_none() || interrupts && matches!(inner.end, Some(Ok(_))) {
             inner.end = Some(end);
@@ -82,7 +83,7 @@ impl Control {
         self.leaving.load(Ordering::SeqCst)
     }
 
-    /// A vCPU waits before it tries again; shorter if the run ends.
+    /// Waits for `time`, or less if the run ends meanwhile.
     pub(crate) fn pause(&self, time: Duration) {
         let mut inner = self.inner.lock();
         if !self.leaving() {
@@ -95,7 +96,7 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Waits until every vCPU thread has ended. `interrupt` is asked now and then whether the caller must stop.
+    /// Waits until every vCPU thread has ended. `interrupt` is called every 25 ms; an error of it ends the run.
     pub(crate) fn wait(&self, deadline: Option<Instant>, interrupt: &mut dyn FnMut() -> Result<(), Failure>) {
         loop {
             let now = Instant::now();
@@ -120,7 +121,7 @@ impl Control {
         }
     }
 
-    /// How the run ended. For the one who waited.
+    /// How the run ended. To be called once, after `wait`.
     pub(crate) fn take_end(&self) -> Result<String, Error> {
         let end = self.inner.lock().end.take();
         end.unwrap_or_else(|| Ok("stopped".to_owned()))

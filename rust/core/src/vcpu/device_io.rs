@@ -4,7 +4,7 @@ use super::running::{RunningVcpu, hook_failed};
 use crate::error::Error;
 use crate::hypervisor::exit::{Io, Mmio, offset, put};
 
-/// Port IO. A port without a handler reads as ones, as on a bus where nobody answers.
+/// Port IO. A read of a port without a handler gives all ones; a write to it is ignored.
 pub(super) fn port_io(vcpu: &mut RunningVcpu<'_>, io: &Io) -> Result<(), Error> {
     vcpu.state.reply_due = true;
     let data = vcpu.state.hv.kvm_run().get_mut(io.data..io.data + io.len());
@@ -21,7 +21,7 @@ pub(super) fn port_io(vcpu: &mut RunningVcpu<'_>, io: &Io) -> Result<(), Error> 
     Ok(())
 }
 
-/// MMIO outside of memory.
+/// MMIO outside guest memory, answered like port IO.
 pub(super) fn mmio(vcpu: &mut RunningVcpu<'_>, mmio: &Mmio) -> Result<(), Error> {
     vcpu.state.reply_due = true;
     let len = usize::from(mmio.len);

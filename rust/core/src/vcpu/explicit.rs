@@ -13,10 +13,10 @@ use crate::policy::map_gpa_range::{MapGpaRange, parse};
 use crate::policy::request::ExplicitRequest;
 use crate::policy::trial::DISCARD_IS_FOR_POISON;
 
-/// A request is put to the policy again this often at most, if its pages change each time while the policy judges.
+/// How often the policy is asked again at most when the pages of its request change while it decides.
 const ASKED_AGAIN_BOUND: u32 = 16;
 
-/// The hypercall: answered in kvm_run, which becomes RAX with the next KVM_RUN.
+/// The hypercall. The answer is written to kvm_run, and KVM puts it into RAX at the next KVM_RUN.
 #[inline]
 pub(super) fn hypercall(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<(), Error> {
     let answer = request(vcpu, call)?.to_le_bytes();
@@ -25,7 +25,7 @@ pub(super) fn hypercall(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<
     Ok(())
 }
 
-/// The hypercall by port: the same registers, the answer in RAX.
+/// The same request by a write to the doorbell's port: the same registers, and the answer is written to RAX.
 pub(super) fn doorbell(vcpu: &mut RunningVcpu<'_>) -> Result<(), Error> {
     let regs = vcpu.state.regs().map_err(|errno| vcpu.no_registers(errno))?;
     let call = Hypercall {
@@ -39,7 +39,7 @@ pub(super) fn doorbell(vcpu: &mut RunningVcpu<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// What RAX becomes: 0, or an errno; negative for a hypercall that is none of ours.
+/// The value for RAX: 0 or a positive errno; -KVM_ENOSYS for any other hypercall.
 fn request(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<i64, Error> {
     vcpu.note_time();
     if call.nr != KVM_HC_MAP_GPA_RANGE {
@@ -62,8 +62,8 @@ fn request(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<i64, Error> {
         if asked_again == ASKED_AGAIN_BOUND || vcpu.context.control.leaving() {
             break;
         }
-        // The pages changed while the policy judged, so it is asked again. It stays one request, with one row in the log:
-        // that of the decision that counts.
+        // The pages changed while the policy decided, so it is asked again. This is still one request: the log gets one
+        // row, with the last decision.
         asked_again += 1;
         vcpu.state.log.forget();
     }
@@ -72,7 +72,7 @@ fn request(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<i64, Error> {
     Ok(libc::EAGAIN.into())
 }
 
-/// The errno for the guest, 0 for success; `None` where the pages are not as the policy was told any more.
+/// The errno for the guest, 0 for success; `None` if the pages are no longer in the states that the policy was told.
 #[inline]
 fn judge(vcpu: &mut RunningVcpu<'_>, wanted: &MapGpaRange) -> Result<Option<i32>, Error> {
     let seen = vcpu.context.memory.see(wanted.range);
@@ -104,7 +104,7 @@ fn judge(vcpu: &mut RunningVcpu<'_>, wanted: &MapGpaRange) -> Result<Option<i32>
         Ok(Converted::Superseded) => Ok(None),
         Ok(converted) => {
             let errno = vcpu.converted(&order, converted);
-            if convert.prefault {
+            if convert.prefault && matches!(converted, Converted::Done { .. }) {
                 vcpu.prefault(order.range, order.to);
             }
             Ok(Some(errno))
@@ -130,7 +130,7 @@ fn not_converted(
             vcpu.close_as(Outcome::Retried, libc::EAGAIN);
             Ok(libc::EAGAIN)
         }
-        // Nothing was done, so a guest that goes on later has to ask again.
+        // Nothing was converted: EAGAIN makes a guest that is resumed later ask again.
         Decision::Stop(reason) => {
             vcpu.close_as(Outcome::Stopped, libc::EAGAIN);
             vcpu.context.control.finish(Ok(reason));
@@ -142,7 +142,7 @@ fn not_converted(
     }
 }
 
-/// A conversion that failed: the errno for the guest, where the run can go on.
+/// A conversion that failed: the errno for the guest, or an error if the run cannot go on.
 #[cold]
 fn refused(vcpu: &mut RunningVcpu<'_>, source: ConvertError, request: &ExplicitRequest) -> Result<i32, Error> {
     if matches!(source, ConvertError::OverQuota { .. }) {
@@ -157,7 +157,7 @@ fn refused(vcpu: &mut RunningVcpu<'_>, source: ConvertError, request: &ExplicitR
     }
 }
 
-/// Where it was made, with the pages as they were then.
+/// Where the request was made, with the state that its pages were in.
 fn site(vcpu: &mut RunningVcpu<'_>, request: &ExplicitRequest) -> Site {
     Site {
         vcpu: request.vcpu,
@@ -167,7 +167,7 @@ fn site(vcpu: &mut RunningVcpu<'_>, request: &ExplicitRequest) -> Site {
     }
 }
 
-/// For the log.
+/// The request as it is logged.
 #[inline]
 fn about(request: &ExplicitRequest) -> Asked {
     Asked {
@@ -177,7 +177,7 @@ fn about(request: &ExplicitRequest) -> Asked {
         size: request.range.size(),
         to: request.to,
         state: request.state,
-        // Both have passed the parser: a hint of at most 1 GiB, and five bits.
+        // Neither cast truncates: the parser accepts hints up to 1 GiB, and attributes of five bits.
         page_size: request.page_size as u32,
         raw: request.raw as u32,
         flags: 0,

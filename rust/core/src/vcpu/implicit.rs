@@ -1,17 +1,17 @@
-//! Implicit requests: an access met a page that is not in the accessed state.
+//! Implicit requests: the guest accessed a page that is not in the accessed state.
 //!
-//! Under attributes that is KVM_EXIT_MEMORY_FAULT, and the guest executes the instruction again. Under memslots it is
-//! KVM_EXIT_MMIO: KVM has emulated the instruction as far as the access, which is completed here once the page is in the
-//! accessed state.
+//! With attributes KVM exits with KVM_EXIT_MEMORY_FAULT, and the guest executes the instruction again. With memslots it
+//! exits with KVM_EXIT_MMIO: KVM has emulated the instruction up to the access, and the access is completed here once
+//! the page is in the accessed state.
 
-use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_MEMORY_EXIT_FLAG_PRIVATE};
+use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 
 use super::request::conversion_failed;
 use super::running::{Flow, LIVELOCK_BOUND, RunningVcpu, hook_failed};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::event::{Asked, Kind, Outcome};
-use crate::hypervisor::exit::{Exit, MemoryFault, Mmio, offset, put};
+use crate::hypervisor::exit::{Exit, FLAG_PRIVATE, MemoryFault, Mmio, offset, put};
 use crate::hypervisor::host::EnforcementMode;
 use crate::memory::address::{PAGE_SIZE, Range, State};
 use crate::memory::conversion::{Condition, Converted};
@@ -21,13 +21,12 @@ use crate::policy::decision::{Convert, Decision};
 use crate::policy::request::ImplicitRequest;
 use crate::policy::trial::DISCARD_IS_FOR_POISON;
 
-const FLAG_PRIVATE: u64 = KVM_MEMORY_EXIT_FLAG_PRIVATE as u64;
-/// Bytes of the longest instruction of the architecture.
+/// Bytes of the longest x86 instruction.
 const LONGEST_INSTRUCTION: u64 = 15;
 
 /// What came of a request.
-enum Judged {
-    /// Nothing more to decide: look at the page again.
+enum Next {
+    /// Handled: check the page's state again, or let the guest access it again.
     LookAgain,
     /// The run ends.
     Leave(String),
@@ -40,20 +39,19 @@ pub(super) fn memory_fault(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> R
     resume(judge(vcpu, page, access, fault.flags)?)
 }
 
-/// The place in memory that an access without a memslot is about: its view and its page. `None` for a device's.
+/// The view and the page of an access that has no memslot; `None` if its address is not in guest memory (a device's).
 pub(super) fn in_memory(vcpu: &RunningVcpu<'_>, mmio: &Mmio) -> Option<(Place, Range)> {
     let place = vcpu.context.memory.views().locate(mmio.gpa)?;
     let page = vcpu.context.memory.pages(place.gpa, mmio.len.into())?;
     Some((place, page))
 }
 
-/// KVM_EXIT_MMIO in memory: judged, converted and completed, until one of them is final.
+/// KVM_EXIT_MMIO in guest memory: asks the policy and converts until the access can be completed, or the run ends.
 pub(super) fn emulated_access(
     vcpu: &mut RunningVcpu<'_>,
     mmio: &Mmio,
     (place, page): (Place, Range),
 ) -> Result<Flow, Error> {
-    vcpu.note_time();
     let access = place.view.unwrap_or(State::Private);
     if place.view.is_some() && !vcpu.context.memory.is_reachable(access) {
         return Err(vcpu.failed(format!(
@@ -63,10 +61,12 @@ pub(super) fn emulated_access(
         )));
     }
     loop {
+        // Each pass may be a request of its own, with its own time.
+        vcpu.note_time();
         if complete(vcpu, mmio, place, page)? {
             return Ok(Flow::Resume);
         }
-        if let Judged::Leave(reason) = judge(vcpu, page, access, implied_flags(access))? {
+        if let Next::Leave(reason) = judge(vcpu, page, access, implied_flags(access))? {
             return Ok(Flow::Leave(reason, Some(Exit::Mmio(*mmio))));
         }
         if vcpu.context.control.leaving() {
@@ -75,7 +75,7 @@ pub(super) fn emulated_access(
     }
 }
 
-/// Carries the access out on the page itself, if the page is in the accessed state.
+/// Does the access in the page's memory, if the page is in the accessed state; returns whether it was.
 fn complete(vcpu: &mut RunningVcpu<'_>, mmio: &Mmio, place: Place, page: Range) -> Result<bool, Error> {
     let len = usize::from(mmio.len);
     let mut data = mmio.data;
@@ -98,8 +98,8 @@ fn complete(vcpu: &mut RunningVcpu<'_>, mmio: &Mmio, place: Place, page: Range) 
     Ok(done)
 }
 
-/// KVM_EXIT_INTERNAL_ERROR. An instruction that could not be fetched because its page is in the other view is a request
-/// like any other; KVM fetches it again.
+/// KVM_EXIT_INTERNAL_ERROR. If KVM could not fetch an instruction because its page is not in the state of the view it
+/// is fetched through, that is an implicit request, and KVM fetches it again afterwards.
 pub(super) fn internal_error(vcpu: &mut RunningVcpu<'_>, suberror: u32) -> Result<Flow, Error> {
     let what = match suberror {
         KVM_INTERNAL_ERROR_EMULATION => {
@@ -114,14 +114,15 @@ pub(super) fn internal_error(vcpu: &mut RunningVcpu<'_>, suberror: u32) -> Resul
     Err(vcpu.failed(what))
 }
 
-fn resume(judged: Judged) -> Result<Flow, Error> {
+fn resume(judged: Next) -> Result<Flow, Error> {
     Ok(match judged {
-        Judged::LookAgain => Flow::Resume,
-        Judged::Leave(reason) => Flow::Leave(reason, None),
+        Next::LookAgain => Flow::Resume,
+        Next::Leave(reason) => Flow::Leave(reason, None),
     })
 }
 
-/// The page of the instruction that is not in the view through which it is fetched: its first or its last.
+/// The instruction's first or last page, whichever is not in the state of the view it is fetched through; and that
+/// state.
 fn unfetchable(vcpu: &mut RunningVcpu<'_>) -> Option<(Range, State)> {
     let rip = vcpu.rip();
     let memory = vcpu.context.memory;
@@ -133,7 +134,7 @@ fn unfetchable(vcpu: &mut RunningVcpu<'_>) -> Option<(Range, State)> {
     })
 }
 
-/// What a memory fault is about, if its fields make sense.
+/// The page and the accessed state of a memory fault; an error if its fields make no sense.
 pub(super) fn faulted(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result<(Range, State), Error> {
     let memory = vcpu.context.memory;
     let views = memory.views();
@@ -151,15 +152,15 @@ pub(super) fn faulted(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result
         .view
         .unwrap_or_else(|| match (fault.flags & FLAG_PRIVATE, memory.mode()) {
             (0, EnforcementMode::Attributes) => State::Shared,
-            // One view and no attribute: the access met the page as it is, and KVM does not know which state that is.
+            // Memslots with one view: KVM knows no states, so the accessed state is the one that the page is in.
             (0, EnforcementMode::Memslots) => memory.state(place.gpa),
             _ => State::Private,
         });
     Ok((page, access))
 }
 
-/// Policy and conversion for one fault, if its page still is not in the accessed state.
-fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64) -> Result<Judged, Error> {
+/// Asks the policy about one fault and converts, if the page still is not in the accessed state.
+fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64) -> Result<Next, Error> {
     let fault = FaultingAccess {
         page,
         access,
@@ -168,18 +169,18 @@ fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64) -> 
     let (status, changes) = vcpu.context.memory.examine(&fault, vcpu.state.index);
     if status == FaultStatus::Spurious {
         vcpu.tally.stale += 1;
-        return Ok(Judged::LookAgain);
+        return Ok(Next::LookAgain);
     }
     let repeats = vcpu.repeats(page, access, changes);
     if status == FaultStatus::Unexplained && repeats >= LIVELOCK_BOUND {
         return Err(vcpu.livelock(page, access, repeats));
     }
     if repeats >= LIVELOCK_BOUND {
-        return Ok(Judged::Leave("livelock".to_owned()));
+        return Ok(Next::Leave("livelock".to_owned()));
     }
     vcpu.back_off(repeats);
     if status == FaultStatus::Unexplained {
-        return Ok(Judged::LookAgain);
+        return Ok(Next::LookAgain);
     }
     let request = ImplicitRequest {
         vcpu: vcpu.state.index,
@@ -206,7 +207,7 @@ fn carry_out(
     convert: &Convert,
     fault: FaultingAccess,
     request: &ImplicitRequest,
-) -> Result<Judged, Error> {
+) -> Result<Next, Error> {
     let order = match vcpu.order(convert, request.range, request.access) {
         Ok(order) => order,
         Err(failure) => return Err(hook_failed(site(request), failure)),
@@ -220,16 +221,16 @@ fn carry_out(
             if convert.prefault && converted != Converted::Superseded {
                 vcpu.prefault(order.range, order.to);
             }
-            Ok(Judged::LookAgain)
+            Ok(Next::LookAgain)
         }
         Err(ConvertError::OverQuota { .. }) => {
             vcpu.over_quota();
-            Ok(Judged::Leave("denied".to_owned()))
+            Ok(Next::Leave("denied".to_owned()))
         }
         Err(ConvertError::Refused { .. }) => {
             vcpu.tally.retries += 1;
             vcpu.close_as(Outcome::Retried, 0);
-            Ok(Judged::LookAgain)
+            Ok(Next::LookAgain)
         }
         Err(source) => {
             vcpu.close_as(Outcome::Failed, 0);
@@ -243,28 +244,28 @@ fn not_converted(
     vcpu: &mut RunningVcpu<'_>,
     decision: Result<Decision, Failure>,
     request: &ImplicitRequest,
-) -> Result<Judged, Error> {
+) -> Result<Next, Error> {
     match vcpu.decided(decision, request.range, request.access)? {
         Decision::Deny(errno) => {
             vcpu.tally.denied += 1;
             vcpu.close_as(Outcome::Denied, errno.0);
-            Ok(Judged::Leave("denied".to_owned()))
+            Ok(Next::Leave("denied".to_owned()))
         }
         Decision::Retry => {
             vcpu.tally.retries += 1;
             vcpu.close_as(Outcome::Retried, 0);
-            Ok(Judged::LookAgain)
+            Ok(Next::LookAgain)
         }
         Decision::Wait(time) => {
             vcpu.tally.retries += 1;
             vcpu.close_as(Outcome::Retried, 0);
             vcpu.close_request();
             vcpu.context.control.pause(time);
-            Ok(Judged::LookAgain)
+            Ok(Next::LookAgain)
         }
         Decision::Stop(reason) => {
             vcpu.close_as(Outcome::Stopped, 0);
-            Ok(Judged::Leave(reason))
+            Ok(Next::Leave(reason))
         }
         Decision::Discard | Decision::Convert(_) | Decision::Remember(_) => {
             Err(hook_failed(site(request), DISCARD_IS_FOR_POISON.into()))
@@ -272,7 +273,7 @@ fn not_converted(
     }
 }
 
-/// Where it was made, with its page as it was then.
+/// Where the request was made, with the state that its page was in.
 fn site(request: &ImplicitRequest) -> Site {
     Site {
         vcpu: request.vcpu,
@@ -282,7 +283,7 @@ fn site(request: &ImplicitRequest) -> Site {
     }
 }
 
-/// For the log: an implicit request, or a poisoned page.
+/// An implicit request, or one about a poisoned page, as it is logged.
 pub(super) fn about(request: &ImplicitRequest, kind: Kind) -> Asked {
     Asked {
         time: request.time,
@@ -293,14 +294,14 @@ pub(super) fn about(request: &ImplicitRequest, kind: Kind) -> Asked {
         state: Some(request.state),
         page_size: 0,
         raw: 0,
-        // Only one flag is known, and a fault with others reaches no policy.
+        // Does not truncate: a fault with any flag but KVM_MEMORY_EXIT_FLAG_PRIVATE was refused in `faulted`.
         flags: request.flags as u32,
         rip: request.rip,
         repeats: request.repeats,
     }
 }
 
-/// The flags that KVM_EXIT_MEMORY_FAULT would have.
+/// The flags that KVM_EXIT_MEMORY_FAULT would have had for this access.
 fn implied_flags(access: State) -> u64 {
     match access {
         State::Private => FLAG_PRIVATE,

@@ -11,12 +11,12 @@ use crate::hypervisor::vm::ImmediateExit;
 
 /// Kicks one vCPU.
 ///
-/// `immediate_exit` makes the next KVM_RUN return EINTR, the signal makes the present one. The byte is set first: a vCPU
-/// that is between its last look and KVM_RUN finds it there, and one that is inside gets the signal.
+/// Setting `immediate_exit` makes the next KVM_RUN return EINTR; the signal interrupts one that is in progress. The
+/// byte is set first, so that a vCPU which has tested the stop flag but not entered KVM_RUN yet does not miss the kick.
 pub struct Kick {
     immediate_exit: Arc<dyn ImmediateExit>,
     thread: Mutex<Option<libc::pid_t>>,
-    /// From just before KVM_RUN to just after it. Elsewhere a signal would interrupt a hook's system calls.
+    /// Set from just before KVM_RUN to just after it: a signal at any other time would interrupt a hook's system calls.
     inside: AtomicBool,
 }
 
@@ -41,17 +41,17 @@ impl Kick {
         }
     }
 
-    /// The byte, for [`kicked`].
+    /// The byte in kvm_run, for [`kicked`].
     pub(crate) fn immediate_exit(&self) -> &AtomicU8 {
         self.immediate_exit.byte()
     }
 
-    /// Makes the coming KVM_RUN complete what is pending and return at once.
+    /// Makes the next KVM_RUN take the answer to the last exit and return without entering the guest.
     pub(crate) fn complete_only(&self) {
         self.immediate_exit.byte().store(1, Ordering::SeqCst);
     }
 
-    /// Runs `run`, which enters KVM_RUN, so that a kick reaches it.
+    /// Calls `run`, which enters KVM_RUN. A kick during it sends the signal.
     #[inline]
     pub(crate) fn inside<T>(&self, run: impl FnOnce() -> T) -> T {
         self.inside.store(true, Ordering::SeqCst);
@@ -63,15 +63,15 @@ impl Kick {
     /// The calling thread runs this vCPU until the guard drops.
     pub(crate) fn attach(&self) -> Result<Attached<'_>, Errno> {
         install_handler()?;
-        // The thread inherits its maker's mask, and who blocks signals there did not mean this one.
+        // The thread inherits the signal mask of the thread that created it, which may block this signal.
         vmm_sys_util::signal::unblock_signal(signal_number()).map_err(|_| Errno(libc::EINVAL))?;
         *self.thread.lock() = Some(raw::thread_id());
         Ok(Attached(self))
     }
 }
 
-/// Clears immediate_exit: whether it was set. The vCPU's own thread calls this, and then, not before, tests what it may
-/// have been kicked for; a later kick reaches it in KVM_RUN.
+/// Clears immediate_exit, and returns whether it was set. The vCPU's thread calls this first and tests the stop flag
+/// after it: a kick that comes later sets the byte again, so the next KVM_RUN returns.
 #[inline]
 pub(crate) fn kicked(immediate_exit: &AtomicU8) -> bool {
     let kicked = immediate_exit.load(Ordering::Relaxed) != 0;
@@ -91,7 +91,7 @@ impl Drop for Attached<'_> {
 }
 
 fn signal_number() -> libc::c_int {
-    // Away from the first real-time signals, which libraries like to take.
+    // Not one of the first real-time signals, which libraries often use.
     vmm_sys_util::signal::SIGRTMIN() + 9
 }
 

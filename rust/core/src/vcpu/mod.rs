@@ -1,9 +1,10 @@
-//! The loop of a vCPU: from an exit to its answer.
+//! The loop of a vCPU: enter the guest, answer the exit, enter again.
 //!
-//! - [`run_loop`]: enters the guest and dispatches each exit, once; [`frequent`]: the two most frequent exits
+//! - [`run_loop`]: enters the guest and dispatches each exit; [`frequent`]: a shorter way for the two most frequent
+//!   exits
 //! - [`explicit`], [`implicit`], [`poison`], [`device_io`]: one file for each kind of request
-//! - [`request`]: what both kinds of conversion request have in common
-//! - [`running`]: what the loop works with; [`state`]: what a vCPU keeps between runs
+//! - [`request`]: what explicit and implicit requests have in common
+//! - [`running`]: a vCPU's data during a run; [`state`]: what it keeps between runs
 //! - [`control`], [`kick`]: ending a run, and bringing a vCPU out of KVM_RUN
 
 pub(crate) mod control;

@@ -1,4 +1,4 @@
-//! What both kinds of conversion request have in common: reading the decision, and the record of what was done.
+//! What explicit and implicit requests have in common: turning a decision into an order, and logging what was done.
 
 use super::running::{RunningVcpu, hook_failed};
 use crate::errno::Errno;
@@ -9,13 +9,14 @@ use crate::memory::conversion::{Converted, Order};
 use crate::policy::decision::{Convert, Decision};
 use crate::policy::trial::NOT_REMEMBERED_HERE;
 
-/// One KVM_PRE_FAULT_MEMORY call is for at most this many bytes, so that a run that ends does not wait for it.
+/// Bytes of one KVM_PRE_FAULT_MEMORY call at most, so that ending a run does not have to wait long for it.
 const PREFAULT_CHUNK: u64 = 2 << 20;
-/// EAGAIN or EINTR in a row from KVM_PRE_FAULT_MEMORY, after which the guest is left to fault the pages in.
+/// KVM_PRE_FAULT_MEMORY is given up after this many EAGAIN or EINTR in a row; the guest then faults the pages in
+/// itself.
 const PREFAULT_BOUND: u32 = 1000;
 
 impl RunningVcpu<'_> {
-    /// What the policy wants converted, which may be another range or state than was asked for.
+    /// Logs a Convert and makes an order of it: the policy may have chosen another range or state than was asked for.
     #[inline]
     pub(super) fn order(&mut self, convert: &Convert, asked: Range, to: State) -> Result<Order, Failure> {
         let decision = RecordedDecision::convert(convert, asked, to);
@@ -38,7 +39,7 @@ impl RunningVcpu<'_> {
         Ok(range.map_err(|error| format!("Convert: {error}"))?)
     }
 
-    /// Any decision but Convert, for the record.
+    /// Logs any decision but Convert. A Remember that reaches this point, or a hook that failed, is an error.
     pub(super) fn decided(
         &mut self,
         decision: Result<Decision, Failure>,
@@ -57,13 +58,13 @@ impl RunningVcpu<'_> {
         Err(hook_failed(site, failure))
     }
 
-    /// A quota is a part of the policy, but only the conversion could tell.
+    /// Logs and counts the request as denied: the quota is the policy's, although it is checked by the conversion.
     pub(super) fn over_quota(&mut self) {
         self.tally.denied += 1;
         self.state.log.refused(Errno(libc::EINVAL));
     }
 
-    /// Records what was done: the errno for a guest that asked, 0 for all of it.
+    /// Logs and counts what was done. Returns the errno for an explicit request: 0 if all of the range was converted.
     #[inline]
     pub(super) fn converted(&mut self, order: &Order, converted: Converted) -> i32 {
         let Order { range, to, .. } = *order;
@@ -96,9 +97,9 @@ impl RunningVcpu<'_> {
         errno
     }
 
-    /// Has KVM map what was just converted. What it cannot map the guest will fault in, as it would have anyway.
+    /// Has KVM map what was just converted. Pages that it cannot map are faulted in by the guest, as without this.
     ///
-    /// The ioctl may write the union of kvm_run, so the answer to a request is written after it.
+    /// The ioctl may overwrite the exit data in kvm_run, so the answer to a request must be written after this.
     pub(super) fn prefault(&mut self, range: Range, to: State) {
         if !self.context.pre_fault {
             return;

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::hypervisor::exit::{Exit, SENTINEL};
 use crate::hypervisor::hypercall::DOORBELL_PORT;
 
-/// EAGAIN or ENOMEM in a row, from KVM_RUN itself, after which it will not get better.
+/// The run fails after this many EAGAIN or ENOMEM in a row from KVM_RUN.
 const KVM_RUN_BOUND: u32 = 1000;
 
 /// Runs one vCPU until it or the run ends.
@@ -40,7 +40,7 @@ pub(crate) fn run(context: Context<'_>, state: &mut VcpuState, kick: &Kick) -> T
     vcpu.tally
 }
 
-/// `refused`: how often KVM_RUN itself failed in a row.
+/// `refused`: how often KVM_RUN failed with EAGAIN or ENOMEM in a row.
 fn dispatch(vcpu: &mut RunningVcpu<'_>, exit: &Exit, refused: &mut u32) -> Result<Flow, Error> {
     match exit {
         Exit::TryAgain | Exit::OutOfMemory => *refused += 1,
@@ -75,7 +75,7 @@ fn dispatch(vcpu: &mut RunningVcpu<'_>, exit: &Exit, refused: &mut u32) -> Resul
     }
 }
 
-/// What comes after an exit: whether this vCPU goes on.
+/// Does what the exit's handling asks for; returns whether this vCPU goes on.
 fn resume(vcpu: &mut RunningVcpu<'_>, exit: &Exit, handled: Result<Flow, Error>) -> bool {
     let control = vcpu.context.control;
     match handled {
@@ -95,7 +95,7 @@ fn resume(vcpu: &mut RunningVcpu<'_>, exit: &Exit, handled: Result<Flow, Error>)
         }
         Err(error) => {
             if exit.awaits_reply() {
-                // Nobody answered it, so it is the first thing to do should the run go on.
+                // It was not answered, so the next run starts with it.
                 vcpu.state.pending = Some(*exit);
                 vcpu.state.reply_due = false;
             }

@@ -1,4 +1,4 @@
-//! What a vCPU's thread works with during a run: the machine's parts that it needs, and its own counts.
+//! A vCPU's data during a run: the parts of the machine that it needs, its open request, and its counts.
 
 use std::sync::atomic::AtomicU8;
 use std::time::Duration;
@@ -19,9 +19,9 @@ use crate::memory::address::{Range, State};
 use crate::memory::guest_memory::{Entry, GuestMemory};
 use crate::policy::current::{CurrentPolicy, KnownPolicy};
 
-/// Identical faults, with no change in between, after which a vCPU is not getting anywhere.
+/// Identical faults in a row, without a change of the page in between, that count as a livelock.
 pub const LIVELOCK_BOUND: u32 = 1000;
-/// Repeats before a vCPU that tries again begins to wait in between.
+/// Repeats without a wait in between; later ones wait longer each time.
 const EAGER_REPEATS: u32 = 16;
 const LONGEST_WAIT: Duration = Duration::from_millis(1);
 
@@ -33,7 +33,7 @@ pub(crate) struct Context<'a> {
     pub policy: &'a CurrentPolicy,
     pub events: &'a EventLog,
     pub control: &'a Control,
-    /// Whether there is KVM_PRE_FAULT_MEMORY.
+    /// Whether KVM has KVM_PRE_FAULT_MEMORY.
     pub pre_fault: bool,
 }
 
@@ -41,21 +41,21 @@ pub(crate) struct Context<'a> {
 pub(crate) enum Flow {
     /// Enter the guest.
     Resume,
-    /// End the run with this reason; the exit, if any, is still to be answered when it goes on.
+    /// End the run with this reason; the exit, if any, is answered first in the next run.
     Leave(String, Option<Exit>),
-    /// The run is ending; this exit is still to be answered when it goes on.
+    /// The run is ending; this exit is answered first in the next run.
     Postpone(Exit),
-    /// This vCPU is at rest.
+    /// This vCPU executed HLT.
     Halt,
-    /// This vCPU cannot go on.
+    /// This vCPU triple-faulted.
     Shutdown,
 }
 
-/// How often a fault came in a row.
+/// How often the same fault came in a row.
 #[derive(Default)]
 pub(crate) struct Repeats {
     last: Option<(u64, State)>,
-    /// How often the page had changed by then.
+    /// The page's count of changes at the last fault.
     changes: u64,
     count: u32,
 }
@@ -66,15 +66,15 @@ pub(crate) struct RunningVcpu<'a> {
     pub state: &'a mut VcpuState,
     pub kick: &'a Kick,
     immediate_exit: &'a AtomicU8,
-    /// When it last entered the guest.
+    /// What it had seen when it last entered the guest.
     pub entry: Entry,
     repeats: Repeats,
     pub policy: KnownPolicy,
     pub port: KnownPort,
     pub tally: Tally,
-    /// When the exit that is being handled was seen, if it can be a request: nanoseconds of CLOCK_MONOTONIC.
+    /// The time of the exit that is being handled, in nanoseconds of CLOCK_MONOTONIC; set only if it can be a request.
     pub exited: u64,
-    /// The same of the request that is open.
+    /// The time of the open request's exit.
     since: u64,
 }
 
@@ -96,7 +96,7 @@ impl<'a> RunningVcpu<'a> {
         }
     }
 
-    /// Whether the run ends. Whoever has a reason for that kicks.
+    /// Whether the run ends. Ending a run kicks all vCPUs, so it is enough to look at immediate_exit first.
     #[inline]
     pub(crate) fn must_leave(&self) -> bool {
         kicked(self.immediate_exit) && self.context.control.leaving()
@@ -108,7 +108,7 @@ impl<'a> RunningVcpu<'a> {
 
     // ---- the record of a request
 
-    /// The exit that is being handled can be a request.
+    /// Notes the exit's time. Called for exits that can be a request.
     #[inline]
     pub(crate) fn note_time(&mut self) {
         self.exited = monotonic();
@@ -121,12 +121,12 @@ impl<'a> RunningVcpu<'a> {
         self.state.log.begin(asked);
     }
 
-    /// What came of the open request, where nothing was converted.
+    /// Logs the outcome of an open request that converted nothing.
     pub(crate) fn close_as(&mut self, outcome: Outcome, errno: i32) {
         self.state.log.ended_with_nothing(outcome, errno);
     }
 
-    /// The request that is open, if any, is over: the guest resumes, or the run ends.
+    /// Publishes the open request, if any: the guest resumes, or the run ends.
     #[inline]
     pub(crate) fn close_request(&mut self) {
         if self.state.log.is_open() {
@@ -142,7 +142,7 @@ impl<'a> RunningVcpu<'a> {
 
     // ---- trying again
 
-    /// How often this fault came before without a change of its page.
+    /// How often the same fault came before this one in a row, without a change of its page.
     pub(crate) fn repeats(&mut self, page: Range, access: State, changes: u64) -> u32 {
         let key = Some((page.gpa(), access));
         let repeats = &mut self.repeats;
@@ -158,7 +158,7 @@ impl<'a> RunningVcpu<'a> {
         repeats.count
     }
 
-    /// Waits a little, if this happened many times in a row.
+    /// Waits up to a millisecond, after more than a few repeats.
     pub(crate) fn back_off(&self, repeats: u32) {
         if let Some(waits) = repeats.checked_sub(EAGER_REPEATS) {
             let wait = (Duration::from_micros(10) * waits).min(LONGEST_WAIT);
@@ -177,7 +177,7 @@ impl<'a> RunningVcpu<'a> {
         }
     }
 
-    /// KVM came back in a way that a run cannot go on from.
+    /// An exit after which the run cannot go on.
     pub(crate) fn failed(&mut self, what: String) -> Error {
         let site = self.site(None);
         Error::Exit { site, what }

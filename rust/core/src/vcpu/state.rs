@@ -1,4 +1,4 @@
-//! One vCPU between runs: its registers, and what KVM still waits for.
+//! One vCPU's state that lasts from run to run: its registers, and an exit that is not answered yet.
 
 use kvm_bindings::{KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs};
 
@@ -9,9 +9,9 @@ use crate::hypervisor::exit::{Exit, decode, offset, put, u64_at};
 use crate::hypervisor::vm::Vcpu;
 use crate::memory::guest_memory::Pause;
 
-/// For how many entries kvm_run carries the registers once an exit needed them.
+/// Entries for which KVM copies the registers into kvm_run after an exit needed them.
 const SYNC_FOR: u8 = 8;
-/// Entries after which a reply that cannot be finished is given up: one per fragment of the longest access.
+/// Entries that `abandon` makes at most: KVM exits once for each fragment of an access, and the longest has this many.
 const FRAGMENTS: usize = 16;
 
 pub(crate) struct VcpuState {
@@ -19,20 +19,20 @@ pub(crate) struct VcpuState {
     pub hv: Box<dyn Vcpu>,
     /// Its part of the log.
     pub log: Writer,
-    /// `start` was called, and it did not end in a triple fault since.
+    /// `start` was called, and the vCPU has not triple-faulted since.
     pub started: bool,
     /// An exit that was not answered yet.
     pub pending: Option<Exit>,
-    /// The answer is in kvm_run; the next KVM_RUN takes it.
+    /// The answer is in kvm_run, and KVM takes it at the next KVM_RUN.
     pub reply_due: bool,
-    /// Whether kvm_run can carry the general registers.
+    /// Whether KVM can copy the general registers to and from kvm_run (KVM_CAP_SYNC_REGS).
     can_sync: bool,
-    /// Whether it carries those of the last exit. KVM copies them at every exit, so it is asked to only where exits need
-    /// them; else they are an ioctl away.
+    /// Whether kvm_run has the registers of the last exit. KVM would copy them at every exit, so this is on only while
+    /// exits need them; otherwise KVM_GET_REGS reads them.
     synced: bool,
-    /// Entries left for which it is asked to, and one more for which it is told not to.
+    /// Entries left with the copy on, plus one, at which it is turned off.
     sync_for: u8,
-    /// As the CPU comes out of reset.
+    /// The special registers after reset.
     pub reset_sregs: kvm_sregs,
 }
 
@@ -52,7 +52,7 @@ impl VcpuState {
         })
     }
 
-    /// One KVM_RUN, as soon as nobody holds vCPUs out of the guest: its result, and kvm_run.
+    /// One KVM_RUN, after any pause is over. Returns its result, and kvm_run.
     #[inline(always)]
     pub(crate) fn enter(&mut self, kick: &Kick, pause: Option<&Pause>) -> (Result<(), Errno>, &mut [u8]) {
         let _in_guest = pause.map(Pause::enter);
@@ -69,7 +69,7 @@ impl VcpuState {
         (result, kvm_run)
     }
 
-    /// Has the coming exit's registers put into kvm_run, or not.
+    /// Turns the copy of registers into kvm_run on or off for the next exit.
     fn sync(&mut self) {
         let wanted = self.sync_for > 1;
         self.sync_for -= 1;
@@ -80,8 +80,8 @@ impl VcpuState {
         }
     }
 
-    /// Makes KVM take an answer that is due, without going on in the guest: its registers are then what the guest
-    /// will see. An answer can lead to the next exit of the same instruction, which is kept.
+    /// Makes KVM take an answer that is due, without entering the guest, so that the registers can be read as the guest
+    /// will see them. The same instruction may cause another exit then; it is kept in `pending`.
     pub(crate) fn settle(&mut self, kick: &Kick, pause: Option<&Pause>) {
         if self.reply_due && self.pending.is_none() {
             kick.complete_only();
@@ -91,7 +91,7 @@ impl VcpuState {
         }
     }
 
-    /// Drops whatever KVM waits for, for a vCPU that starts afresh.
+    /// Completes any access that KVM waits for with whatever is in kvm_run, for a vCPU that is started anew.
     pub(crate) fn abandon(&mut self, kick: &Kick, pause: Option<&Pause>) {
         self.reply_due |= self.pending.take().is_some();
         for _ in 0..FRAGMENTS {
@@ -103,7 +103,7 @@ impl VcpuState {
         }
     }
 
-    /// The instruction pointer at the last exit, or 0 where it cannot be had.
+    /// The instruction pointer at the last exit, or 0 if it cannot be read.
     pub(crate) fn rip(&mut self) -> u64 {
         self.regs().map_or(0, |regs| regs.rip)
     }
@@ -141,7 +141,7 @@ impl VcpuState {
         })
     }
 
-    /// Gives the guest an answer in RAX.
+    /// Sets RAX, for the answer to a doorbell.
     pub(crate) fn answer(&mut self, rax: u64) -> Result<(), Errno> {
         if !self.synced {
             let mut regs = self.hv.regs()?;

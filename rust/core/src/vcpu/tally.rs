@@ -2,9 +2,9 @@
 
 use histogram::Histogram;
 
-/// Values are told apart to one part in 1,024: three decimal digits.
+/// The histogram's resolution is one part in 1,024: three decimal digits.
 const GROUPING_POWER: u8 = 10;
-/// Latencies from 2^36 ns on, some 69 seconds, are counted as that.
+/// Latencies of 2^36 ns (69 seconds) or more are counted as 2^36 - 1.
 const MAX_VALUE_POWER: u8 = 36;
 
 /// How long requests took, exit to resume, in nanoseconds.
@@ -19,7 +19,7 @@ impl Latencies {
 
     #[inline]
     pub(crate) fn record(&mut self, nanoseconds: u64) {
-        // Never out of range.
+        // Cannot fail: the value is in range.
         let _ = self.0.increment(nanoseconds.min((1 << MAX_VALUE_POWER) - 1));
     }
 
@@ -38,8 +38,7 @@ impl Latencies {
         self.at(1.0)
     }
 
-    /// The latency that this part of the requests did not exceed, `part` in 0..=1, to three digits; 0 where there were no
-    /// requests.
+    /// A quantile of the latencies, `part` in 0..=1, to three digits; 0 if there were no requests.
     pub fn at(&self, part: f64) -> u64 {
         let bucket = self.0.quantile_bucket(part);
         bucket.ok().flatten().map_or(0, |bucket| bucket.end())
@@ -59,13 +58,14 @@ pub struct Tally {
     pub conversions: u64,
     /// Requests that the policy refused.
     pub denied: u64,
-    /// Requests that are to be tried again.
+    /// Requests that were not carried out, or only in part, and are made again.
     pub retries: u64,
-    /// Explicit requests that were malformed: EINVAL without the policy.
+    /// Hypercalls that were answered with an errno without asking the policy: malformed requests and unknown
+    /// hypercalls.
     pub malformed: u64,
-    /// Spurious faults: out of date when they arrived.
+    /// Spurious faults, and requests that were superseded.
     pub stale: u64,
-    /// Bytes that KVM mapped ahead of the guest.
+    /// Bytes that KVM_PRE_FAULT_MEMORY mapped.
     pub bytes_prefaulted: u64,
     /// Bytes that became private.
     pub bytes_to_private: u64,
@@ -100,7 +100,7 @@ impl Tally {
         self.faults + self.hypercalls
     }
 
-    /// Adds another vCPU's.
+    /// Adds another vCPU's counts.
     pub(crate) fn add(&mut self, other: &Tally) {
         self.faults += other.faults;
         self.hypercalls += other.hypercalls;

@@ -48,7 +48,7 @@ fn the_last_block_is_mixed_until_its_last_page_changes() {
         for to in [State::Private, State::Shared] {
             for page in first..size {
                 assert_eq!(map.set(pages(page, page + 1), to), PAGE_SIZE);
-                let mixed = map.block_mixed(first * PAGE_SIZE);
+                let mixed = map.uniform(pages(first, size)).is_none();
                 assert_eq!(mixed, page + 1 < size, "page {page} of {size} to {to}");
             }
             assert_eq!(map.uniform(pages(first, size)), Some(to));

@@ -34,12 +34,6 @@ fn runs_in_outside_memory() {
 
 #[test]
 #[should_panic(expected = "lies outside of memory")]
-fn block_mixed_outside_memory() {
-    map().block_mixed(u64::MAX);
-}
-
-#[test]
-#[should_panic(expected = "lies outside of memory")]
 fn changed_since_outside_memory() {
     map().changed_since(0x3000, 0);
 }

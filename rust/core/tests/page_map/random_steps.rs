@@ -105,10 +105,6 @@ fn check_query(map: &AttributeMap, model: &PageList, range: Range) -> Result<(),
         let page = (gpa / PAGE_SIZE) as usize;
         prop_assert_eq!(map.state(gpa), model.states[page]);
         let block = page / BLOCK as usize;
-        let of_block = &model.states[block * BLOCK as usize..];
-        let of_block = &of_block[..of_block.len().min(BLOCK as usize)];
-        let mixed = of_block.iter().any(|state| *state != of_block[0]);
-        prop_assert_eq!(map.block_mixed(gpa), mixed);
         let stamp = model.stamps[block];
         prop_assert!(!map.changed_since(gpa, stamp));
         prop_assert!(stamp == 0 || map.changed_since(gpa, stamp - 1));
@@ -124,7 +120,7 @@ fn check_all(map: &AttributeMap, model: &PageList) -> Result<(), TestCaseError> 
     for (block, stamp) in (0..).zip(&model.stamps) {
         let first = block * BLOCK;
         let range = pages(first, (first + BLOCK).min(model.states.len() as u64));
-        prop_assert_eq!(map.block_mixed(range.gpa()), model.uniform(range).is_none());
+        prop_assert_eq!(map.uniform(range), model.uniform(range));
         prop_assert!(!map.changed_since(range.gpa(), *stamp));
         prop_assert!(*stamp == 0 || map.changed_since(range.gpa(), stamp - 1));
     }

@@ -1,14 +1,16 @@
 //! How a run ends: stop, timeout, interrupt, halt, shutdown.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use pagegate_core::boot::start::CpuMode;
-use pagegate_core::error::Error;
+use pagegate_core::error::{Error, Failure};
 use pagegate_core::hypervisor::fake::Step;
 use pagegate_core::memory::address::{PAGE_SIZE, State};
+use pagegate_core::memory::listeners::{Change, Listener};
 use pagegate_core::policy::decision::Decision;
 
+use crate::common::within_patience;
 use crate::guest::*;
 
 /// The fastest of a few attempts, since other work may keep the processors busy.
@@ -114,6 +116,58 @@ fn the_last_halt_or_the_first_shutdown_ends_the_run() {
     assert!(matches!(guest.try_run(), Err(Error::Busy(_))));
     guest.start(0);
     assert_eq!(guest.run().reason, "halt");
+}
+
+/// Stops the machine when pages were converted, which takes a while.
+struct StopsIt {
+    told: mpsc::Sender<()>,
+    stop: Late,
+}
+
+impl Listener for StopsIt {
+    fn prepare(&self, _: &Change) -> Result<bool, Failure> {
+        Ok(true)
+    }
+
+    fn committed(&self, change: &Change) -> Result<(), Failure> {
+        if !change.initial {
+            self.told.send(())?;
+            // The other thread is in `run` by then, as a rule, and waits for the vCPU.
+            std::thread::sleep(Duration::from_millis(100));
+            self.stop.get().stop();
+        }
+        Ok(())
+    }
+
+    fn aborted(&self, _: &Change) -> Result<(), Failure> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_listener_stops_a_machine_that_another_thread_begins_to_run() {
+    within_patience(|| {
+        let guest = Setup {
+            initial: State::Private,
+            ..SPLIT
+        };
+        let guest = guest.guest(vec![vec![]], Judge::allow());
+        // The tables are shared by now.
+        let all = PAGES * PAGE_SIZE;
+        guest.machine.convert(0, all, State::Private).unwrap();
+        let (told, starting) = mpsc::channel();
+        let listener = Arc::new(StopsIt {
+            told,
+            stop: Late::default(),
+        });
+        listener.stop.set(&guest);
+        guest.machine.add_listener(listener.clone()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| guest.start(0));
+            starting.recv().unwrap();
+            assert_eq!(guest.run().reason, "halt");
+        });
+    });
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::failure::{Before, Failure};
+use super::failure::{Before, NotEnforced};
 use crate::errno::Errno;
 use crate::hypervisor::vm::Hypervisor;
 use crate::memory::address::{Range, State};
@@ -12,7 +12,7 @@ pub(super) struct Attributes(pub Arc<dyn Hypervisor>);
 impl Attributes {
     /// Sets the attribute of all of `range`. What was done before a failure is undone.
     #[inline]
-    pub(super) fn set(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+    pub(super) fn set(&self, range: Range, to: State, before: Before<'_>) -> Result<(), NotEnforced> {
         // Most ranges are one page, which takes one call.
         if range.in_one_block() && before.uniform == Some(to.other()) {
             return self.call(range, to).map_err(|errno| self.failed(range, errno, before));
@@ -20,7 +20,7 @@ impl Attributes {
         self.set_by_blocks(range, to, before)
     }
 
-    fn set_by_blocks(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+    fn set_by_blocks(&self, range: Range, to: State, before: Before<'_>) -> Result<(), NotEnforced> {
         for part in range.blocks() {
             if before.all(part, to) {
                 continue;
@@ -41,9 +41,9 @@ impl Attributes {
 
     /// Undoes the calls for `tried`. The last of them failed, and may have done a part of its work.
     #[cold]
-    fn failed(&self, tried: Range, errno: Errno, before: Before<'_>) -> Failure {
+    fn failed(&self, tried: Range, errno: Errno, before: Before<'_>) -> NotEnforced {
         let undo = self.restore(tried, before);
-        Failure::Kernel { errno, undo }
+        NotEnforced::Kernel { errno, undo }
     }
 
     /// Sets the attributes of `range` to the states from before.

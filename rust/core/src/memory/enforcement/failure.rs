@@ -5,22 +5,22 @@ use crate::errno::Errno;
 use crate::memory::address::{Range, Run, State};
 
 /// Why KVM does not enforce a state.
-pub(crate) enum Failure {
+pub(crate) enum NotEnforced {
     /// There are too few memslots. Nothing was done.
     NoSlots(OutOfSlots),
     /// A system call failed with `errno`. What had been done before was undone, or undoing it failed, too.
     Kernel { errno: Errno, undo: Result<(), Errno> },
 }
 
-impl Failure {
+impl NotEnforced {
     /// This failure of a later step, after the earlier steps were undone with result `earlier`.
-    pub(super) fn and_undo(self, earlier: Result<(), Errno>) -> Self {
+    pub(super) fn with_undo(self, earlier: Result<(), Errno>) -> Self {
         match (self, earlier) {
-            (Failure::NoSlots(_), Err(undo)) => Failure::Kernel {
+            (NotEnforced::NoSlots(_), Err(undo)) => NotEnforced::Kernel {
                 errno: Errno(libc::ENOSPC),
                 undo: Err(undo),
             },
-            (Failure::Kernel { errno, undo }, earlier) => Failure::Kernel {
+            (NotEnforced::Kernel { errno, undo }, earlier) => NotEnforced::Kernel {
                 errno,
                 undo: undo.and(earlier),
             },

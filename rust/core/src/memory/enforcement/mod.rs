@@ -8,7 +8,7 @@ mod slots;
 
 use std::sync::Arc;
 
-pub(crate) use failure::{Before, Failure};
+pub(crate) use failure::{Before, NotEnforced};
 pub(crate) use pause::Pause;
 
 use self::attributes::Attributes;
@@ -80,7 +80,7 @@ impl Enforcement {
     }
 
     /// Gives the VM its first memslots and attributes: all of memory in state `initial`.
-    pub(super) fn start(&self, all: Range, initial: State) -> Result<(), Failure> {
+    pub(super) fn start(&self, all: Range, initial: State) -> Result<(), NotEnforced> {
         let before = Before::all_of(State::Shared);
         if self.mode == EnforcementMode::Memslots {
             let layer = match initial {
@@ -123,7 +123,7 @@ impl Enforcement {
 
     /// Makes KVM enforce `to` on all of `range`. What was done before a failure is undone.
     #[inline]
-    pub(super) fn apply(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+    pub(super) fn apply(&self, range: Range, to: State, before: Before<'_>) -> Result<(), NotEnforced> {
         match self.attributes_alone() {
             true => self.attributes.set(range, to, before),
             false => self.apply_by_slots(range, to, before),
@@ -131,7 +131,7 @@ impl Enforcement {
     }
 
     /// By memslots alone, or with two views by the shared view's attribute and the private view's memslot.
-    fn apply_by_slots(&self, range: Range, to: State, before: Before<'_>) -> Result<(), Failure> {
+    fn apply_by_slots(&self, range: Range, to: State, before: Before<'_>) -> Result<(), NotEnforced> {
         let private = to == State::Private;
         if self.mode == EnforcementMode::Memslots {
             let changes = [(SHARED_LAYER, !private), (PRIVATE_LAYER, private)];
@@ -152,6 +152,6 @@ impl Enforcement {
         let before = Before { runs: &runs, ..before };
         self.attributes.set(shared_view(range), to, before)?;
         let changed = self.slots.change(range, &[(PRIVATE_LAYER, private)]);
-        changed.map_err(|failure| failure.and_undo(self.attributes.restore(shared_view(range), before)))
+        changed.map_err(|failure| failure.with_undo(self.attributes.restore(shared_view(range), before)))
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::failure::Failure;
+use super::failure::NotEnforced;
 use super::pause::Pause;
 use super::slot_table::{Layer, LayerChange, Plan, Slot, SlotTable};
 use crate::errno::Errno;
@@ -96,9 +96,9 @@ impl Slots {
     }
 
     /// Creates or deletes the memslots of `range` in each of these layers. What was done before a failure is undone.
-    pub(super) fn change(&self, range: Range, changes: &[LayerChange]) -> Result<(), Failure> {
+    pub(super) fn change(&self, range: Range, changes: &[LayerChange]) -> Result<(), NotEnforced> {
         let mut table = self.table.lock();
-        let plan = table.plan(range, changes).map_err(Failure::NoSlots)?;
+        let plan = table.plan(range, changes).map_err(NotEnforced::NoSlots)?;
         let _paused = self.pause.as_ref().map(Pause::pause);
         self.epoch.fetch_add(1, Ordering::SeqCst);
         let done = self.execute(&table, &plan);
@@ -110,20 +110,20 @@ impl Slots {
     }
 
     /// Calls KVM for a plan, and undoes it after a failure.
-    fn execute(&self, table: &SlotTable, plan: &Plan) -> Result<(), Failure> {
+    fn execute(&self, table: &SlotTable, plan: &Plan) -> Result<(), NotEnforced> {
         let delete = |slot: &Slot| self.hypervisor.delete_memslot(slot.id);
         let create = |slot: &Slot| self.create(table.layer(slot.layer), slot);
         for (i, slot) in plan.delete.iter().enumerate() {
             if let Err(errno) = delete(slot) {
                 let undo = plan.delete[..i].iter().rev().try_for_each(create);
-                return Err(Failure::Kernel { errno, undo });
+                return Err(NotEnforced::Kernel { errno, undo });
             }
         }
         for (i, slot) in plan.create.iter().enumerate() {
             if let Err(errno) = create(slot) {
                 let undo = plan.create[..i].iter().rev().try_for_each(delete);
                 let undo = undo.and_then(|()| plan.delete.iter().rev().try_for_each(create));
-                return Err(Failure::Kernel { errno, undo });
+                return Err(NotEnforced::Kernel { errno, undo });
             }
         }
         Ok(())

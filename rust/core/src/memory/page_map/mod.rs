@@ -34,7 +34,7 @@ mod tree;
 use std::fmt;
 
 use crate::memory::address::{PAGE_SIZE, Range, Run, State};
-use nodes::{BLOCK_PAGES, Block};
+use nodes::BLOCK_PAGES;
 use runs::Runs;
 use tree::Tree;
 
@@ -161,17 +161,6 @@ impl AttributeMap {
     }
 
     queries!("AttributeMap");
-
-    /// Whether the 2 MiB block that holds the byte at `gpa` has pages of both states. The last block may be
-    /// shorter.
-    ///
-    /// # Panics
-    ///
-    /// If `gpa` is not below [`size`](Self::size).
-    #[track_caller]
-    pub fn block_mixed(&self, gpa: u64) -> bool {
-        matches!(self.tree.block(self.tree.page(gpa) / BLOCK_PAGES), Block::Mixed(_))
-    }
 
     /// Puts all pages of `range` into state `to`. Returns how many bytes were in the other state before, 0 to
     /// `range.size()`.
