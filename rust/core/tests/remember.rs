@@ -241,7 +241,12 @@ fn a_remembered_conversion_is_of_the_same_pages_for_each_request() {
         ..Convert::default()
     };
     let first = call(range(0, 1), State::Shared, 0);
-    let (answer, _) = ask(&rules, &first, Decision::Convert(wider.clone()), Some(region(range(0, 8))));
+    let (answer, _) = ask(
+        &rules,
+        &first,
+        Decision::Convert(wider.clone()),
+        Some(region(range(0, 8))),
+    );
     assert_eq!(answer.unwrap(), Decision::Convert(wider.clone()));
     let whole = Convert { gpa: Some(0), ..wider };
     let later = call(range(5, 1), State::Shared, 0);

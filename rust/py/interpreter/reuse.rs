@@ -1,4 +1,5 @@
-//! Calling hooks with the same request object again, unless a hook kept it.
+//! Calls hooks with one request object per thread, which is written anew for each call. If a hook kept a reference to it, the
+//! next call makes a new one.
 //!
 //! Making and freeing the object is a quarter of what calling a hook costs.
 #![allow(unsafe_code)]
