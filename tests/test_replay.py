@@ -204,7 +204,8 @@ def test_several_vcpus_on_the_same_pages() -> None:
     vm.close()
     recorded = found.recorded
     assert (recorded.bytes_to_private, recorded.bytes_to_shared) == (report.bytes_to_private, report.bytes_to_shared)
-    assert (found.different, recorded.converted) == (0, report.conversions)
+    # A request whose pages kept changing while the policy was asked ends with EAGAIN; the decision was to convert.
+    assert (found.different, recorded.converted) == (0, report.conversions + report.retries)
 
 
 def test_requests_outside_memory() -> None:

@@ -271,5 +271,5 @@ def test_a_chain_without_python_never_waits_for_the_interpreter(make, in_backgro
         sys.setswitchinterval(interval)
     vm.stop()
     assert run.join().reason == "stopped"
-    # A thread that waited already gets the GIL once more, because it had asked for it under the old interval.
-    assert judged < 10 if python else judged > 100
+    # The counts are read without the GIL, and until this thread has it again hooks can be called.
+    assert judged < 1000 if python else judged > 10_000

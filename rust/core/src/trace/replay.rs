@@ -228,8 +228,7 @@ pub fn replay(
         let mut decisions = Vec::new();
         let mut differ = false;
         for (policy, (trial, timeline)) in trials.iter_mut().enumerate() {
-            // A superseded request converted nothing, because another vCPU was faster. So it converts nothing here.
-            let carried = trial.carry_out(&question, event.outcome != Outcome::Superseded);
+            let carried = trial.carry_out(&question, !was_prevented(event));
             let carried = carried.map_err(|failure| ReplayError::Policy {
                 policy,
                 sequence: event.sequence,
@@ -273,6 +272,16 @@ pub fn replay(
         differences,
         different,
     })
+}
+
+/// Whether the request was to be converted and was not: another vCPU was faster, or the policy was asked too often because
+/// its pages kept changing. Nor is it converted in a replay.
+fn was_prevented(event: &Event) -> bool {
+    match event.outcome {
+        Outcome::Superseded => true,
+        Outcome::Retried => event.decision.verdict == Verdict::Convert && event.done_size == 0,
+        _ => false,
+    }
 }
 
 fn site(event: &Event) -> Site {
