@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from pagegate.errors import TestbedError
 from pagegate.testbed import apt, builder, kernel, progress
 from rich.progress import Progress
 
-from .testbed_parts import own_surroundings, wait_for_end, wait_until, write_image, write_program
+from .testbed_parts import leaves_nothing_behind, own_surroundings, write_image, write_program
 
 
 @pytest.fixture(autouse=True)
@@ -304,19 +303,7 @@ class TestBuild:
             "from pathlib import Path; from pagegate.testbed import builder\n"
             f"builder.call(['sh', '-c', 'echo $$ >{tmp_path}/pid; sleep 60'], Path('{tmp_path}/log'))\n"
         )
-        process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-            process.send_signal(getattr(signal, name))
-            assert process.wait(timeout=10) != 0
-        finally:
-            process.kill()
-            process.wait()
-        wait_for_end(int((tmp_path / "pid").read_text()))
+        leaves_nothing_behind(program, tmp_path / "pid", getattr(signal, name))
 
     def test_a_lost_option_is_named(self, make, tmp_path):
         config = (tmp_path / "config").read_text()

@@ -15,7 +15,7 @@ from pagegate.errors import TestbedError
 from pagegate.testbed import builder, kernel, machine, selftests
 from pagegate.testbed.command import testbed as command
 
-from .testbed_parts import own_surroundings, wait_for_end, wait_until, write_image, write_program
+from .testbed_parts import leaves_nothing_behind, own_surroundings, wait_for_end, write_image, write_program
 
 # Stands in for vng and for the machine: runs on this host what the machine would run, without the mounts.
 FAKE_VNG = r"""#!/bin/sh
@@ -340,20 +340,7 @@ class TestMachine:
             f"machine.find_tools = lambda: machine.Tools(Path({str(tmp_path / 'bin/vng')!r}), Path('/bin/false'))\n"
             f"machine.run(['sh', '-c', 'echo $$ >{tmp_path}/pid; sleep 60'])\n"
         )
-        process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            stderr=subprocess.DEVNULL,
-            # If the tests run in the background of a script, SIGINT is ignored, and the child would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-            process.send_signal(getattr(signal, name))
-            assert process.wait(timeout=10) != 0
-        finally:
-            process.kill()
-            process.wait()
-        wait_for_end(int((tmp_path / "pid").read_text()))
+        leaves_nothing_behind(program, tmp_path / "pid", getattr(signal, name))
         assert fake_machine.exists()
 
 

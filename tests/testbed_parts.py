@@ -1,5 +1,8 @@
 """Helpers of the tests of `pagegate testbed`."""
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -50,3 +53,21 @@ def wait_for_end(pid: int) -> None:
             return True
 
     wait_until(ended)
+
+
+def leaves_nothing_behind(program: str, pid: Path, end: signal.Signals) -> None:
+    """End a Python program by a signal; the process that it started, with its id in ``pid``, must be gone then."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stderr=subprocess.DEVNULL,
+        # If the tests run in the background of a script, SIGINT is ignored, and the child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        wait_until(lambda: pid.exists() and pid.read_text())
+        process.send_signal(end)
+        assert process.wait(timeout=10) != 0
+    finally:
+        process.kill()
+        process.wait()
+    wait_for_end(int(pid.read_text()))

@@ -144,9 +144,9 @@ impl Trial {
     }
 
     fn range(&self, gpa: u64, size: u64) -> Result<Range, Error> {
-        let memory = self.memory();
-        let range = Range::new(gpa, size).filter(|range| range.end() <= memory);
+        let range = self.model.lock().range(gpa, size);
         range.ok_or_else(|| {
+            let memory = self.memory();
             let message = format!("{gpa:#x} + {size:#x} is no page-aligned part of {memory:#x} bytes of memory");
             Error::Invalid(message)
         })

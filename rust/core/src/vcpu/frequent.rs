@@ -19,8 +19,7 @@ pub(super) enum Left {
     RunEnds,
 }
 
-/// Enters the guest until an exit comes that is not answered here. `refused` as in
-/// `run_loop`.
+/// Enters the guest until an exit comes that is not answered here. `refused` as in `run_loop`.
 pub(super) fn run(vcpu: &mut RunningVcpu<'_>, refused: &mut u32) -> Left {
     let memory = vcpu.context.memory;
     let pause = memory.pause();
