@@ -203,11 +203,11 @@ def grown(events: int) -> tuple[int, int]:
     # All over memory.
     gpas = [page * (MEMORY // 512) for page in range(512)]
     script = [Step.hypercall(gpa, 1, attributes) for attributes in (PRIVATE, SHARED) for gpa in gpas]
-    with machine(StopAt(FEW // 4, FEW // 2, FEW, MANY), script, MANY // len(script) + 2, events) as vm:
-        # Starts the threads. From the second run on the allocator keeps what a run's counts occupied.
-        vm.run()
-        vm.run()
-        vm.run()
+    # The allocator grows in the first runs, however short they are: each has threads and counts of its own.
+    first = [FEW * run // 8 for run in range(1, 9)]
+    with machine(StopAt(*first, MANY), script, MANY // len(script) + 2, events) as vm:
+        for _ in first:
+            vm.run()
         before = resident()
         vm.run()
         return before, resident()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import tomllib
 from pathlib import Path
@@ -107,6 +108,13 @@ def judged(row: Row, excuse: Excuse | None) -> Judged:
 
 def all_judged(rows: Iterable[Row], excused: Mapping[str, Excuse]) -> list[Judged]:
     return [judged(row, excused.get(row.name)) for row in rows]
+
+
+def lower(rows: Iterable[Row], again: Iterable[Row]) -> list[Row]:
+    """Of each row the one with the lower figure, of two measurements."""
+    known = {row.name: row for row in again}
+    pairs = [(row, known.get(row.name, row)) for row in rows]
+    return [min(pair, key=lambda row: row.value if row.values else math.inf) for pair in pairs]
 
 
 def unknown(rows: Iterable[Row], excused: Mapping[str, Excuse]) -> list[str]:

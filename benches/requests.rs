@@ -54,17 +54,10 @@ fn machine(policy: Arc<dyn Policy>, vcpus: u64, events: usize) -> Machine {
     };
     let scripts = (0..vcpus).map(|vcpu| script(vcpu).to_vec()).collect();
     let machine = Machine::new(Config {
-        memory: MEMORY,
         vcpus: vcpus as u32,
-        vm_type: None,
-        enforcement: None,
-        shared_bit: None,
-        initial: State::Shared,
         events,
-        memslots: 1,
-        policy,
-        around: None,
         hypervisor: Some(Arc::new(FakeVm::new(FakeVm::protected(32764), scripts, CYCLES))),
+        ..Config::new(MEMORY, policy)
     });
     let machine = machine.expect("a machine on the fake");
     for vcpu in 0..vcpus {

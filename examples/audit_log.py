@@ -12,15 +12,29 @@ Put built-in policies around it, ``Quota(8 << 20, AuditLog())``. They may then r
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - `pagegate run -o` looks the annotation up
 from typing import TYPE_CHECKING
 
-from pagegate import Convert, Deny, Discard, MapGpaRange, MemoryFault, MemoryPoison, Policy, PolicyError, Retry, Stop
-from pagegate.hooks import resolve
+from pagegate import (
+    Convert,
+    Deny,
+    DeviceAccess,
+    Discard,
+    MapGpaRange,
+    MemoryFault,
+    MemoryPoison,
+    Policy,
+    PolicyError,
+    Retry,
+    Stop,
+)
+from pagegate.hooks import NAMES, resolve
 from pagegate.policies import Builtin
 from pagegate.script import load
 
@@ -44,8 +58,8 @@ class AuditLog(Policy):
         if isinstance(inner, str):
             file, _, name = inner.partition(":")
             inner = load_policy(file, name)
-        hooks = resolve(inner) if inner is not None else (None, None, None)
-        self._fault, self._call, self._poison = hooks
+        hooks: list[Hook | None] = [None] * len(NAMES) if inner is None else resolve(inner)
+        self._fault, self._call, self._poison, self._device = hooks
         # Line by line: each is written to the file before write() returns.
         self._log = sys.stderr if self.path is None else self.path.open("a", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
@@ -58,28 +72,32 @@ class AuditLog(Policy):
     def memory_fault(self, fault: MemoryFault) -> Decision:
         """An implicit request."""
         asked = "private" if fault.private else "shared"
-        return self._audit("implicit", fault, self._fault, Convert(), to=asked, rip=hex(fault.rip))
+        return self._audit(about("implicit", fault, to=asked, rip=hex(fault.rip)), fault, self._fault, Convert())
 
     def map_gpa_range(self, call: MapGpaRange) -> Decision:
         """An explicit request."""
-        return self._audit("explicit", call, self._call, Convert(), to=call.to)
+        return self._audit(about("explicit", call, to=call.to), call, self._call, Convert())
 
     def memory_poison(self, poison: MemoryPoison) -> Decision:
         """A poisoned page."""
-        return self._audit("poison", poison, self._poison, Stop("poison"), rip=hex(poison.rip))
+        about_it = about("poison", poison, rip=hex(poison.rip))
+        return self._audit(about_it, poison, self._poison, Stop("poison"))
 
-    def _audit(
-        self, kind: str, request: MemoryFault | MapGpaRange, hook: Hook | None, default: Decision, **more: str
-    ) -> Decision:
-        about: dict[str, object] = {
-            "time": request.time,
-            "vcpu": request.vcpu,
-            "kind": kind,
-            "gpa": hex(request.gpa),
-            "size": request.size,
-            "state": request.state,
-            **more,
+    def device_access(self, access: DeviceAccess) -> Decision:
+        """A device's access to a page that is not shared."""
+        about_it = {
+            "time": time.monotonic_ns(),
+            "kind": "device",
+            "gpa": hex(access.gpa),
+            "size": access.size,
+            "state": access.state,
+            "device": access.device,
+            "queue": access.queue,
+            "write": access.write,
         }
+        return self._audit(about_it, access, self._device, Deny(errno.EACCES))
+
+    def _audit(self, about: dict[str, object], request: object, hook: Hook | None, default: Decision) -> Decision:
         try:
             decision = default if hook is None else forgetful(hook(request))
         except BaseException as error:
@@ -93,6 +111,19 @@ class AuditLog(Policy):
         with self._lock:
             self._log.write(line)
             self._log.flush()
+
+
+def about(kind: str, request: MemoryFault | MapGpaRange, **more: str) -> dict[str, object]:
+    """A request for JSON."""
+    return {
+        "time": request.time,
+        "vcpu": request.vcpu,
+        "kind": kind,
+        "gpa": hex(request.gpa),
+        "size": request.size,
+        "state": request.state,
+        **more,
+    }
 
 
 def load_policy(file: str, name: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,6 +17,14 @@ MEMORY = 64 * MIB
 
 def example(name: str, function: str | None = None, **options):
     return load(EXAMPLES / f"{name}.py", function, {key: str(value) for key, value in options.items()})
+
+
+def loaded(name: str):
+    """An example that is no policy, as a module."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def module(policy):

@@ -21,7 +21,10 @@ BASELINE = ROOT / "rust" / "baseline" / "src"
 FLOORS = {
     CORE: [
         ["errno"],
+        ["process"],
+        ["allocation"],
         ["error"],
+        ["input"],
         ["x86"],
         ["hypervisor"],
         ["memory"],
@@ -36,7 +39,7 @@ FLOORS = {
     ],
     BINDING: [
         ["interpreter"],
-        ["policy", "events", "baseline"],
+        ["policy", "events", "devices", "baseline"],
         ["testing"],
         ["machine"],
         ["trace"],

@@ -73,12 +73,14 @@ def test_the_demo_shows_both_kinds_allowed_denied_and_widened():
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
     events = told["events"]
-    assert {event["kind"] for event in events} == {"implicit", "explicit"}
-    assert {event["outcome"] for event in events} == {"converted", "denied"}
+    assert {event["kind"] for event in events} == {"implicit", "explicit", "malformed"}
+    assert {event["outcome"] for event in events} == {"converted", "denied", "refused"}
     widened = [event for event in events if event["done_size"] > event["size"]]
     assert widened
     assert all(event["gpa"] in demo_policy.RING for event in widened)
-    assert sum(told["outcomes"].values()) == told["requests"] == len(events)
+    # Malformed ones are no requests.
+    refused = told["outcomes"].pop("refused")
+    assert sum(told["outcomes"].values()) == told["requests"] == len(events) - refused
     assert told["guest_failures"] == []
 
 

@@ -8,6 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from pagegate._core import bare_loop
+
+from .cli_parts import policy, program
+
+__all__ = ["policy"]
 
 KEYS = {
     *("enforcement", "kind", "policy", "vcpus", "pages", "touch", "requests", "seconds", "ns_per_request"),
@@ -16,8 +21,7 @@ KEYS = {
 
 
 def bench(*arguments):
-    command = [sys.executable, "-m", "pagegate", "bench", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(program("bench", *arguments), capture_output=True, text=True, timeout=100, check=False)
 
 
 def measured(*arguments):
@@ -25,16 +29,6 @@ def measured(*arguments):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     return json.loads(done.stdout)
-
-
-@pytest.fixture
-def policy(tmp_path):
-    def policy(text):
-        path = tmp_path / "mine.py"
-        path.write_text("from pagegate import *\n" + text)
-        return path
-
-    return policy
 
 
 @pytest.mark.parametrize(
@@ -61,8 +55,8 @@ def test_a_usage_error_is_2(arguments, said):
     [
         (("--requests", "1", "--vcpus", "2"), "too few for 2 vCPUs"),
         (("--vcpus", 400, "--requests", 400), "does not fit"),
-        (("--touch", "--pages", 1 << 18), "first GiB"),
-        (("--kind", "implicit", "--pages", 1 << 18), "first GiB"),
+        (("--touch", "--pages", 1 << 18), "more than a GiB"),
+        (("--kind", "implicit", "--pages", 1 << 18), "more than a GiB"),
     ],
 )
 def test_options_that_no_machine_can_have_are_a_usage_error(arguments, said):
@@ -183,6 +177,12 @@ def test_the_output_as_text():
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(r"100 explicit requests of 1 page, touched, 1 vCPU, (attributes|memslots), python\n", done.stdout)
     assert "µs" in done.stdout
+
+
+def test_the_bare_loop_needs_two_views_for_traps():
+    machine = {"memory": 8 << 20, "vcpus": [(0x1000, b"\xf4", 0)], "enforcement": "traps", "marks": 0x0F00}
+    with pytest.raises(ValueError, match="cannot run such a machine"):
+        bare_loop(**machine)
 
 
 def test_a_host_without_kvm_is_3():

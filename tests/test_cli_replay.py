@@ -10,6 +10,8 @@ import sys
 import pytest
 from pagegate import trace
 
+from .cli_parts import pagegate
+
 ALLOW = "from pagegate.policies import Allow\npolicy = Allow()\n"
 DENY_SHARED = """
 from pagegate import Convert, Deny, Policy
@@ -17,14 +19,6 @@ class Mine(Policy):
     def __init__(self, limit: int = 0): self.limit = limit
     def map_gpa_range(self, call): return Deny() if call.to == "shared" and call.gpa >= self.limit else Convert()
 """
-
-
-def pagegate(*arguments, cwd, status=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "pagegate", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
-    assert done.returncode == status, done.stderr
-    return done
 
 
 @pytest.fixture
@@ -36,12 +30,12 @@ def folder(tmp_path):
 
 
 def test_a_synthetic_trace(folder) -> None:
-    pagegate("trace", "new.arrow", "--requests", 1000, cwd=folder)
+    pagegate("trace", "synth", "new.arrow", "--requests", 1000, cwd=folder)
     assert list(trace.read(folder / "new.arrow")) == list(trace.read(folder / "some.parquet"))
-    pagegate("trace", "new.arrow", "--requests", 10, "--seed", 1, "--vcpus", 4, cwd=folder)
+    pagegate("trace", "synth", "new.arrow", "--requests", 10, "--seed", 1, "--vcpus", 4, cwd=folder)
     assert len(trace.read(folder / "new.arrow")) == 10
-    assert "must end in .parquet" in pagegate("trace", "new.txt", cwd=folder, status=2).stderr
-    assert "No such file or directory" in pagegate("trace", "no/new.arrow", cwd=folder, status=1).stderr
+    assert "must end in .parquet" in pagegate("trace", "synth", "new.txt", cwd=folder, status=2).stderr
+    assert "No such file or directory" in pagegate("trace", "synth", "no/new.arrow", cwd=folder, status=1).stderr
 
 
 def test_the_same_policy(folder) -> None:
@@ -89,7 +83,7 @@ def test_options(folder) -> None:
 def test_files_that_cannot_be_replayed(folder) -> None:
     assert "is no trace" in pagegate("replay", "mine.py", "-p", "mine.py", cwd=folder, status=2).stderr
     assert "does not exist" in pagegate("replay", "none.arrow", "-p", "mine.py", cwd=folder, status=2).stderr
-    assert "Missing option '-p'" in pagegate("replay", "some.parquet", cwd=folder, status=2).stderr
+    assert "name a policy to put the requests to" in pagegate("replay", "some.parquet", cwd=folder, status=2).stderr
     (folder / "slip.py").write_text("def map_gpa_rang(call): ...\ndef memory_fault(fault): ...\n")
     assert (
         "did you mean map_gpa_range" in pagegate("replay", "some.parquet", "-p", "slip.py", cwd=folder, status=1).stderr

@@ -6,10 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pagegate
 import pytest
+
+from .cli_parts import image, policy, program
+
+__all__ = ["image", "policy"]
 
 HELLO = b"".join(bytes([0xB0, each, 0xE6, 0xE9]) for each in b"hello") + b"\xf4"  # mov al, x; out 0xe9, al; hlt
 SERIAL = b"\x66\xba\xf8\x03\xb0\x21\xee\xf4"  # mov dx, 0x3f8; mov al, '!'; out dx, al; hlt
@@ -18,7 +21,7 @@ DOORBELL = b"\x31\xdb\xb9\x01\x00\x00\x00\xba\x10\x00\x00\x00\xb8\x0c\x00\x00\x0
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "pagegate", "run", *map(str, arguments)]
+    return program("run", *arguments)
 
 
 def run(*arguments, stdout=subprocess.PIPE):
@@ -27,31 +30,14 @@ def run(*arguments, stdout=subprocess.PIPE):
     )
 
 
-@pytest.fixture
-def policy(tmp_path):
-    def policy(text="policy = policies.Allow()\n"):
-        path = tmp_path / "mine.py"
-        path.write_text("from pagegate import *\n" + text)
-        return path
-
-    return policy
-
-
-@pytest.fixture
-def image(tmp_path):
-    def image(code):
-        path = tmp_path / "image"
-        path.write_bytes(code)
-        return path
-
-    return image
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ((), "either an IMAGE or a bundled guest"),
-        (("--guest", "nobody"), "there is no guest 'nobody'; there are.*demo.*touch.*explicit.*pingpong"),
+        (
+            ("--guest", "nobody"),
+            "there is no guest 'nobody'; name a file FILE.py, or one of.*demo.*touch.*explicit.*pingpong",
+        ),
         (("--guest", "touch", "/bin/true"), "either an IMAGE"),
         (("--guest", "touch", "--memory", "63K"), "63K is no positive multiple of 4096"),
         (("--guest", "touch", "--memory", "1M"), "raise --memory"),
@@ -74,7 +60,6 @@ def test_a_usage_error_is_2(policy, arguments, said):
 
 def test_a_missing_policy_is_2():
     assert run("-p", "/nonexistent.py", "--guest", "touch").returncode == 2
-    assert run("--guest", "touch").returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -119,13 +104,24 @@ def test_an_image_prints_and_the_summary_follows(policy, image):
 
 @pytest.mark.kvm
 def test_the_status_says_how_the_run_ended(policy, image):
-    assert run("-p", policy(), image(FOREVER), "--timeout", "0.2").returncode == 0
+    assert run("-p", policy(), image(FOREVER), "--timeout", "3").returncode == 0
     assert run("-p", policy(), image(b"\x0f\x0b")).returncode == 1
     done = run("-p", policy("policy = policies.ExplicitOnly()\n"), "--guest", "touch")
     assert done.returncode == 1
     assert "the policy denied" in done.stderr
     stopping = "def map_gpa_range(call): return Stop('timeout')\n"
     assert run("-p", policy(stopping), image(DOORBELL + b"\xf4")).returncode == 1
+
+
+@pytest.mark.kvm
+def test_a_call_that_takes_too_long_is_1_with_its_place(policy, image):
+    file = policy("import time\ndef map_gpa_range(call):\n    while True: time.sleep(0.01)\n    return Convert()\n")
+    done = run("-p", file, "--policy-timeout", "0.2", image(DOORBELL + b"\xf4"))
+    assert (done.returncode, "ended     failed after" in done.stdout) == (1, True)
+    assert f'File "{file}", line 4, in map_gpa_range' in done.stderr
+    assert "longer than policy_timeout" in done.stderr
+    slow = policy("import time\ndef map_gpa_range(call):\n    time.sleep(0.2)\n    return Convert()\n")
+    assert run("-p", slow, "--policy-timeout", "60", image(DOORBELL + b"\xf4")).returncode == 0
 
 
 @pytest.mark.kvm
@@ -188,3 +184,74 @@ def test_watch_changes_the_policy_in_a_run(policy, image):
     assert "was loaded again" in process.stderr.readline()
     assert "changed" in process.communicate(timeout=30)[1]
     assert process.returncode == 1
+
+
+NEW = "from pagegate.guests import Script\n"
+SCRIPT = """
+from pagegate.guests import Script
+script = Script()
+script.map(0x20_0000, 4096, to="private")
+script.out(0xE9, ord("!"))
+"""
+EACH = """
+from pagegate.guests import Script
+def script(vcpu, shared):
+    made = Script()
+    made.touch(shared | 0x80_0000 + vcpu * 4096, 1)
+    return made
+"""
+
+
+@pytest.mark.kvm
+def test_a_script_runs_from_the_command_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(SCRIPT)
+    done = run("--guest", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("!\n")
+    assert "asked     once: 1 explicit by" in done.stdout
+    file.write_text(EACH)
+    done = run("--guest", file, "--vcpus", 3, "--json")
+    assert (done.returncode, json.loads(done.stdout)["faults"]) == (0, 3)
+    file.write_text(SCRIPT + "other = script\nscript = [script, Script()]\n")
+    assert json.loads(run("--guest", f"{file}:other", "--json").stdout)["requests"] == 1
+    assert json.loads(run("--guest", file, "--vcpus", 2, "--json").stdout)["requests"] == 1
+
+
+@pytest.mark.kvm
+def test_the_image_of_a_script_is_refused_with_the_reason(image):
+    from pagegate.guests import Script
+
+    done = run(image(Script().image()[0]))
+    assert done.returncode == 2
+    assert "--guest FILE.py" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (NEW + "Script().fil(0, 8, 1)\n", "a Script has no operation fil: did you mean fill?"),
+        ("x = 1\n", "has no guest, which is a Script"),
+        ("script = 3\n", "script is 3: a guest is a Script"),
+        ("def script(cpu): pass\n", "script() wants cpu, and is given vcpu, shared, call"),
+        (NEW + "a, b = Script(), Script()\n", "has several guests, name one:\n  mine.py:a\n  mine.py:b"),
+        (SCRIPT + "script.barrier(64, 2)\nscript.barrier(64, 2)\n", "address 0x40 is operation 2's, a barrier, too"),
+        (SCRIPT + "script.loop(7, 2)\n", "to is 7: a loop goes back"),
+    ],
+)  # fmt: skip
+def test_a_wrong_script_is_told(tmp_path, text, said):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    done = run("--guest", file)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_jump_to_no_operation_is_an_error():
+    from pagegate.guests import Script
+
+    script = Script()
+    script.goto_unless(0x8000, 1, 5)
+    with pytest.raises(ValueError, match="operation 0, goto_unless, goes to 5: the last is 1"):
+        script.image()

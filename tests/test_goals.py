@@ -97,6 +97,14 @@ def test_a_table_says_what_is_enforced_and_how_far_the_runs_spread():
     assert second == "| row | nothing | ≤ 1 | ≤ 1 |  |  | 0 | not measured | some detail |"
 
 
+def test_of_two_measurements_the_lower_counts():
+    def rows(*values):
+        return [goals.Row(name, 1.0, value, "nothing", str(value)) for name, value in zip("abcd", values, strict=True)]
+
+    first, second = rows([1.1], [1.0], [], []), rows([1.0], [1.1], [1.2], [])
+    assert goals.lower(first, second) == [second[0], first[1], second[2], first[3]]
+
+
 def test_the_output_of_a_script_is_read():
     rows, figures = [goals.Row("a", 1.0, [1.0, 2.0], "nothing", "b")], [goals.Figure("c", 3.0, "d")]
     assert goals.heard(goals.told(rows, figures)) == (rows, figures)

@@ -161,7 +161,7 @@ def test_a_policy_that_fails() -> None:
         trace.replay(made, policies.Allow(), Broken())
     assert f"event {first.sequence} of the trace, policy 2 of 2" in caught.value.__notes__
     assert f"gpa {first.gpa:#x}" in caught.value.__notes__
-    with pytest.raises(PolicyError, match="is no page-aligned part of") as caught:
+    with pytest.raises(PolicyError, match="is not a page-aligned") as caught:
         trace.replay(made, Wild())
     assert f"event {first.sequence} of the trace" in caught.value.__notes__
     with pytest.raises(PolicyError, match="did you mean map_gpa_range"):

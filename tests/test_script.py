@@ -64,7 +64,7 @@ def test_a_base_is_no_candidate(write):
 
 
 def test_several_policies_are_named(write):
-    with pytest.raises(PolicyError, match="several policies, One, Two: name one, as mine.py:One"):
+    with pytest.raises(PolicyError, match="several policies, name one:\n  mine.py:One\n  mine.py:Two"):
         load(write(TWO))
 
 
@@ -74,7 +74,7 @@ def test_a_name_picks_a_class_or_an_object(write):
     assert type(load(path, "ready")).__name__ == "Two"
     with pytest.raises(PolicyError, match="has no Three: there is One, Two, ready"):
         load(path, "Three")
-    with pytest.raises(PolicyError, match="a int is no policy"):
+    with pytest.raises(PolicyError, match="7 is no policy: it has none of the hooks"):
         load(path, "number")
 
 

@@ -276,6 +276,7 @@ class TestRun:
             ({"cpus": 2, "deterministic": True}, "deterministic needs cpus=1"),
             ({"memory": "lots"}, "as 512M or 4G"),
             ({"timeout": 0}, "above 0 seconds"),
+            ({"timeout": float("nan")}, "timeout is nan"),
             ({"env": {"A B": "c"}}, "no name for an environment variable"),
         ],
     )
@@ -315,6 +316,7 @@ class TestMachine:
         assert testbed.run(["true"]) == 0
         assert "--memory 4G" in fake_machine.read_text()
         assert "icount" not in fake_machine.read_text()
+        assert "--append=nohz=off --append=highres=off" in fake_machine.read_text()
 
     @pytest.mark.parametrize(("asked", "all_of_them"), [(None, 3), (1, 1), (2, 3), (4, 5)])
     def test_the_first_of_several_cpus_is_kept_free_of_guests(self, fake_machine, monkeypatch, asked, all_of_them):

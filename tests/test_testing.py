@@ -53,7 +53,8 @@ def test_a_fault_has_the_fields_that_an_access_has() -> None:
     fault = MemoryFault(0x5000)
     assert (fault.gpa, fault.size, fault.vcpu, fault.private) == (0x5000, PAGE, 0, False)
     assert (fault.flags, fault.errno, fault.state) == (0, 14, "private")
-    assert (fault.rip, fault.repeats, fault.time) == (0, 0, 0)
+    assert (fault.rip, fault.executed, fault.repeats, fault.time) == (0, False, 0, 0)
+    assert MemoryFault(0x5000, rip=0x1002, executed=True).executed
     fault = MemoryFault(0x5000, private=True, vcpu=3, rip=0x1000, repeats=7, time=9)
     assert (fault.flags, fault.state, fault.vcpu, fault.rip, fault.repeats, fault.time) == (
         8,
@@ -194,6 +195,12 @@ def test_missing_hooks_have_the_default() -> None:
         assert tester.fault(0) == tester.call(PAGE, to="shared") == Convert()
         assert tester.poison(0) == Stop("poison")
         assert tester.runs() == [(0, 2 * PAGE, "shared"), (2 * PAGE, (64 << 20) - 2 * PAGE, "private")]
+
+
+@pytest.mark.parametrize("memory", [0, 1, 4097, (16 << 40) + 4096, 1 << 52])
+def test_memory_is_a_number_of_pages_that_a_host_could_have(memory):
+    with pytest.raises(ValueError, match="16 TiB"):
+        PolicyTester(memory=memory)
 
 
 def test_it_keeps_the_states() -> None:

@@ -72,9 +72,14 @@ def test_files_of_other_libraries_are_read(tmp_path) -> None:
     frame.lazy().sort("latency").collect().write_parquet(tmp_path / "shuffled.parquet", compression="lz4")
     strings = frame.with_columns(polars.col("kind", "to").cast(polars.String)).select(reversed(frame.columns))
     strings.write_parquet(tmp_path / "strings.parquet", compression="gzip")
-    duckdb.sql(f"copy (select * from frame) to '{tmp_path / 'duckdb.parquet'}'")
+    # Its durations are of microseconds, and it writes them in a form of its own.
+    columns = "* replace ((epoch_us(latency) * 1000)::ubigint as latency)"
+    duckdb.sql(f"copy (select {columns} from frame) to '{tmp_path / 'duckdb.parquet'}'")
     for file in tmp_path.iterdir():
-        assert list(trace.read(file, memory=made.memory, initial="private")) == list(made), file.name
+        read = list(trace.read(file, memory=made.memory, initial="private"))
+        unit = 1000 if file.name == "duckdb.parquet" else 1
+        rounded = [pagegate.Event(**{**event.asdict(), "latency": event.latency // unit * unit}) for event in made]
+        assert read == rounded, file.name
     assert list(trace.read(frame, memory=made.memory, initial="private")) == list(made)
     some = trace.read(frame.filter(polars.col("kind") == "implicit"), memory=made.memory, initial="private")
     assert {event.kind for event in some} == {"implicit"}
@@ -101,7 +106,7 @@ def test_a_table_without_its_machine() -> None:
         (lambda table: table.set_column(4, "gpa", pa.array([None, 0, 0], pa.uint64())), '"gpa": it has nulls'),
         (lambda table: table.set_column(3, "kind", pa.array(["implicit", "x", "poison"])), '"kind": "x" is none of'),
         (lambda table: table.set_column(6, "to", pa.array(["mixed"] * 3)), "row 0 makes no sense"),
-        (lambda table: table.set_column(3, "kind", pa.array([1.5, 2.5, 3.5])), '"kind": "1.5" is none of'),
+        (lambda table: table.set_column(3, "kind", pa.array([1.5, 2.5, 3.5])), '"kind": it has type Float64'),
     ],
 )
 def test_tables_that_are_no_traces(change, why) -> None:

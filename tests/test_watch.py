@@ -7,8 +7,8 @@ import queue
 from types import SimpleNamespace
 
 import pytest
-from pagegate import Deny
-from pagegate.loading.watch import Watcher
+from pagegate import Deny, script
+from pagegate.loading.watch import Changes, Watcher
 
 TEXT = """from pagegate import Deny
 class Mine:
@@ -22,8 +22,8 @@ def watched(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(TEXT.format(1))
     replaced, said = queue.Queue(), queue.Queue()
-    vm = SimpleNamespace(policy=SimpleNamespace(replace=replaced.put))
-    with Watcher(vm, path, "Mine", {"n": "7"}, said.put):
+    vm = SimpleNamespace(policy=SimpleNamespace(replace=replaced.put, current=None))
+    with Watcher(vm, Changes(path), lambda: script.load(path, "Mine", {"n": "7"}), said.put):
         yield path, replaced, said
 
 

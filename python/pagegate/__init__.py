@@ -4,7 +4,7 @@ A guest runs on /dev/kvm. Whenever it asks to convert a page between *private* a
 wrong state, a policy decides: yours, in Python, or a built-in one from ``pagegate.policies``.
 """
 
-from pagegate import policies, trace
+from pagegate import devices, policies, trace
 from pagegate._core import (
     DOORBELL_PORT,
     LIVELOCK_BOUND,
@@ -12,6 +12,7 @@ from pagegate._core import (
     Change,
     Convert,
     Deny,
+    DeviceAccess,
     Discard,
     Event,
     Events,
@@ -25,25 +26,30 @@ from pagegate._core import (
     Mmio,
     PolicyHandle,
     Region,
+    Registers,
     Report,
     Retry,
     Stop,
     Vcpu,
     Vm,
+    Whereabouts,
     __version__,
     probe,
 )
+from pagegate.console import Console, ConsoleTimeout
 from pagegate.errors import (
     BadBacking,
+    DeviceAccessError,
     KvmUnavailable,
     Livelock,
     NotSupported,
     PagegateError,
     PolicyError,
+    PolicyTimeoutError,
     PrivateMemoryError,
     TestbedError,
 )
-from pagegate.hooks import Decision, Listener, Policy
+from pagegate.hooks import Decision, Listener, Policy, only
 
 __all__ = [
     "DOORBELL_PORT",
@@ -51,9 +57,13 @@ __all__ = [
     "Attributes",
     "BadBacking",
     "Change",
+    "Console",
+    "ConsoleTimeout",
     "Convert",
     "Decision",
     "Deny",
+    "DeviceAccess",
+    "DeviceAccessError",
     "Discard",
     "Event",
     "Events",
@@ -73,15 +83,20 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PolicyHandle",
+    "PolicyTimeoutError",
     "PrivateMemoryError",
     "Region",
+    "Registers",
     "Report",
     "Retry",
     "Stop",
     "TestbedError",
     "Vcpu",
     "Vm",
+    "Whereabouts",
     "__version__",
+    "devices",
+    "only",
     "policies",
     "probe",
     "trace",

@@ -1,12 +1,17 @@
 # One file: the stub of one extension module.
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, final
+from typing import Any, Final, Literal, Self, SupportsIndex, TypeAlias, final, overload
 
+from _typeshed import FileDescriptorLike
 from typing_extensions import Buffer, disjoint_base
 
+import pagegate.console
+
 _State: TypeAlias = Literal["private", "shared"]
+_Enforcement: TypeAlias = Literal["attributes", "traps", "memslots"]
+_Call: TypeAlias = Literal["set_attributes", "create_memslot", "delete_memslot", "discard", "pre_fault", "other", "any"]
 
 DOORBELL_PORT: Final[int]
 """The doorbell's port: ``out imm8, al`` there is KVM_HC_MAP_GPA_RANGE, with the same registers, answered in RAX."""
@@ -18,6 +23,15 @@ LIVELOCK_BOUND: Final[int]
 
 def probe() -> Host:
     """Asks /dev/kvm what this host offers. Never raises: ``problems`` of the result says what is missing."""
+
+def _end() -> None:
+    """Stops all runs, waits for them for two seconds, and lets no other begin."""
+
+def timeout_seconds(timeout: float | None) -> float:
+    """The seconds of a ``timeout`` argument, infinity for ``None``.
+
+    ValueError if they are negative or no number of seconds.
+    """
 
 def script_guest() -> bytes:
     """The machine code that executes a ``pagegate.guests.Script``: long mode, position-independent."""
@@ -40,8 +54,8 @@ def bare_loop(
     Each of ``vcpus`` is ``(gpa, image, rdi)``: where the image is loaded and entered in long mode, its bytes, and RDI.
     The guest writes 1 to port ``marks`` where the measured part begins, and 2 where it ends. ``block``: bytes that are
     converted for an implicit request, the aligned block around the page. ``work``: how much of each conversion is
-    carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes" or "memslots". ``timeout``:
-    seconds. The other arguments are as for ``Vm``; all pages are shared at first.
+    carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes", "traps" (with ``shared_bit``)
+    or "memslots". ``timeout``: seconds. The other arguments are as for ``Vm``; all pages are shared at first.
 
     Returns nanoseconds, requests and port IO exits of the measured part. Raises ValueError for arguments that do not
     make a machine, OSError, and KeyboardInterrupt.
@@ -127,6 +141,9 @@ class Region:
     @property
     def seconds(self) -> float | None:
         """How long it holds; ``None`` for no limit."""
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -143,6 +160,9 @@ class Convert:
     The conversion is one transaction, or several in a row, of at most 256 MiB each. If the kernel refuses, the
     transaction is undone: an explicit request gets the errno in RAX, an implicit one ends the run with PagegateError.
     If a listener refuses, the guest tries again: an explicit request gets EAGAIN.
+
+    What earlier transactions converted stays converted. An explicit request then gets EAGAIN, the answer after which a
+    guest asks again, and the event and the report count those bytes, as the exception says them where the run ends.
     """
 
     def __new__(
@@ -178,6 +198,9 @@ class Convert:
     @property
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -195,6 +218,9 @@ class Deny:
     @property
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -203,6 +229,9 @@ class Discard:
     """Frees a poisoned page, which then reads as zeroes, and resumes the guest. Only for ``memory_poison``."""
 
     def __new__(cls) -> Self: ...
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -217,6 +246,9 @@ class Retry:
     @property
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -228,6 +260,9 @@ class Stop:
     @property
     def reason(self) -> str:
         """What ``report.reason`` is to be."""
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
@@ -237,7 +272,7 @@ class Builtin:
 
     @property
     def hooks(self) -> tuple[Callable[[Any], Any] | None, ...]:
-        """The Python policy's hooks at the end of the chain: memory_fault, map_gpa_range, memory_poison.
+        """The Python policy's hooks at the end of the chain: those of ``Policy``, in their order.
 
         ``None`` for each that there is not.
         """
@@ -265,24 +300,29 @@ class ExplicitOnly(Builtin):
 
 @final
 class Align(Builtin):
-    """Widens what ``then`` converts to whole blocks of ``size`` bytes, up to the end of memory.
+    """Widens what ``then`` converts to whole blocks of ``size`` bytes.
 
     For guests that touch page after page: one exit for each block in place of one for each page. ``size`` is a power of
     two, at least 4096, else ValueError. Every page of the block that changes state loses its bytes, so it is only for
     guests that keep all pages of a block in one state.
+
+    The range is widened when the whole chain has decided, so the order of the chain does not matter: as far as memory
+    and every ``Window`` go, and not at all if a ``Quota`` or a listener refuses the widened range. An answer of
+    ``then`` that is no decision is an error here too.
     """
 
-    def __new__(cls, size: int, then: object | None = None) -> Self: ...
+    def __new__(cls, size: int | str, then: object | None = None) -> Self: ...
 
 @final
 class Quota(Builtin):
     """Refuses conversions after which more than ``max_shared`` bytes would be shared.
 
     Bounds what a guest can expose. The bytes are counted with the pages locked, so that requests of several vCPUs
-    cannot exceed it together. An explicit request gets EINVAL in RAX, an implicit one ends the run as "denied".
+    cannot exceed it together. An explicit request gets EINVAL in RAX, an implicit one ends the run as "denied". What
+    only ``Align`` added to a request is left out instead.
     """
 
-    def __new__(cls, max_shared: int, then: object | None = None) -> Self: ...
+    def __new__(cls, max_shared: int | str, then: object | None = None) -> Self: ...
 
 @final
 class Window(Builtin):
@@ -291,6 +331,9 @@ class Window(Builtin):
     For guests whose shared buffers lie in one place, such as a swiotlb window. Elsewhere an explicit request gets
     EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``. ``gpa``
     and ``size`` are multiples of 4096, else ValueError.
+
+    Nor does ``Align`` widen a conversion to shared past the first of the ranges that holds it, wherever it is in the
+    chain.
     """
 
     def __new__(cls, ranges: Sequence[tuple[int, int]], then: object | None = None) -> Self: ...
@@ -311,8 +354,8 @@ class PingPong(Builtin):
     """Ends the run when a page is asked for in alternating states more than ``limit`` times in ``window`` seconds.
 
     For pages that two owners in the guest fight over. The report's reason says which page, how often it changed
-    direction and in what time. The last 256 ranges that were asked for are watched. ``limit`` is in 1..=65536 and
-    ``window`` not negative, else ValueError.
+    direction and in what time. A page that is converted with others, as ``Align`` does it, counts as one that was asked
+    for. The last 256 ranges are watched. ``limit`` is in 1..=65536 and ``window`` not negative, else ValueError.
     """
 
     def __new__(cls, limit: int, window: float, then: object | None = None) -> Self: ...
@@ -321,7 +364,7 @@ class PingPong(Builtin):
 class MemoryFault:
     """An implicit request: the guest accessed a page that is not in the accessed state.
 
-    KVM reports it by KVM_EXIT_MEMORY_FAULT (attributes) or KVM_EXIT_MMIO (memslots).
+    KVM reports it by KVM_EXIT_MEMORY_FAULT (attributes, traps) or KVM_EXIT_MMIO (memslots).
 
     One can be made to test a policy: ``flags`` are by default those of the access, ``state`` is the opposite of the
     accessed state. ``gpa`` and ``size`` are in bytes, multiples of 4096; ``errno`` is in 1..=4095. Raises ValueError.
@@ -340,13 +383,14 @@ class MemoryFault:
         rip: int = 0,
         repeats: int = 0,
         time: int = 0,
+        executed: bool = False,
     ) -> Self: ...
     @property
     def vcpu(self) -> int:
         """Index of the vCPU."""
     @property
     def gpa(self) -> int:
-        """The page's address in bytes, without the shared bit."""
+        """The page's address in bytes, without the view bit."""
     @property
     def size(self) -> int:
         """Bytes: 4096 on x86."""
@@ -367,13 +411,39 @@ class MemoryFault:
         """The page's present state."""
     @property
     def rip(self) -> int:
-        """The guest's instruction pointer."""
+        """The guest's instruction pointer: of the instruction that accessed the page, unless ``executed``."""
+    @property
+    def executed(self) -> bool:
+        """Whether KVM has executed the instruction up to this access: under memslots, of a store, a push or a call.
+
+        ``rip`` and ``regs`` are then as the instruction leaves them, such as the next one's or a call's target. Nothing
+        tells where it began: the same store with a prefix and without leaves the same registers.
+        """
     @property
     def repeats(self) -> int:
         """How often this same fault came before, in a row, with no change of its page; 0 for the first one."""
     @property
     def time(self) -> int:
         """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
+    @property
+    def regs(self) -> Registers:
+        """The general registers of the vCPU, read when this is looked at: in the hook, and in the hook's own thread.
+
+        AttributeError anywhere else, PagegateError if KVM_GET_REGS fails.
+        """
+    @property
+    def symbol(self) -> str | None:
+        """The kernel's function that the vCPU is in, such as "set_memory_decrypted+0x1f"; ``None`` if it is not known.
+
+        Of a kernel that ``Vm.boot`` loaded, from the symbols in its image. AttributeError as for ``regs``;
+        PagegateError if the run ends while they are read.
+        """
+    @property
+    def disassembly(self) -> str | None:
+        """The instruction that the vCPU is at; ``None`` if it lies in private memory. AttributeError as for ``regs``.
+
+        A kernel's instruction is the one of its image: it patches some of them when it boots.
+        """
 
 @final
 class MemoryPoison(MemoryFault):
@@ -395,13 +465,15 @@ class MemoryPoison(MemoryFault):
         rip: int = 0,
         repeats: int = 0,
         time: int = 0,
+        executed: bool = False,
     ) -> Self: ...
 
 @final
 class MapGpaRange:
     """An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE, by hypercall or doorbell.
 
-    A malformed one gets EINVAL in RAX and reaches no policy.
+    A malformed one gets EINVAL in RAX and reaches no policy. Nor does one to share what is no memory, such as a
+    device's range: it gets 0, and nothing is done.
 
     One can be made to test a policy: ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
     ``state`` is by default the opposite of ``to``. Raises ValueError.
@@ -424,7 +496,7 @@ class MapGpaRange:
         """Index of the vCPU."""
     @property
     def gpa(self) -> int:
-        """Start in bytes, a multiple of 4096, without the shared bit."""
+        """Start in bytes, a multiple of 4096, without the view bit."""
     @property
     def size(self) -> int:
         """Length in bytes, a multiple of 4096. The whole range lies in guest memory."""
@@ -446,6 +518,69 @@ class MapGpaRange:
     @property
     def time(self) -> int:
         """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
+    @property
+    def rip(self) -> int:
+        """The vCPU's instruction pointer, as ``regs.rip``. AttributeError and PagegateError as for ``regs``."""
+    @property
+    def regs(self) -> Registers:
+        """The general registers of the vCPU, read when this is looked at: in the hook, and in the hook's own thread.
+
+        AttributeError anywhere else, PagegateError if KVM_GET_REGS fails.
+        """
+    @property
+    def symbol(self) -> str | None:
+        """The kernel's function that the vCPU is in, such as "set_memory_decrypted+0x1f"; ``None`` if it is not known.
+
+        Of a kernel that ``Vm.boot`` loaded, from the symbols in its image. AttributeError as for ``regs``;
+        PagegateError if the run ends while they are read.
+        """
+    @property
+    def disassembly(self) -> str | None:
+        """The instruction that the vCPU is at; ``None`` if it lies in private memory. AttributeError as for ``regs``.
+
+        A kernel's instruction is the one of its image: it patches some of them when it boots.
+        """
+
+@final
+class Registers:
+    """The general registers of a vCPU at one exit."""
+
+    @property
+    def rax(self) -> int: ...
+    @property
+    def rbx(self) -> int: ...
+    @property
+    def rcx(self) -> int: ...
+    @property
+    def rdx(self) -> int: ...
+    @property
+    def rsi(self) -> int: ...
+    @property
+    def rdi(self) -> int: ...
+    @property
+    def rsp(self) -> int: ...
+    @property
+    def rbp(self) -> int: ...
+    @property
+    def r8(self) -> int: ...
+    @property
+    def r9(self) -> int: ...
+    @property
+    def r10(self) -> int: ...
+    @property
+    def r11(self) -> int: ...
+    @property
+    def r12(self) -> int: ...
+    @property
+    def r13(self) -> int: ...
+    @property
+    def r14(self) -> int: ...
+    @property
+    def r15(self) -> int: ...
+    @property
+    def rip(self) -> int: ...
+    @property
+    def rflags(self) -> int: ...
 
 @final
 class Io:
@@ -479,7 +614,7 @@ class Mmio:
         """Index of the vCPU."""
     @property
     def gpa(self) -> int:
-        """The guest-physical address."""
+        """The guest-physical address, without the view bit."""
     @property
     def write(self) -> bool:
         """Whether it is a store, not a load."""
@@ -497,6 +632,10 @@ class Latency:
     0 if there were no requests.
     """
 
+    def __new__(cls, *, p50: int, p90: int, p99: int, max: int) -> Self: ...
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def p50(self) -> int: ...
     @property
@@ -507,12 +646,52 @@ class Latency:
     def max(self) -> int: ...
 
 @final
-class Report:
-    """What a run did, and why it ended."""
+class Whereabouts:
+    """Where a vCPU was when it ended a run.
 
+    After "shutdown" AMD's KVM has reset the vCPU, so that ``rip`` is 0xfff0 then.
+    """
+
+    def __new__(
+        cls, *, vcpu: int, rip: int, cr2: int, symbol: str | None = None, instruction: str | None = None
+    ) -> Self: ...
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+    @property
+    def vcpu(self) -> int:
+        """Index of the vCPU."""
+    @property
+    def rip(self) -> int:
+        """Its instruction pointer."""
+    @property
+    def cr2(self) -> int:
+        """CR2: the linear address of its last page fault."""
+    @property
+    def symbol(self) -> str | None:
+        """The kernel's function, such as "clear_bss+0x1f"; ``None`` where it is not known."""
+    @property
+    def instruction(self) -> str | None:
+        """The instruction, if its bytes could be had."""
+
+@final
+class Report:
+    """What a run did, and why it ended.
+
+    One can be made from all of its fields, as ``asdict`` gives them; TypeError if they are not these.
+    """
+
+    def __new__(cls, **fields: Any) -> Self: ...
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+    def _repr_html_(self) -> str: ...
     @property
     def reason(self) -> str:
-        """Why it ended: "halt", "shutdown", "timeout", "stopped", "denied", "livelock", or a Stop's reason."""
+        """Why it ended.
+
+        "halt", "shutdown", "reboot", "poweroff", "timeout", "stopped", "denied", "livelock", or a Stop's reason.
+        """
     @property
     def requests(self) -> int:
         """Requests that reached the policy: ``faults + hypercalls``.
@@ -544,6 +723,9 @@ class Report:
     def stale(self) -> int:
         """Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed."""
     @property
+    def opened(self) -> int:
+        """How often pages were opened to a vCPU without paging, in a software SEV guest."""
+    @property
     def bytes_prefaulted(self) -> int:
         """Bytes that KVM mapped before the guest touched them, for ``Convert(prefault=True)``."""
     @property
@@ -553,6 +735,18 @@ class Report:
     def bytes_to_shared(self) -> int:
         """Bytes that became shared; those that were already are not counted."""
     @property
+    def device_accesses(self) -> int:
+        """Accesses of devices to what is not shared, each refused."""
+    @property
+    def first_device_access(self) -> DeviceAccess | None:
+        """The first of them; ``None`` if there were none."""
+    @property
+    def at(self) -> Whereabouts | None:
+        """Where the vCPU was that ended the run: after "shutdown", "denied", "livelock" and a Stop; else ``None``."""
+    @property
+    def debug_private(self) -> bool:
+        """Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows."""
+    @property
     def latency(self) -> Latency:
         """Time from exit to resume of its requests."""
     @property
@@ -560,9 +754,173 @@ class Report:
         """How long the run took."""
 
 @final
-class Event:
-    """One request: what was asked for, decided and done."""
+class DeviceAccess:
+    """A device was told to access a page that is not shared. Nothing was read or written.
 
+    One can be made from all of its fields, as ``asdict`` gives them; TypeError if they are not these.
+    """
+
+    def __new__(cls, **fields: Any) -> Self: ...
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+    @property
+    def device(self) -> str:
+        """The device's name."""
+    @property
+    def number(self) -> int:
+        """Its number on the PCI bus, from 1."""
+    @property
+    def queue(self) -> int:
+        """Index of its queue."""
+    @property
+    def descriptor(self) -> int | None:
+        """Index of the first descriptor of the request that names the page; ``None`` for the queue's rings."""
+    @property
+    def gpa(self) -> int:
+        """The first byte that is not shared, without the view bit."""
+    @property
+    def size(self) -> int:
+        """Bytes from there to the end of the access."""
+    @property
+    def write(self) -> bool:
+        """Whether the device was to write."""
+    @property
+    def state(self) -> _State:
+        """The state of the page. "shared" if it was private for a moment since the driver made the request."""
+
+@disjoint_base
+class BuiltinDevice:
+    """The base class of the built-in devices. Each belongs to one machine."""
+
+@final
+class Block(BuiltinDevice):
+    """A disk (virtio-blk): a raw file or a block device, in sectors of 512 bytes.
+
+    ``path``: the file, of which the bytes after the last whole sector are no part. ``read_only``: the guest cannot
+    write to it. A flush by the guest is an fdatasync(2). Raises OSError, with EBUSY if it is another disk as well
+    and not both are read-only, and ValueError for less than a sector.
+    """
+
+    def __new__(cls, path: str | PathLike[str], read_only: bool = False) -> Self: ...
+
+@final
+class Console(BuiltinDevice):
+    """A console (virtio-console): hvc0 in Linux, which uses it as its console with console=hvc0 on its command line."""
+
+    def __new__(cls) -> Self: ...
+    @property
+    def console(self) -> pagegate.console.Console:
+        """Its other end, as ``Vm.console`` is that of the serial port."""
+
+@final
+class Net(BuiltinDevice):
+    """A network card (virtio-net) at a tap of the host, or at a program that has the other end of a socket.
+
+    ``tap``: the tap's name. Or a descriptor, as a number or an object with ``fileno()``: of a tap without a header
+    (IFF_NO_PI, not IFF_VNET_HDR), or of a Unix datagram socket, each datagram of which is a frame. The card has a
+    descriptor of its own, with O_NONBLOCK set for both. ``mac``: its address, as "52:54:00:12:34:56"; by default a
+    random one. ``create``: a tap of that name is made if there is none, and goes with the machine; it is down and has
+    no address.
+
+    Frames of 64 KiB and more are lost, as are those that the other side does not take. Raises OSError where the tap
+    cannot be had (ENODEV: there is none; EPERM: it needs CAP_NET_ADMIN), and ValueError for a descriptor of something
+    else and for an address that is not one card's.
+    """
+
+    def __new__(cls, tap: str | FileDescriptorLike, mac: str | None = None, *, create: bool = False) -> Self: ...
+    @property
+    def mac(self) -> str:
+        """Its address."""
+
+@final
+class Rng(BuiltinDevice):
+    """A source of entropy (virtio-rng): the host's getrandom(2)."""
+
+    def __new__(cls) -> Self: ...
+
+@final
+class Vsock(BuiltinDevice):
+    """Streams between programs of the guest and of the host (virtio-vsock), as Firecracker has them.
+
+    ``cid``: the guest's context ID, 3 or more. A program of the host connects to the Unix socket ``path``, writes
+    ``CONNECT <port>`` and a newline, and reads ``OK <its own port>`` and a newline once a program of the guest has
+    taken it. A program of the guest that connects to port P of context ID 2 is connected to the Unix socket
+    ``<path>_P``. There are 256 streams at most.
+
+    ``path`` is made, and removed with the machine. Raises OSError if it exists, which says so if it is a socket that
+    nobody listens at any more, and ValueError for another ``cid``.
+    """
+
+    def __new__(cls, cid: int, path: str | PathLike[str]) -> Self: ...
+
+@final
+class DeviceQueue:
+    """A queue in which there may be requests. Iterate over it to take them.
+
+    One iteration takes at most as many as the queue has entries; the rest come with the next call of ``process``.
+    """
+
+    @property
+    def index(self) -> int:
+        """Its index."""
+    @property
+    def size(self) -> int:
+        """How many entries it has."""
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> DeviceRequest: ...
+    def complete(self, head: int, written: int) -> None:
+        """Tells the driver that a request is completed which need not be one, with any length, as a lying device does.
+
+        ``head``: its id, 0 to 2**32-1. ``written``: 0 to 2**32-1. The request itself, if there is one, stays as it is.
+        """
+
+@final
+class DeviceRequest:
+    """A request: parts of guest memory to read, and parts to write."""
+
+    @property
+    def head(self) -> int:
+        """Index of its first descriptor."""
+    @property
+    def readable(self) -> list[tuple[int, int]]:
+        """What the device reads: ``(gpa, size)`` in bytes for each part, as the driver gave them."""
+    @property
+    def writable(self) -> list[tuple[int, int]]:
+        """What the device writes: ``(gpa, size)`` in bytes for each part, as the driver gave them."""
+    @property
+    def readable_size(self) -> int:
+        """Bytes of all readable parts."""
+    @property
+    def writable_size(self) -> int:
+        """Bytes of all writable parts."""
+    def read(self, offset: int = 0, size: int | None = None) -> bytes:
+        """Reads from the readable parts as if they were one, from ``offset`` on; ``size=None``: all that follows.
+
+        DeviceAccessError if not all of it is shared memory, there is not as much, or it is more than 64 MiB.
+        """
+    def write(self, data: Buffer, offset: int = 0) -> None:
+        """Writes to the writable parts as if they were one, from ``offset`` on.
+
+        DeviceAccessError if not all of it is shared memory, or there is not as much.
+        """
+    def complete(self, written: int = 0) -> None:
+        """Gives the request back to the driver. ``written``: how many bytes were written, 0 to 2**32-1.
+
+        A request that is not completed when ``process`` returns is completed with 0.
+        """
+
+@final
+class Event:
+    """One request: what was asked for, decided and done.
+
+    One can be made from all of its fields, as ``asdict`` gives them; TypeError if they are not these.
+    """
+
+    def __new__(cls, **fields: Any) -> Self: ...
+    def asdict(self) -> dict[str, Any]:
+        """Its fields by name."""
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def sequence(self) -> int:
         """Number in the log, from 0, in the order in which requests were completed."""
@@ -571,10 +929,17 @@ class Event:
         """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
     @property
     def vcpu(self) -> int:
-        """Index of the vCPU."""
+        """Index of the vCPU; 0xffffffff for "device", which is no vCPU's."""
     @property
-    def kind(self) -> Literal["implicit", "explicit", "poison"]:
-        """How it came: by an access, by KVM_HC_MAP_GPA_RANGE, or by an access to a poisoned page."""
+    def kind(self) -> Literal["implicit", "explicit", "poison", "unpaged", "device", "malformed"]:
+        """How it came: by an access, by KVM_HC_MAP_GPA_RANGE, or by an access to a poisoned page.
+
+        "unpaged" is no request: in a guest with ``confidential="sev"`` a private page was opened or closed to vCPUs
+        without paging. No policy is asked, and the report does not count it. "device" is none either: a device was told
+        to access a page that is not shared, and ``Policy.device_access`` was asked, or it accessed one that is, and its
+        accesses are logged (``Vm.add_device``). "malformed": the guest asked for what makes no sense, such as a part of
+        a page; no policy is asked, and ``gpa``, ``size`` and ``raw`` are as it gave them, as far as they fit.
+        """
     @property
     def gpa(self) -> int:
         """Start of the pages that were asked for, in bytes."""
@@ -598,13 +963,13 @@ class Event:
         """KVM_MEMORY_EXIT_FLAG_*; 0 if explicit."""
     @property
     def rip(self) -> int:
-        """The guest's instruction pointer; 0 if explicit."""
+        """The guest's instruction pointer, as ``MemoryFault.rip``; 0 if explicit with ``platform="bare"``."""
     @property
     def repeats(self) -> int:
         """How often this same fault came before, in a row, with no change of its page; 0 if explicit."""
     @property
     def decision(self) -> Literal["convert", "deny", "retry", "discard", "stop", "none"]:
-        """What the policy decided; "none" if its hook failed."""
+        """What the policy decided; "none" if its hook failed, and if no policy is asked."""
     @property
     def decision_gpa(self) -> int:
         """Start of what was to be converted, in bytes; 0 unless the decision is "convert"."""
@@ -624,10 +989,26 @@ class Event:
     def decision_errno(self) -> int:
         """The errno of a "deny"; else 0."""
     @property
-    def outcome(self) -> Literal["converted", "denied", "retried", "stopped", "superseded", "failed", "discarded"]:
+    def outcome(
+        self,
+    ) -> Literal[
+        "converted",
+        "denied",
+        "retried",
+        "stopped",
+        "superseded",
+        "failed",
+        "discarded",
+        "opened",
+        "closed",
+        "accessed",
+        "refused",
+    ]:
         """What came of the request.
 
         "superseded": another vCPU had converted the page meanwhile. "failed": no decision, or a conversion that failed.
+        Of "unpaged": "opened" or "closed". Of "malformed": "refused". "accessed": a device accessed shared pages, as it
+        was told to.
         """
     @property
     def done_gpa(self) -> int:
@@ -647,7 +1028,20 @@ class Event:
     @property
     def latency(self) -> int:
         """Nanoseconds from exit to resume."""
+    @property
+    def device(self) -> int | None:
+        """Number of the device on the PCI bus; ``None`` unless "device"."""
+    @property
+    def queue(self) -> int | None:
+        """Index of the device's queue; ``None`` unless "device"."""
+    @property
+    def descriptor(self) -> int | None:
+        """Index of the request's first descriptor; ``None`` for the queue's rings and unless "device"."""
+    @property
+    def write(self) -> bool | None:
+        """Whether the device was to write; ``None`` unless "device"."""
     def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
 
 @final
 class Events:
@@ -664,8 +1058,22 @@ class Events:
     @property
     def dropped(self) -> int:
         """Number of events that were dropped to make room for newer ones."""
+    @property
+    def debug_private(self) -> bool:
+        """Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows."""
     def since(self, sequence: int) -> list[Event]:
         """The kept events with this sequence number or a higher one."""
+    def follow(self, since: int = 0, *, interval: float = 0.05) -> AsyncIterator[Event]:
+        """The events as they come, for asyncio: ``async for event in vm.events.follow()``.
+
+        From the oldest that is kept on, or from sequence number ``since``. It ends when no run is in progress and all
+        events were given. ``interval``: seconds between two looks at the log, 0.05 by default.
+        """
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> list[Event]: ...
+    def _repr_html_(self) -> str: ...
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> Any: ...
     def __arrow_c_schema__(self) -> Any: ...
     def __len__(self) -> int: ...
@@ -683,8 +1091,9 @@ class PolicyHandle:
 
         Each request is judged by one of the two: those that come after this has returned by the new one, those that are
         being judged meanwhile by the old one. ``seen``, ``spared`` and the remembered decisions are those of the new
-        one; a built-in policy keeps those of the Python policy in its chain, also while it is not in place. Raises
-        PolicyError for an object that is no policy, and the old one stays; PagegateError if the machine is closed.
+        one; a built-in policy keeps those of the Python policy in its chain, also while it is not in place. The new
+        one's ``configure`` is called before. Raises PolicyError for an object that is no policy, and the old one
+        stays; PagegateError if the machine is closed.
         """
     def forget(self, region: Region | None = None) -> None:
         """Drops remembered decisions for the pages of a region, or all: the policy is asked again."""
@@ -701,7 +1110,7 @@ class Change:
 
     @property
     def gpa(self) -> int:
-        """Start in bytes, without the shared bit."""
+        """Start in bytes, without the view bit."""
     @property
     def size(self) -> int:
         """Length in bytes."""
@@ -710,12 +1119,16 @@ class Change:
         """The state that they are converted to."""
     @property
     def initial(self) -> bool:
-        """Whether they are in that state already: a new listener is told of the present states first."""
+        """Whether they are in that state already.
+
+        A new listener is told of the present states first, and one that failed of those of the pages concerned.
+        """
 
 @final
 class Attributes:
     """The state of every page. This is the only copy: KVM has no ioctl to read attributes back."""
 
+    def _repr_html_(self) -> str: ...
     def is_private(self, gpa: int) -> bool:
         """Whether the page that holds ``gpa`` is private. IndexError outside memory."""
     def state(self, gpa: int, size: int | None = None) -> Literal["private", "shared", "mixed"]:
@@ -767,47 +1180,66 @@ class Vcpu:
         selector. General registers that are not named are 0, except ``rsp`` in mode "long": each vCPU has a page of
         stack below the page tables.
 
-        "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, the
-        first GiB and its shared views identity-mapped by tables in the top six pages of memory, which become shared.
-        There is no IDT: an exception ends the run as "shutdown".
+        "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, all of
+        memory identity-mapped in each view, by tables at the top of memory, which become shared: six pages for up to a
+        GiB. There is no IDT: an exception ends the run as "shutdown".
 
-        With a shared bit, ``rip`` is moved to the shared view if its page is shared, because an instruction can be
-        fetched only through the view of the page's state.
+        With two views, ``rip`` is moved to the shared view if its page is shared, because an instruction can be fetched
+        only through the view of the page's state.
 
         Raises TypeError for a register that does not exist, ValueError for a value that does not fit, NotSupported for
-        a shared bit that mode "long" cannot map, PagegateError while the vCPU runs.
+        a view bit that mode "long" cannot map, PagegateError while the vCPU runs.
         """
     def regs(self) -> dict[str, int]:
         """The general registers by name. PagegateError while the vCPU runs."""
+    def sregs(self) -> dict[str, int]:
+        """The control registers, EFER and the bases of FS and GS by name. PagegateError while the vCPU runs."""
 
 @final
 class Vm:
     """A virtual machine in which a policy decides whether pages are converted.
 
-    ``memory``: bytes from gpa 0 on, a multiple of 4096. ``vcpus``: at least 1. ``policy``: any object with hooks, see
-    ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected". ``enforcement``: "auto",
-    "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory) or "memslots" (on any host).
-    ``shared_bit``: the address bit that selects a page's shared view, above all of memory and below 52; ``None`` for
-    one view of each page. ``initial``: the state of all pages at first. ``events``: how many requests the log keeps.
+    ``memory``: bytes from gpa 0 on, a multiple of 4096, or text such as "64M". ``vcpus``: at least 1. ``policy``: any
+    object with hooks, see ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected".
+    ``enforcement``: "auto", "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory), "traps" (the
+    same on the view that a page is not in, with host memory on both sides) or "memslots" (on any host). ``shared_bit``:
+    the address bit that selects a page's shared view, above all of memory and below 52; ``private_bit``: the bit that
+    selects its private view instead; ``None`` for both: one view of each page. ``initial``: the state of all pages at
+    first, "shared" unless ``confidential`` is given. ``events``: how many requests the log keeps, 2**32 at most.
     ``memslots``: memory is divided into this many equal parts, and no memslot crosses from one to the next.
     ``hypervisor``: a ``pagegate.testing.Fake`` in place of /dev/kvm.
+
+    Where KVM shadows page tables, the memslots of each TiB take it seconds, and 2 GiB of the host's memory. Ctrl-C ends
+    the wait.
+
+    ``platform``: "bare" (no interrupts; a HLT ends the vCPU) or "pc" (for Linux, see ``boot``; memory above 3 GiB
+    goes on at 4 GiB). ``confidential``: "sev" for a guest that believes in SEV, all of it private at first, with the
+    C-bit as ``private_bit``: nothing is encrypted, and the host is trusted. ``debug_private``: ``read`` and ``write``
+    reach private pages, too, unless they are in a guest_memfd that cannot be mapped; the report says so.
+    ``policy_timeout``: seconds that a call of a hook, handler or listener by a vCPU may take, looked at 40 times a
+    second. One that takes longer gets a PolicyTimeoutError as soon as it executes Python code, which ends the run.
 
     Raises KvmUnavailable, NotSupported, PolicyError, and ValueError for an argument out of range.
     """
 
     def __new__(
         cls,
-        memory: int,
+        memory: int | str,
         *,
         vcpus: int = 1,
         policy: object | None = None,
         vm_type: str = "auto",
         enforcement: str = "auto",
         shared_bit: int | None = None,
-        initial: _State = "shared",
+        private_bit: int | None = None,
+        initial: _State | None = None,
         events: int = 65536,
         memslots: int = 1,
         hypervisor: Fake | None = None,
+        platform: str = "bare",
+        confidential: str | None = None,
+        debug_private: bool = False,
+        policy_timeout: float | None = None,
     ) -> Self: ...
     @property
     def memory(self) -> int:
@@ -816,7 +1248,16 @@ class Vm:
     def shared_bit(self) -> int | None:
         """The address bit that selects a page's shared view; ``None`` if each page has one view."""
     @property
-    def enforcement(self) -> Literal["attributes", "memslots"]:
+    def private_bit(self) -> int | None:
+        """The address bit that selects a page's private view; ``None`` if none does."""
+    @property
+    def platform(self) -> Literal["bare", "pc"]:
+        """What is around the vCPUs: "bare" or "pc"."""
+    @property
+    def confidential(self) -> Literal["sev"] | None:
+        """What the guest is made to believe: "sev"; ``None`` for an ordinary guest."""
+    @property
+    def enforcement(self) -> _Enforcement:
         """How page states are enforced."""
     @property
     def closed(self) -> bool:
@@ -840,6 +1281,31 @@ class Vm:
         that the image covers become shared first: KVM reads code from the shared side, and the host cannot write to the
         private one. Raises OSError, ValueError for an image that does not fit or is malformed, PagegateError.
         """
+    def boot(self, kernel: str | PathLike[str], *, initrd: str | PathLike[str] | None = None, append: str = "") -> None:
+        """Loads a Linux kernel, so that the next ``run`` boots it.
+
+        ``kernel``: the path of a bzImage (a distribution's vmlinuz) or of an ELF vmlinux. ``initrd``: the path of its
+        initial RAM disk. ``append``: its command line; console=ttyS0 and panic=-1 are added where it has no such word.
+        All vCPUs are started. A confidential guest gets all of it in private memory.
+
+        Raises OSError, ValueError that says what is wrong with a file or does not fit, PagegateError without
+        ``platform="pc"``, if a kernel was booted already, or while the machine runs.
+        """
+    @property
+    def console(self) -> pagegate.console.Console:
+        """The guest's serial console, ttyS0. PagegateError without ``platform="pc"``."""
+    def symbol(self, rip: int) -> str | None:
+        """The function of the booted kernel at an address, such as "set_memory_decrypted+0x1f".
+
+        ``None`` outside of its text, for an image without symbols, and as long as the kernel has not got far enough to
+        tell where KASLR has put it. PagegateError while it runs: a hook has ``request.symbol``.
+        """
+    @property
+    def ram(self) -> list[tuple[int, int]]:
+        """The ranges of addresses that are memory, as ``(gpa, size)`` in bytes: one, or two around a hole."""
+    @property
+    def running(self) -> bool:
+        """Whether a run is in progress."""
     def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
         """Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
 
@@ -847,7 +1313,26 @@ class Vm:
         without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler already.
         """
     def on_mmio(self, gpa: int, size: int, handler: Callable[[Mmio], Any]) -> None:
-        """Sets the handler of ``size`` bytes outside guest memory and its views; otherwise as ``on_io``."""
+        """Sets the handler of ``size`` bytes outside guest memory and its views; otherwise as ``on_io``.
+
+        With two views it answers accesses through either: the bit in ``gpa`` that selects one is ignored.
+        """
+    def add_device(self, device: object, *, name: str | None = None, log_accesses: bool = False) -> None:
+        """Puts a virtio device on the PCI bus of a machine with ``platform="pc"``, before ``boot``.
+
+        ``device``: one of ``pagegate.devices``, or an object of your own, see ``pagegate.devices.Device``. ``name``:
+        what events and messages call it. It reaches shared pages only; see ``Policy.device_access``.
+        ``log_accesses``: the log has an event "accessed" for each of its accesses to memory, those to a queue's rings,
+        too. PagegateError without ``platform="pc"`` or after ``boot``, PolicyError for an object that is no device,
+        ValueError for a 32nd.
+        """
+    def refresh_device(self, name: str) -> None:
+        """Reads the configuration of a virtio device again, and tells its driver if it has changed.
+
+        The size of a ``Block``'s file, or ``config`` of a device in Python. ``name``: as ``add_device`` was told; it
+        stands for all devices that have it. At any time, also while the machine runs. ValueError if there is none,
+        PagegateError for a disk of less than a sector, and what ``config`` raises.
+        """
     def add_listener(self, listener: object) -> None:
         """Tells an object the present states, and from then on every conversion; see ``pagegate.Listener``.
 
@@ -871,20 +1356,33 @@ class Vm:
 
         After "timeout", "stopped", "denied", "livelock", a Stop or an exception, ``run`` can be called again, and a
         request that was not answered is put to the policy again (after a Stop, an explicit one has got EAGAIN). After
-        "halt" the guest continues after the HLT; after "shutdown" the vCPU has to be started again.
+        "halt" the guest continues after the HLT; after "shutdown" the vCPU has to be started again. A vCPU that
+        halted rests, in further runs too, until all have halted or it is started again.
+
+        A vCPU's thread is as one that Python started: it has that size of stack, and what ``threading.settrace`` was
+        given traces its hooks. At the interpreter's end runs are stopped and waited for, two seconds at most; a call
+        that has not returned then never does.
 
         Raises BadBacking, Livelock, PolicyError, PagegateError for an exit that cannot be handled or if no vCPU is
-        started, and ValueError for a negative ``timeout``.
+        started, and ValueError for a ``timeout`` that is negative or no number of seconds.
+        """
+    def run_async(self, timeout: float | None = None) -> Coroutine[Any, Any, Report]:
+        """The same for asyncio, in a thread: ``report = await vm.run_async()``. Cancelling it stops the run."""
+    @property
+    def report(self) -> Report | None:
+        """The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
+
+        ``None`` before the first one, and if no vCPU had begun to run.
         """
     def stop(self) -> None:
-        """Ends the run in progress as "stopped", from any thread. Does nothing if there is none."""
+        """Ends the run in progress as "stopped", from any thread, also before a vCPU runs. Does nothing without one."""
     def read(self, gpa: int, n: int) -> bytes:
-        """Reads ``n`` bytes of shared pages.
+        """Reads ``n`` bytes of shared pages, and with ``debug_private`` of private ones.
 
         Raises PrivateMemoryError, which names the first private page, and ValueError outside memory.
         """
     def write(self, gpa: int, data: Buffer) -> None:
-        """Writes ``data`` to shared pages.
+        """Writes ``data`` to shared pages, and with ``debug_private`` to private ones.
 
         Raises PrivateMemoryError, which names the first private page, and ValueError outside memory; then nothing is
         written.
@@ -893,16 +1391,34 @@ class Vm:
         """Converts pages without asking the policy. They lose their bytes and read as zeroes.
 
         ``gpa`` and ``size``: bytes, multiples of 4096. Raises ValueError for what is no range of pages in memory,
-        PagegateError if the kernel or a listener refuses, and what a listener raises.
+        PagegateError if the kernel or a listener refuses, and what a listener raises. More than 256 MiB are converted
+        in parts: if a later one fails, the message or a note says what was converted and stays so.
         """
     def memory_usage(self) -> MemoryUsage:
         """Resident bytes of guest memory, on each side."""
     def close(self) -> None:
-        """Frees the machine, its memory and all descriptors. PagegateError while it runs."""
+        """Frees the machine, its memory and all descriptors. PagegateError while it runs, and from a listener.
+
+        It waits for conversions under way, whose listeners are told to their end; after it none succeeds.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /
     ) -> None: ...
+
+@final
+class ConsolePort:
+    """The other end of the guest's serial port or virtio console: ``pagegate.console.Console`` reads and writes it."""
+
+    def read(self, n: int, seconds: float) -> tuple[bytes, int, bool]:
+        """Takes up to ``n`` bytes that the guest wrote; how many before them were dropped; whether no more can come.
+
+        Waits up to ``seconds`` for the first one. No more can come once the machine is closed.
+        """
+    def write(self, data: Buffer) -> int:
+        """Gives the guest bytes to read, and returns how many were taken: at most 64 KiB wait to be read."""
+    def tail(self, n: int) -> bytes:
+        """The last ``n`` bytes that the guest wrote, read or not."""
 
 @final
 class Step:
@@ -932,6 +1448,12 @@ class Step:
     @staticmethod
     def io_read(port: int, *, size: int = 1, count: int = 1) -> Step:
         """IN, or INS if ``count`` is above 1. Reply: the data."""
+    @staticmethod
+    def read_msr(index: int) -> Step:
+        """RDMSR of an MSR that KVM leaves to user space. Reply: a byte, 1 for #GP, and the eight that were read."""
+    @staticmethod
+    def write_msr(index: int, data: int) -> Step:
+        """WRMSR to such an MSR. Reply: a byte, 1 for #GP."""
     @staticmethod
     def block() -> Step:
         """KVM_RUN does not return until the vCPU is kicked."""
@@ -971,7 +1493,7 @@ class Fake:
     ) -> Self: ...
     def inject(
         self,
-        call: Literal["set_attributes", "create_memslot", "delete_memslot", "discard", "pre_fault"],
+        call: _Call,
         errno: int,
         *,
         after: int = 0,
@@ -980,6 +1502,8 @@ class Fake:
     ) -> None:
         """Makes a call fail with ``errno``, after ``after`` more calls that succeed.
 
+        ``call``: "other" are those without a name here, which create vCPUs, guest_memfds and interrupt controllers, or
+        read and set a vCPU's state; "any" counts all together. KVM_RUN is none of them: see ``Step.fail``.
         ``forever``: all later ones fail too. ``half_done``: before it fails it does its work on the first half of its
         range.
         """
@@ -992,14 +1516,14 @@ class Fake:
     @property
     def slots(self) -> int:
         """How many memslots there are."""
-    def calls(self, call: Literal["set_attributes", "create_memslot", "delete_memslot", "discard", "pre_fault"]) -> int:
+    def calls(self, call: _Call) -> int:
         """How many calls of this kind were made."""
 
 @final
 class Trial:
     """Asks a policy without a machine, and carries its decisions out on a map of page states."""
 
-    def __new__(cls, policy: object | None, memory: int, initial: str) -> Self: ...
+    def __new__(cls, policy: object | None, memory: int | str, initial: str) -> Self: ...
     def judge(self, request: MemoryFault | MapGpaRange) -> Convert | Deny | Discard | Retry | Stop:
         """Asks the policy, and converts in the map what it converts. ValueError for a request outside memory."""
     def state(self, gpa: int, size: int) -> Literal["private", "shared", "mixed"]:
@@ -1024,15 +1548,22 @@ class Trace:
     def shared_bytes(self) -> int:
         """Bytes that were shared when the trace began."""
     @property
+    def debug_private(self) -> bool:
+        """Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows."""
+    @property
     def truncated(self) -> bool:
         """Whether it was read from an IPC stream that ends in the middle, because its writer was killed."""
     def write(self, path: str | PathLike[str]) -> None:
         """Writes it to a file that ends in .parquet, .arrow (IPC file) or .arrows (IPC stream).
 
-        Raises OSError, and ValueError for another name.
+        Of a pipe the reader is waited for, until Ctrl-C. Raises OSError, and ValueError for another name.
         """
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Event: ...
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> list[Event]: ...
+    def _repr_html_(self) -> str: ...
     def __iter__(self) -> TraceIterator: ...
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> Any: ...
     def __arrow_c_schema__(self) -> Any: ...
@@ -1044,12 +1575,16 @@ class TraceIterator:
     def __iter__(self) -> Self: ...
     def __next__(self) -> Event: ...
 
-def read_trace(source: object, *, memory: int | None = None, initial: _State | None = None) -> Trace:
+def event_words() -> dict[str, list[str]]:
+    """The words that an event's kind, decision and outcome can be, by these names."""
+
+def read_trace(source: object, *, memory: int | str | None = None, initial: _State | None = None) -> Trace:
     """Reads a trace from a file of any of the formats, ``vm.events``, or any Arrow table with their columns.
 
     ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table whose schema metadata, which
-    has both, was lost. An IPC stream that ends in the middle is read up to there, and ``truncated`` is set. Raises
-    OSError, TypeError for another ``source``, and ValueError for what is no trace.
+    has both, was lost. An IPC stream that ends in the middle is read up to there, and ``truncated`` is set. A file may
+    be damaged, or made to do harm: whatever it says, reading it takes at most 512 times its size and 64 MiB of memory.
+    Raises OSError, TypeError for another ``source``, and ValueError for what is no trace.
     """
 
 def synthetic_trace(requests: int = 1_000_000, *, seed: int = 0, vcpus: int = 1) -> Trace:
@@ -1058,7 +1593,7 @@ def synthetic_trace(requests: int = 1_000_000, *, seed: int = 0, vcpus: int = 1)
     Each is converted as asked. The same arguments give the same trace. About 60 of 100 requests share bounce buffers of
     256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages privately and
     shared in turn (implicit), and 5 are for 2 MiB blocks (explicit). ``requests`` is at most 100 million and ``vcpus``
-    at least 1, else ValueError.
+    at least 1, else ValueError. MemoryError where there is no memory for it.
     """
 
 @final
@@ -1140,7 +1675,8 @@ def replay(trace: object, *policies: object, keep: int = 1000) -> Replay:
     No KVM is needed, and a chain of built-in policies never enters Python. ``trace`` is a Trace, or what ``read``
     takes. ``policies`` are as for ``Vm``; each has page states of its own, and decisions with ``remember=`` are
     remembered. ``keep``: how many differences are kept. The requests are always the recorded ones: what the guest would
-    have asked for after another decision is not known.
+    have asked for after another decision is not known. Beside the trace it takes at most 64 MiB of memory and 2 KiB for
+    each request, and 8 MiB for each TiB of guest memory, for each policy and once more.
 
     Raises what a hook raises, with notes; PolicyError; ValueError for what is no trace.
     """
@@ -1152,7 +1688,9 @@ class Recorder:
     ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
     two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
     before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
-    cannot be written, the run in progress ends as "stopped" and ``close`` raises the error.
+    cannot be written, the run in progress ends as "stopped" and ``close`` raises the error. It may be a pipe: its
+    reader is waited for here and in ``close``, until Ctrl-C. At the end of a ``with`` by an exception a reader that
+    has stalled is not waited for.
 
     Raises OSError, and ValueError for another name.
     """
@@ -1164,8 +1702,12 @@ class Recorder:
     @property
     def lost(self) -> int:
         """Events that are not in the file: dropped by the log, or above ``limit``. 0 until it is closed."""
-    def close(self) -> None:
-        """Writes the remaining events and closes the file; a second call does nothing. Raises OSError."""
+    def close(self, *, timeout: float | None = None) -> None:
+        """Writes the remaining events and closes the file; a second call does nothing. Raises OSError.
+
+        ``timeout``: after so many seconds a pipe's reader that has read nothing for half a second is given up, with
+        TimeoutError. ``None``: never.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None, /

@@ -17,6 +17,8 @@ class PagegateError(Exception):
     """The state of the page, or of all pages: ``"private"``, ``"shared"`` or ``"mixed"``."""
     rip: int | None = None
     """The guest's instruction pointer."""
+    symbol: str | None = None
+    """The kernel's function that it is in, such as ``"set_memory_decrypted+0x1f"``."""
 
 
 class KvmUnavailable(PagegateError):
@@ -34,13 +36,33 @@ class BadBacking(PagegateError):
 class Livelock(PagegateError):
     """An access faulted ``LIVELOCK_BOUND`` times though its page is in the accessed state: converting cannot help."""
 
+    instruction: str | None = None
+    """The instruction that the vCPU is at, if its bytes could be had."""
+    cr2: int | None = None
+    """CR2 of the vCPU: the linear address of its last page fault."""
+
 
 class PrivateMemoryError(PagegateError):
     """``Vm.read`` or ``Vm.write`` met a private page; ``gpa`` is the first one."""
 
 
+class DeviceAccessError(PagegateError):
+    """A device in Python read or wrote a request whose bytes are not all shared memory.
+
+    A device need not catch it: the request fails, and the guest goes on.
+    """
+
+
 class PolicyError(PagegateError):
     """An object is no policy or listener, or a hook or handler returned what is not allowed."""
+
+
+class PolicyTimeoutError(PolicyError):
+    """A hook, handler or listener took longer than ``policy_timeout``. It is raised in that call."""
+
+    def __str__(self) -> str:
+        """Say it where no text was given: CPython makes the exception from the class."""
+        return super().__str__() or "this call took longer than policy_timeout"
 
 
 class TestbedError(PagegateError):

@@ -10,9 +10,10 @@ assert script.result(vm, answer) == 0           # RAX
 
 from __future__ import annotations
 
+import difflib
 import struct
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias
 
 from pagegate._core import Vm, probe, script_guest
 
@@ -59,7 +60,21 @@ class Script:
         else:
             self._map = {"vmcall": _VMCALL, "vmmcall": _VMMCALL}[hypercall_instruction()]
         self._operations: list[tuple[int, int, int, int]] = []
+        self._barriers: dict[int, int] = {}
+        self._targets: list[tuple[str, int, int]] = []
         self._table: int | None = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """AttributeError that names the operation that is meant."""
+        known = [each for each in vars(Script) if not each.startswith("_")]
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise AttributeError(f"a Script has no operation {name}: {meant}", name=name, obj=self)
+
+    def __repr__(self) -> str:
+        """How many operations it has."""
+        started = "" if self._table is None else ", started"
+        return f"<pagegate.guests.Script of {len(self)} operations{started}>"
 
     def __len__(self) -> int:
         """The number of operations, which is also the number of the next one."""
@@ -118,10 +133,20 @@ class Script:
 
     def loop(self, to: int, times: int) -> int:
         """Goes back to operation ``to``, so that the operations from there on are executed ``times`` times in all."""
+        if _checked("to", to) > len(self):
+            raise ValueError(f"to is {to}: a loop goes back, and there are {len(self)} operations before it")
         return self._append(_LOOP, to=to, times=times, times_=times)
 
     def barrier(self, address: int, vcpus: int) -> int:
-        """Waits until ``vcpus`` scripts have come here, each time anew. The word at ``address`` must be 0 at first."""
+        """Waits until ``vcpus`` scripts have come here, each time anew. The word at ``address`` must be 0 at first.
+
+        Each barrier of a script has a word of its own, else ValueError: it would find the other's count there.
+        """
+        if address in self._barriers:
+            raise ValueError(
+                f"address {address:#x} is operation {self._barriers[address]}'s, a barrier, too: take another"
+            )
+        self._barriers[address] = len(self)
         return self._append(_BARRIER, address=address, _=0, vcpus=vcpus)
 
     def add(self, address: int, word: int) -> int:
@@ -134,6 +159,7 @@ class Script:
 
     def goto_unless(self, address: int, word: int, to: int) -> int:
         """Goes to operation ``to`` unless the word at ``address`` is ``word``."""
+        self._targets.append(("goto_unless", len(self), _checked("to", to)))
         return self._append(_UNLESS, to=to, address=address, word=word)
 
     def count(self) -> int:
@@ -146,6 +172,11 @@ class Script:
 
     def image(self, at: int = 0x1000) -> tuple[bytes, int]:
         """The code and this script as one image, to be loaded and entered at gpa ``at``, and what RDI must be."""
+        for name, operation, to in self._targets:
+            if to > len(self):
+                raise ValueError(
+                    f"operation {operation}, {name}, goes to {to}: the last is {len(self)}, the end's halt"
+                )
         code = script_guest()
         table = -(-(at + len(code)) // PAGE) * PAGE
         records = [_RECORD.pack(*operation, 0, 0, 0, 0) for operation in [*self._operations, (_HALT, 0, 0, 0)]]
@@ -166,6 +197,15 @@ class Script:
             raise ValueError("the script was not started")
         at = self._table + operation * _RECORD.size + _RESULT_OFFSET
         return int.from_bytes(vm.read(at, _WORD), "little", signed=True)
+
+
+def is_script(image: Path) -> bool:
+    """Whether a file begins with the code of a script."""
+    if not image.is_file():  # what is read from a pipe is gone
+        return False
+    code = script_guest()
+    with image.open("rb") as file:
+        return file.read(len(code)) == code
 
 
 def _checked(name: str, value: int, most: int = _MOST) -> int:

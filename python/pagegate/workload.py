@@ -48,6 +48,9 @@ class Workload:
     """Memory is divided into this many parts: one for the code, one for each vCPU, and one for the page tables."""
     call: Call
     scripts: tuple[Script, ...]
+    two_views: bool
+    """Whether each page has a private and a shared view. Implicit requests are made by touching the view of the other
+    state, and ``enforcement="traps"`` needs two views for any request."""
 
     @property
     def vcpus(self) -> int:
@@ -56,8 +59,8 @@ class Workload:
 
     @property
     def shared_bit(self) -> int | None:
-        """The shared bit that the machine needs. Implicit requests are made by touching the view of the other state."""
-        return SHARED_BIT if self.kind == "implicit" else None
+        """The shared bit that the machine needs."""
+        return SHARED_BIT if self.two_views else None
 
     @property
     def block(self) -> int:
@@ -75,12 +78,20 @@ class Workload:
 
 
 def make(  # noqa: PLR0913 - one for each thing that is varied
-    kind: Kind, requests: int, *, pages: int = 1, touch: bool = False, vcpus: int = 1, call: Call, rounds: int = 1
+    kind: Kind,
+    requests: int,
+    *,
+    pages: int = 1,
+    touch: bool = False,
+    vcpus: int = 1,
+    call: Call,
+    rounds: int = 1,
+    two_views: bool = False,
 ) -> Workload:
     """Makes a workload of ``requests`` requests for ``pages`` pages each, of all vCPUs together.
 
     ``rounds``: how often all buffers are converted to private and to shared before the first mark. ``touch``: the guest
-    writes to each page after it was converted.
+    writes to each page after it was converted. ``two_views``: each page has two views, as for implicit requests always.
 
     ValueError for one that does not fit the memory that a guest in mode "long" can address.
     """
@@ -93,10 +104,9 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
     part = _up(part, _LEAST_PART)
     memory = part * (vcpus + 2)
     if (touch or kind == "implicit") and part * (vcpus + 1) > _MAPPED:
-        raise ValueError(
-            f"{pages} pages a request on {vcpus} vCPUs do not fit the first GiB, which is what the guest can address"
-        )
-    walk = _Walk(kind, size, buffers, rounds, touch=touch, barrier=part - PAGE)
+        raise ValueError(f"{pages} pages a request on {vcpus} vCPUs take more than a GiB of memory")
+    two_views = two_views or kind == "implicit"
+    walk = _Walk(kind, size, buffers, rounds, touch=touch, two_views=two_views, barrier=part - PAGE)
     each, more = divmod(requests, vcpus)
     workload = Workload(
         kind=kind,
@@ -110,6 +120,7 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
         scripts=tuple(
             walk.script(part * (vcpu + 1), each + (vcpu < more), vcpus=vcpus, call=call) for vcpu in range(vcpus)
         ),
+        two_views=two_views,
     )
     at, image, _ = workload.images()[-1]
     if at + len(image) > walk.barrier:
@@ -124,6 +135,7 @@ class _Walk:
     buffers: int
     rounds: int
     touch: bool
+    two_views: bool
     barrier: int
 
     def script(self, area: int, requests: int, *, vcpus: int, call: Call) -> Script:
@@ -153,7 +165,7 @@ class _Walk:
                 script.dirty(view, self.size // PAGE)
 
     def _view(self, address: int, *, private: bool) -> int:
-        return address if private or self.kind == "explicit" else address | 1 << SHARED_BIT
+        return address | 1 << SHARED_BIT if self.two_views and not private else address
 
 
 def _up(value: int, to: int) -> int:

@@ -13,8 +13,8 @@ use crate::interpreter::arguments;
 /// Each of ``vcpus`` is ``(gpa, image, rdi)``: where the image is loaded and entered in long mode, its bytes, and RDI.
 /// The guest writes 1 to port ``marks`` where the measured part begins, and 2 where it ends. ``block``: bytes that are
 /// converted for an implicit request, the aligned block around the page. ``work``: how much of each conversion is
-/// carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes" or "memslots". ``timeout``:
-/// seconds. The other arguments are as for ``Vm``; all pages are shared at first.
+/// carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes", "traps" (with ``shared_bit``)
+/// or "memslots". ``timeout``: seconds. The other arguments are as for ``Vm``; all pages are shared at first.
 ///
 /// Returns nanoseconds, requests and port IO exits of the measured part. Raises ValueError for arguments that do not
 /// make a machine, OSError, and KeyboardInterrupt.
@@ -24,18 +24,22 @@ use crate::interpreter::arguments;
 #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
 pub(crate) fn bare_loop(
     py: Python<'_>,
-    #[pyo3(from_py_with = arguments::integer)] memory: u64,
+    #[pyo3(from_py_with = arguments::size::<arguments::named::memory>)] memory: u64,
     vcpus: Vec<(u64, Vec<u8>, u64)>,
     enforcement: &str,
-    #[pyo3(from_py_with = arguments::integer)] marks: u16,
-    #[pyo3(from_py_with = arguments::integer)] memslots: u32,
-    #[pyo3(from_py_with = arguments::optional)] shared_bit: Option<u32>,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::marks, _>)] marks: u16,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::memslots, _>)] memslots: u32,
+    #[pyo3(from_py_with = arguments::optional::<arguments::named::shared_bit, _>)] shared_bit: Option<u32>,
     doorbell: bool,
-    #[pyo3(from_py_with = arguments::integer)] block: u64,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::block, _>)] block: u64,
     work: &str,
-    timeout: Option<f64>,
+    #[pyo3(from_py_with = arguments::timeout)] timeout: Option<Duration>,
 ) -> PyResult<(u64, u64, u64)> {
-    let modes = [("attributes", Mode::Attributes), ("memslots", Mode::Memslots)];
+    let modes = [
+        ("attributes", Mode::Attributes),
+        ("traps", Mode::Traps),
+        ("memslots", Mode::Memslots),
+    ];
     let parts = [
         ("nothing", Work::Nothing),
         ("enforce", Work::Enforce),
@@ -59,7 +63,6 @@ pub(crate) fn bare_loop(
     if !plan.is_sound() {
         return Err(PyValueError::new_err("the bare loop cannot run such a machine"));
     }
-    let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     let mut raised = None;
     let mut interrupt = || {
         raised = Python::attach(|py| py.check_signals()).err();

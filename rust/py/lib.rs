@@ -1,6 +1,7 @@
 //! The binding: it translates between the core and Python, and decides nothing.
 
 mod baseline;
+mod devices;
 mod events;
 mod interpreter;
 mod machine;
@@ -10,14 +11,21 @@ mod trace;
 
 use pyo3::prelude::*;
 
-#[pymodule]
+/// It does not need the GIL: what threads share has its own locks, or is an atomic.
+#[pymodule(gil_used = false)]
 mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
     use crate::baseline::bare_loop;
     #[pymodule_export]
-    use crate::events::event::PyEvent;
+    use crate::devices::builtin::{PyBlock, PyBuiltinDevice, PyConsole, PyNet, PyRng, PyVsock};
+    #[pymodule_export]
+    use crate::devices::console::PyConsolePort;
+    #[pymodule_export]
+    use crate::devices::request::{PyDeviceQueue, PyDeviceRequest};
+    #[pymodule_export]
+    use crate::events::event::{PyEvent, event_words};
     #[pymodule_export]
     use crate::machine::attributes::{PyAttributes, PyMemoryUsage};
     #[pymodule_export]
@@ -33,17 +41,21 @@ mod _core {
     #[pymodule_export]
     use crate::machine::policy_handle::PyPolicyHandle;
     #[pymodule_export]
-    use crate::machine::report::{PyLatency, PyReport};
+    use crate::machine::report::{PyLatency, PyReport, PyWhereabouts};
     #[pymodule_export]
     use crate::machine::vcpu::PyVcpu;
     #[pymodule_export]
     use crate::machine::vm::PyVm;
+    #[pymodule_export]
+    use crate::policy::asker::PyRegisters;
     #[pymodule_export]
     use crate::policy::builtin::{
         PyAlign, PyAllow, PyDenyAll, PyExplicitOnly, PyPingPong, PyQuota, PyRateLimit, PyWindow,
     };
     #[pymodule_export]
     use crate::policy::decision::{PyConvert, PyDeny, PyDiscard, PyRegion, PyRetry, PyStop};
+    #[pymodule_export]
+    use crate::policy::device_access::PyDeviceAccess;
     #[pymodule_export]
     use crate::policy::judge::PyBuiltin;
     #[pymodule_export]
@@ -66,6 +78,18 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
     #[pymodule_export]
     const LIVELOCK_BOUND: u32 = pagegate_core::vcpu::running::LIVELOCK_BOUND;
+
+    #[pymodule_export]
+    use crate::interpreter::arguments::timeout_seconds;
+    #[pymodule_export]
+    use crate::interpreter::ending::end;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        let atexit = module.py().import("atexit")?;
+        atexit.call_method1("register", (module.getattr("_end")?,))?;
+        Ok(())
+    }
 
     /// The machine code that executes a ``pagegate.guests.Script``: long mode, position-independent.
     #[pyfunction]

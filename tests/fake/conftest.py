@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from pagegate import Vm
@@ -13,29 +13,62 @@ BIT = 40
 Pair = tuple[Vm, Fake]
 Make = Callable[..., Pair]
 
-# Enforcement and shared bit: every way to enforce a page's state.
-WAYS = [
-    pytest.param(("attributes", None), id="attributes"),
-    pytest.param(("attributes", BIT), id="attributes-shared-bit"),
-    pytest.param(("memslots", None), id="memslots"),
-    pytest.param(("memslots", BIT), id="memslots-shared-bit"),
-]
 
-# What the fake KVM has for a page in each state: for its gpa the attribute (is it private?) and the slot, then the same
-# for its address in the shared view. A slot is None if there is none, and True if it has a guest_memfd.
+class Way(NamedTuple):
+    """A way to enforce page states: the enforcement, and the address bit that selects a view, if there are two."""
+
+    enforcement: str
+    bit: int | None = None
+    selects: str = "shared"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What Vm is given, on a fake from `fake`. Only "traps" has to be named: it is no fake's first choice."""
+        bit = {} if self.bit is None else {f"{self.selects}_bit": self.bit}
+        return bit | ({"enforcement": "traps"} if self.enforcement == "traps" else {})
+
+    def fake(self, *scripts: list[Any], **kwargs: Any) -> Fake:
+        return Fake(*scripts, private_memory=self.enforcement != "memslots", **kwargs)
+
+    def view(self, gpa: int, state: str) -> int:
+        """The address of `gpa` in the view of this state; `gpa` itself where there is one view."""
+        return gpa if self.bit is None or state != self.selects else gpa | 1 << self.bit
+
+    def __str__(self) -> str:
+        return self.enforcement if self.bit is None else f"{self.enforcement}-{self.selects}-bit"
+
+
+TWO_VIEWS = [
+    Way(enforcement, BIT, selects)
+    for enforcement in ("attributes", "traps", "memslots")
+    for selects in ("shared", "private")
+]
+WAYS = [Way("attributes"), Way("memslots"), *TWO_VIEWS]
+
+# What the fake KVM has for a page in each state: for its address in the private view the attribute (is it private?) and
+# the slot, then the same for the shared view, if there are two. A slot is None if there is none, and True if it has a
+# guest_memfd.
 ENFORCED = {
-    ("attributes", None): {(True, True, False, None): "private", (False, True, False, None): "shared"},
-    ("attributes", BIT): {(True, True, True, False): "private", (True, None, False, False): "shared"},
-    ("memslots", None): {(False, True, False, None): "private", (False, False, False, None): "shared"},
-    ("memslots", BIT): {(False, True, False, None): "private", (False, None, False, False): "shared"},
+    ("attributes", 1): {(True, True): "private", (False, True): "shared"},
+    ("attributes", 2): {(True, True, True, False): "private", (True, None, False, False): "shared"},
+    ("traps", 2): {(False, False, True, False): "private", (True, False, False, False): "shared"},
+    ("memslots", 1): {(False, True): "private", (False, False): "shared"},
+    ("memslots", 2): {(False, True, False, None): "private", (False, None, False, False): "shared"},
 }
+
+
+def way_of(vm: Vm) -> Way:
+    if vm.private_bit is not None:
+        return Way(vm.enforcement, vm.private_bit, "private")
+    return Way(vm.enforcement, vm.shared_bit)
 
 
 def enforced(vm: Vm, fake: Fake, gpa: int) -> Any:
     """The state that the fake KVM enforces for a page, or, if it is neither, the attributes and slots themselves."""
-    view = gpa | 1 << BIT
-    found = (fake.is_private(gpa), fake.slot_at(gpa), fake.is_private(view), fake.slot_at(view))
-    return ENFORCED[vm.enforcement, vm.shared_bit].get(found, found)
+    way = way_of(vm)
+    views = [gpa] if way.bit is None else [way.view(gpa, "private"), way.view(gpa, "shared")]
+    found = tuple(fact for view in views for fact in (fake.is_private(view), fake.slot_at(view)))
+    return ENFORCED[way.enforcement, len(views)].get(found, found)
 
 
 def mapped(vm: Vm) -> list[str]:
@@ -48,8 +81,8 @@ def assert_one_truth(vm: Vm, fake: Fake) -> None:
     assert [enforced(vm, fake, gpa) for gpa in range(0, vm.memory, 4096)] == mapped(vm)
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> tuple[str, int | None]:
+@pytest.fixture(params=WAYS, ids=str)
+def way(request: pytest.FixtureRequest) -> Way:
     return request.param
 
 
@@ -60,19 +93,19 @@ def make() -> Iterator[Make]:
 
     def make(
         *scripts: list[Any],
-        way: tuple[str, int | None] = ("attributes", None),
+        way: tuple[Any, ...] = ("attributes",),
         memslots: int = 32764,
         cycles: int = 1,
         memory: int = MEMORY,
         **kwargs: Any,
     ) -> Pair:
-        enforcement, shared_bit = way
+        way = Way(*way)
         slots = kwargs.pop("divided", 1)
-        # Without an enforcement the VM uses the one that the fake has.
-        fake = Fake(*scripts, private_memory=enforcement == "attributes", memslots=memslots, cycles=cycles)
-        vm = Vm(memory, vcpus=max(1, len(scripts)), hypervisor=fake, shared_bit=shared_bit, memslots=slots, **kwargs)
+        fake = way.fake(*scripts, memslots=memslots, cycles=cycles)
+        arguments = way.arguments | kwargs
+        vm = Vm(memory, vcpus=max(1, len(scripts)), hypervisor=fake, memslots=slots, **arguments)
         vms.append(vm)
-        assert vm.enforcement == enforcement
+        assert vm.enforcement == way.enforcement
         for vcpu in vm.vcpus:
             vcpu.start(mode="long", rip=0x1000)
         return vm, fake

@@ -9,6 +9,8 @@ import pytest
 from pagegate import Convert, Deny, PolicyError, Retry, Stop
 from pagegate.testing import Step
 
+from .conftest import TWO_VIEWS, WAYS
+
 PAGE = 4096
 PRIVATE, SHARED = 16, 0
 
@@ -21,16 +23,16 @@ def private_pages(vm):
 
 
 REQUESTS = [
-    pytest.param(lambda page: Step.memory_fault(page * PAGE), id="implicit"),
-    pytest.param(lambda page: Step.hypercall(page * PAGE, 4, PRIVATE), id="hypercall"),
-    pytest.param(lambda page: Step.doorbell(page * PAGE, 4, PRIVATE), id="doorbell"),
+    pytest.param(lambda page, way: Step.memory_fault(way.view(page * PAGE, "private")), id="implicit"),
+    pytest.param(lambda page, way: Step.hypercall(page * PAGE, 4, PRIVATE), id="hypercall"),
+    pytest.param(lambda page, way: Step.doorbell(page * PAGE, 4, PRIVATE), id="doorbell"),
 ]
 
 
 @pytest.fixture(params=REQUESTS)
 def to_private(request):
     """A step that asks for page 8 to be private; an explicit one asks for pages 8 to 11."""
-    return request.param
+    return lambda page, way=WAYS[0]: request.param(page, way)
 
 
 # ---- Convert
@@ -52,7 +54,7 @@ def test_a_narrower_range_is_converted(make, recorder) -> None:
 
 
 def test_a_wider_range_is_converted(make, recorder, to_private, way) -> None:
-    vm, _ = make([to_private(8)], policy=recorder(Convert(gpa=4 * PAGE, size=16 * PAGE)), way=way)
+    vm, _ = make([to_private(8, way)], policy=recorder(Convert(gpa=4 * PAGE, size=16 * PAGE)), way=way)
     report = vm.run(timeout=10)
     assert (report.reason, report.conversions, report.bytes_to_private) == ("halt", 1, 16 * PAGE)
     assert private_pages(vm) == list(range(4, 20))
@@ -118,10 +120,10 @@ def test_implicit_deny_ends_the_run(make, recorder) -> None:
     assert vm.attributes.private_bytes == 0
 
 
-@pytest.mark.parametrize("way", [("attributes", 40), ("memslots", 40)], ids=str)
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
 def test_a_denied_access_asks_again_in_the_next_run(make, recorder, way) -> None:
     policy = recorder(Deny(), Deny(), Convert())
-    vm, _ = make([Step.access(8 * PAGE, write=True)], policy=policy, way=way)
+    vm, _ = make([Step.access(way.view(8 * PAGE, "private"), write=True)], policy=policy, way=way)
     assert [vm.run(timeout=10).reason for _ in range(3)] == ["denied", "denied", "halt"]
     assert [(fault.gpa, fault.private, fault.state) for fault in policy.requests] == [(8 * PAGE, True, "shared")] * 3
     assert private_pages(vm) == [8]
@@ -138,12 +140,23 @@ def test_a_denied_mmio_request_can_be_dropped_by_starting_afresh(make, recorder)
 # ---- Retry
 
 
-def test_implicit_retry_counts_repeats(make, recorder) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_implicit_retry_counts_repeats(make, recorder, way) -> None:
     policy = recorder(*[Retry()] * 5, Convert())
-    vm, _ = make([Step.access(8 * PAGE)], policy=policy, way=("attributes", 40))
+    vm, _ = make([Step.access(way.view(8 * PAGE, "private"))], policy=policy, way=way)
     report = vm.run(timeout=10)
     assert [fault.repeats for fault in policy.requests] == [0, 1, 2, 3, 4, 5]
     assert (report.reason, report.retries, report.conversions) == ("halt", 5, 1)
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_only_a_store_that_kvm_emulates_is_executed_before_it_is_asked_about(make, recorder, way, write) -> None:
+    policy = recorder(Retry(), Convert())
+    vm, _ = make([Step.access(way.view(8 * PAGE, "private"), write=write)], policy=policy, way=way)
+    vm.run(timeout=10)
+    assert [fault.executed for fault in policy.requests] == [write and way.enforcement == "memslots"] * 2
+    assert f"executed={policy.requests[0].executed}" in repr(policy.requests[0])
 
 
 def test_repeats_begin_anew_for_another_page(make, recorder) -> None:
@@ -188,17 +201,18 @@ def test_repeats_count_on_though_a_neighbour_changes(make) -> None:
 
 
 @pytest.mark.parametrize("answer", [Retry(), Convert(to="shared"), Convert(gpa=30 * PAGE)], ids=repr)
-@pytest.mark.parametrize("way", [("attributes", 40), ("memslots", 40)], ids=str)
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
 def test_requests_that_are_never_carried_out_are_a_livelock(make, recorder, way, answer) -> None:
     policy = recorder(answer)
-    vm, _ = make([Step.access(8 * PAGE)], policy=policy, way=way)
+    vm, _ = make([Step.access(way.view(8 * PAGE, "private"))], policy=policy, way=way)
     assert vm.run(timeout=60).reason == "livelock"
     assert pagegate.LIVELOCK_BOUND - 1 <= len(policy.requests) <= pagegate.LIVELOCK_BOUND + 1
     assert policy.requests[-1].repeats == len(policy.requests) - 1
     assert not vm.attributes.is_private(8 * PAGE)
 
 
-def test_a_policy_that_converts_another_page_each_time_ends_as_a_livelock(make) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_a_policy_that_converts_another_page_each_time_ends_as_a_livelock(make, way) -> None:
     class Elsewhere:
         def __init__(self) -> None:
             self.calls = 0
@@ -208,7 +222,7 @@ def test_a_policy_that_converts_another_page_each_time_ends_as_a_livelock(make) 
             return Convert(gpa=30 * PAGE, to=["private", "shared"][self.calls % 2])
 
     policy = Elsewhere()
-    vm, _ = make([Step.access(8 * PAGE)], policy=policy, way=("attributes", 40))
+    vm, _ = make([Step.access(way.view(8 * PAGE, "private"))], policy=policy, way=way)
     assert vm.run(timeout=5).reason == "livelock"
 
 

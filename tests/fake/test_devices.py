@@ -6,6 +6,8 @@ import pytest
 from pagegate import DOORBELL_PORT, Io, PolicyError
 from pagegate.testing import Step
 
+from .conftest import TWO_VIEWS
+
 PAGE = 4096
 FAR = 1 << 30
 MMIO = 6
@@ -156,10 +158,32 @@ def test_an_mmio_read_without_a_handler_reads_ones(make) -> None:
         ((1 << 40) - PAGE, 2 * PAGE),
     ],
 )
-def test_mmio_ranges_lie_outside_memory_and_its_views(make, gpa, size) -> None:
-    vm, _ = make([], way=("memslots", 40))
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_mmio_ranges_lie_outside_memory_and_its_views(make, way, gpa, size) -> None:
+    vm, _ = make([], way=way)
     with pytest.raises(ValueError, match="MMIO"):
         vm.on_mmio(gpa, size, lambda _: None)
+
+
+@pytest.mark.parametrize("registered", ["private", "shared"])
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_a_device_is_reached_through_either_view(make, way, registered) -> None:
+    seen = []
+    views = [way.view(FAR + 8, state) for state in ("private", "shared")]
+    vm, fake = make([step for gpa in views for step in (Step.access(gpa), mmio_write(gpa, b"x"))], way=way)
+
+    def handler(mmio):
+        seen.append((mmio.gpa, mmio.write))
+        return bytes([len(seen)] * 8)
+
+    vm.on_mmio(way.view(FAR, registered), PAGE, handler)
+    with pytest.raises(ValueError, match="overlaps"):
+        vm.on_mmio(FAR, PAGE, handler)
+    with pytest.raises(ValueError, match="crosses"):
+        vm.on_mmio((1 << way.bit) - PAGE, 2 * PAGE, handler)
+    assert vm.run(timeout=10).faults == 0
+    assert seen == [(FAR + 8, False), (FAR + 8, True)] * 2
+    assert [fake.replies()[i].data for i in (0, 1)] == [bytes([1] * 8), bytes([3] * 8)]
 
 
 @pytest.mark.parametrize(("gpa", "size"), [(FAR, PAGE), (FAR + 8, 8), (FAR - 8, 16), (FAR - PAGE, 3 * PAGE)])
@@ -197,12 +221,13 @@ def test_handlers_are_callable(make) -> None:
         vm.on_mmio(FAR, PAGE, None)
 
 
-def test_a_handler_may_convert_and_read(make) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_a_handler_may_convert_and_read(make, way) -> None:
     def handler(io):
         vm.convert(8 * PAGE, PAGE, to="private")
         return vm.read(0x2000, 1)
 
-    vm, fake = make([Step.io_read(0x99)], [Step.block()], way=("memslots", 40))
+    vm, fake = make([Step.io_read(0x99)], [Step.block()], way=way)
     vm.write(0x2000, b"!")
     vm.on_io(0x99, handler)
     vm.run(timeout=0.3)

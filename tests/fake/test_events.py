@@ -7,12 +7,15 @@ from pathlib import Path
 import pagegate
 import pyarrow as pa
 import pytest
-from pagegate import Convert, Deny, Retry, Stop, policies
-from pagegate.testing import Step
+from pagegate import Convert, Deny, Retry, Stop, Vm, policies
+from pagegate.testing import Fake, Step
+
+from .conftest import TWO_VIEWS
 
 PAGE = 4096
 PRIVATE, SHARED = 16, 0
-COLUMNS = {name for name in vars(pagegate.Event) if not name.startswith("_")}
+COLUMNS = {name for name in vars(pagegate.Event) if not name.startswith("_")} - {"asdict"}
+FLAGS = ("decision_prefault", "decision_discard", "write")
 
 
 def table(source):
@@ -20,11 +23,15 @@ def table(source):
 
 
 def rows(source):
-    return table(source).to_pylist()
+    taken = table(source)
+    at = taken.column_names.index("latency")
+    # Without pandas Python has no type for nanoseconds.
+    return taken.set_column(at, "latency", taken.column(at).cast(pa.int64())).to_pylist()
 
 
 def facts(event):
-    return {name: getattr(event, name) for name in COLUMNS}
+    # The columns of devices are numbers, and 0 in other rows.
+    return {name: 0 if (value := getattr(event, name)) is None else value for name in COLUMNS}
 
 
 class ByAddress(pagegate.Policy):
@@ -39,6 +46,16 @@ class ByAddress(pagegate.Policy):
 
     def map_gpa_range(self, call):
         return self.ANSWERS[call.gpa // PAGE]
+
+
+def test_more_events_than_any_host_has_memory_for() -> None:
+    for count in (2**63, 2**32 + 1):
+        with pytest.raises(ValueError, match=f"events is {count}: it must be at most 4294967296"):
+            Vm(1 << 20, events=count, hypervisor=Fake([]))
+    with Vm(1 << 20, events=2**32, hypervisor=Fake([Step.hypercall(0, 1, 0)])) as vm:
+        vm.vcpus[0].start(mode="real")
+        vm.run(timeout=10)
+        assert len(vm.events) == 1
 
 
 def test_events_say_what_was_asked_decided_and_done(make) -> None:
@@ -68,9 +85,10 @@ def test_events_say_what_was_asked_decided_and_done(make) -> None:
     assert (other.decision_discard, other.changed) == (False, 0)
 
 
-def test_the_event_of_a_fault_has_the_faults_fields(make, recorder) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_the_event_of_a_fault_has_the_faults_fields(make, recorder, way) -> None:
     policy = recorder()
-    vm, _ = make([Step.access(0x5000)], policy=policy, way=("attributes", 40))
+    vm, _ = make([Step.access(way.view(0x5000, "private"))], policy=policy, way=way)
     vm.run(timeout=10)
     (event,), (fault,) = vm.events, policy.requests
     told = (event.kind, event.gpa, event.to, event.state, event.flags, event.rip, event.repeats, event.time)
@@ -132,7 +150,13 @@ def test_no_log_at_all(make) -> None:
 
 
 def addresses(source):
-    chunks = [chunk for column in table(source).columns for chunk in column.chunks]
+    # Flags are bits in Arrow and bytes in the log.
+    columns = [
+        column
+        for name, column in zip(table(source).column_names, table(source).columns, strict=True)
+        if name not in FLAGS
+    ]
+    chunks = [chunk for column in columns for chunk in column.chunks]
     return [buffer.address for chunk in chunks for buffer in chunk.buffers() if buffer is not None]
 
 
@@ -204,6 +228,58 @@ def test_the_log_does_not_grow(make, in_background) -> None:
     run.join(60)
     # All events together take 50 MB.
     assert resident() - before < 16 << 20
+
+
+def test_durations_and_flags_have_their_types(make) -> None:
+    vm, _ = make([Step.doorbell(PAGE, 1, PRIVATE)])
+    vm.run(timeout=10)
+    types = dict(zip(table(vm.events).column_names, table(vm.events).schema.types, strict=True))
+    assert types["latency"] == pa.duration("ns")
+    assert {types[name] for name in FLAGS} == {pa.bool_()}
+    assert types["time"] == pa.uint64(), "a point in time of CLOCK_MONOTONIC"
+
+
+def test_a_malformed_request_has_a_row_with_what_the_guest_gave(make, recorder) -> None:
+    policy = recorder()
+    steps = [
+        Step.doorbell(1, 1, PRIVATE),
+        Step.doorbell(0, 1 << 52, SHARED),
+        Step.doorbell(0, 0, SHARED),
+        Step.doorbell(PAGE, 1, 1 << 40 | PRIVATE),
+        Step.doorbell(0, 1, 0, nr=99),
+    ]
+    vm, _ = make(steps, policy=policy)
+    report = vm.run(timeout=10)
+    assert (report.malformed, report.requests, policy.requests) == (5, 0, [])
+    assert [(event.kind, event.decision, event.outcome, event.errno) for event in vm.events] == [
+        ("malformed", "none", "refused", 22)
+    ] * 4, "an unknown hypercall is no request"
+    told = [(event.gpa, event.size, event.to, event.raw) for event in vm.events]
+    assert told == [
+        (1, PAGE, "private", PRIVATE),
+        (0, (1 << 64) - 1, "shared", SHARED),
+        (0, 0, "shared", SHARED),
+        (PAGE, PAGE, "private", (1 << 32) - 1),
+    ]
+    assert (report.latency.max, [event.latency for event in vm.events]) == (0, [0] * 4)
+    assert "malformed=5" in repr(report)
+    found = pagegate.trace.replay(vm.events, policies.DenyAll())
+    assert (found.requests, found.missing, found.different) == (0, 0, 0)
+
+
+def test_events_by_index_and_slice(make) -> None:
+    vm, _ = make([Step.doorbell(number * PAGE, 1, PRIVATE) for number in range(5)])
+    vm.run(timeout=10)
+    for events in (vm.events, pagegate.trace.read(vm.events)):
+        every = list(events)
+        assert [events[0], events[-1], events[4]] == [every[0], every[4], every[4]]
+        for part in (slice(1, 3), slice(None, None, -2), slice(-2, None), slice(7, 9)):
+            assert events[part] == every[part]
+        for index in (5, -6):
+            with pytest.raises(IndexError, match=f"there is no event {index}: there are 5"):
+                events[index]
+        with pytest.raises(TypeError, match="the index is 'x': it must be an int, such as 0"):
+            events["x"]
 
 
 def test_polars(make) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import threading
 
 import pagegate
 import pytest
 from pagegate import Deny, Retry, Stop
 from pagegate.testing import Step
+
+from .conftest import TWO_VIEWS
 
 PAGE = 4096
 ENCRYPTED = 16
@@ -100,9 +104,10 @@ def test_all_of_memory_can_be_asked_for(make, recorder, ask) -> None:
     assert fake.replies()[0].value == errno.EPERM
 
 
-def test_the_shared_bit_is_stripped(make, recorder, ask) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_the_view_bit_is_stripped(make, recorder, ask, way) -> None:
     policy = recorder()
-    vm, fake = make([ask(1 << 40 | 0x2000, 1, ENCRYPTED)], policy=policy, way=("memslots", 40))
+    vm, fake = make([ask(1 << 40 | 0x2000, 1, ENCRYPTED)], policy=policy, way=way)
     vm.run(timeout=10)
     assert policy.requests[0].gpa == 0x2000
     assert fake.replies()[0].value == 0
@@ -177,6 +182,31 @@ def test_other_writes_to_the_doorbell_port_are_no_requests(make, recorder) -> No
     assert policy.requests == []
 
 
+@pytest.mark.parametrize("view", ["shared", "private"])
+@pytest.mark.parametrize(
+    ("gpa", "pages"), [(64 * PAGE, 1), (0xFEC0_0000, 1), (0x8000_0000, 0x6000_0000 // PAGE), ((1 << 39) - PAGE, 1)]
+)
+def test_sharing_what_is_no_memory_does_nothing(make, recorder, way, view, gpa, pages) -> None:
+    policy = recorder()
+    at = way.view(gpa, view)
+    vm, fake = make([Step.hypercall(at, pages, to) for to in (0, ENCRYPTED, 3)], way=way, policy=policy)
+    before, calls = vm.attributes.runs(), [fake.calls(call) for call in CALLS]
+    report = vm.run(timeout=10)
+    assert [reply.value for reply in fake.replies()] == [0, errno.EINVAL, errno.EINVAL]
+    assert (policy.requests, report.requests, report.malformed) == ([], 0, 2)
+    told = [(event.kind, event.gpa, event.size, event.outcome, event.errno, event.latency) for event in vm.events]
+    assert told == [("malformed", at, pages * PAGE, "refused", errno.EINVAL, 0)] * 2
+    assert (vm.attributes.runs(), [fake.calls(call) for call in CALLS]) == (before, calls)
+
+
+@pytest.mark.parametrize(("gpa", "pages"), [(63 * PAGE, 2), (64 * PAGE, (1 << 40) // PAGE), (1 << 52, 1)])
+def test_sharing_memory_and_something_else_is_malformed(make, recorder, gpa, pages) -> None:
+    policy = recorder()
+    vm, fake = make([Step.hypercall(gpa, pages, 0)], way=TWO_VIEWS[0], policy=policy)
+    vm.run(timeout=10)
+    assert ([reply.value for reply in fake.replies()], policy.requests) == ([errno.EINVAL], [])
+
+
 class OnlyWhatIsShared(pagegate.Policy):
     """Allows only what is shared already. During the first call, the host converts some of the pages."""
 
@@ -208,23 +238,74 @@ def test_the_policy_is_asked_again_if_the_pages_changed_meanwhile(make, ask, blo
     assert vm.attributes.is_private(0x2000)
 
 
-def test_the_policy_is_not_asked_again_if_the_pages_became_as_asked(make, recorder, ask) -> None:
-    hook = OnlyWhatIsShared((0x2000, PAGE))
-    vm, fake = make([ask(0x2000, 1, ENCRYPTED)], policy=hook)
-    hook.vm = vm
-    assert vm.run(timeout=10).conversions == 1
-    assert (hook.states, [reply.value for reply in fake.replies()]) == (["shared"], [0])
+@pytest.mark.parametrize("told", list(itertools.product(("shared", "private"), repeat=3)), ids="-".join)
+def test_the_policy_is_asked_again_whatever_it_was_told(make, way, told) -> None:
+    # Pages 2 to 4 are in these states when the policy is asked first, and in any others while it decides.
+    for now, to in itertools.product(itertools.product(("shared", "private"), repeat=3), ("shared", "private")):
+        states = []
+
+        def convert(states) -> None:
+            for page, state in enumerate(states, 2):
+                vm.convert(page * PAGE, PAGE, to=state)  # noqa: B023
+
+        class Meanwhile:
+            def map_gpa_range(self, call) -> pagegate.Convert:
+                states.append(call.state)  # noqa: B023
+                if len(states) == 1:  # noqa: B023
+                    convert(now)  # noqa: B023
+                return pagegate.Convert()
+
+        vm, fake = make([Step.hypercall(2 * PAGE, 3, ENCRYPTED * (to == "private"))], way=way, policy=Meanwhile())
+        convert(told)
+        vm.run(timeout=10)
+        asked = [told] if now == told else [told, now]
+        assert states == [pages[0] if len(set(pages)) == 1 else "mixed" for pages in asked]
+        assert fake.replies()[0].value == 0
+        assert [event.state for event in vm.events] == states[-1:]
+        assert vm.attributes.is_private(2 * PAGE) is (to == "private")
 
 
-def test_a_large_range_is_converted_up_to_the_first_part_that_changed(make, ask) -> None:
-    # The request takes two transactions, and the pages of the second change meanwhile.
+def test_pages_of_the_request_that_are_not_converted_count_too(make) -> None:
+    states = []
+
+    class First:
+        def map_gpa_range(self, call) -> pagegate.Convert:
+            states.append(call.state)
+            if len(states) == 1:
+                vm.convert(3 * PAGE, PAGE, to="private")
+            return pagegate.Convert(size=PAGE)
+
+    vm, _ = make([Step.hypercall(2 * PAGE, 2, ENCRYPTED)], policy=First())
+    vm.run(timeout=10)
+    assert states == ["shared", "mixed"]
+
+
+def test_a_large_range_whose_last_page_changed_meanwhile(make, ask) -> None:
     large = 512 << 20
     hook = OnlyWhatIsShared((large - PAGE, PAGE))
     vm, fake = make([ask(0, large // PAGE, 0)], policy=hook, memory=large)
     hook.vm = vm
     vm.run(timeout=10)
-    assert hook.states == ["shared"]
+    assert hook.states == ["shared", "mixed"]
+    assert [reply.value for reply in fake.replies()] == [errno.EPERM]
+    assert vm.attributes.is_private(large - PAGE)
+
+
+def test_a_large_range_is_converted_up_to_the_first_part_that_changed(make, ask) -> None:
+    # The request takes two transactions, and a page of the second changes while the first is carried out.
+    large = 512 << 20
+
+    class Changes:
+        def committed(self, change) -> None:
+            if change.size == large // 2:
+                other = threading.Thread(target=vm.convert, args=(large - PAGE, PAGE), kwargs={"to": "private"})
+                other.start()
+                other.join()
+
+    vm, fake = make([ask(0, large // PAGE, ENCRYPTED)], memory=large)
+    vm.add_listener(Changes())
+    vm.run(timeout=10)
     assert [reply.value for reply in fake.replies()] == [errno.EAGAIN]
     (event,) = vm.events
-    assert (event.outcome, event.changed) == ("retried", 0)
-    assert vm.attributes.is_private(large - PAGE)
+    assert (event.outcome, event.done_size, event.changed) == ("retried", large // 2, large // 2)
+    assert vm.attributes.private_bytes == large // 2 + PAGE

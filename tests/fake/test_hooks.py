@@ -10,6 +10,8 @@ import pytest
 from pagegate import Convert, PagegateError, Policy, PolicyError, Stop, Vm
 from pagegate.testing import Fake, PolicyTester, Step
 
+from .conftest import BIT
+
 PAGE = 4096
 PRIVATE = 16
 
@@ -220,9 +222,11 @@ class Odd(BaseException):
 ASKED_AGAIN = [
     pytest.param(Step.hypercall(8 * PAGE, 2, PRIVATE), ("attributes", None), [0], id="hypercall"),
     pytest.param(Step.doorbell(8 * PAGE, 2, PRIVATE), ("attributes", None), [0], id="doorbell"),
-    pytest.param(Step.access(8 * PAGE), ("memslots", 40), [0], id="mmio"),
-    pytest.param(Step.access(8 * PAGE, write=True), ("memslots", 40), [], id="mmio-write"),
-    pytest.param(Step.access(8 * PAGE), ("attributes", 40), [], id="fault"),
+    pytest.param(Step.access(8 * PAGE), ("memslots", BIT), [0], id="mmio"),
+    pytest.param(Step.access(8 * PAGE, write=True), ("memslots", BIT), [], id="mmio-write"),
+    pytest.param(Step.access(8 * PAGE), ("attributes", BIT), [], id="fault"),
+    pytest.param(Step.access(8 * PAGE), ("traps", BIT), [], id="trap"),
+    pytest.param(Step.access(8 * PAGE | 1 << BIT), ("traps", BIT, "private"), [], id="trap-private-bit"),
 ]
 
 
@@ -354,9 +358,8 @@ def test_stop_from_inside_a_hook_ends_the_run_after_its_answer(make, recorder, s
     assert vm.attributes.is_private(8 * PAGE)
 
 
-@pytest.mark.parametrize("way_of", [("attributes", 40), ("memslots", 40), ("memslots", None), ("attributes", None)])
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_a_hook_may_read_write_and_convert(make, recorder, way_of, vcpus) -> None:
+def test_a_hook_may_read_write_and_convert(make, recorder, way, vcpus) -> None:
     def busy(call):
         vm.write(20 * PAGE, b"hello")
         vm.convert(30 * PAGE, PAGE, to="private")
@@ -367,7 +370,7 @@ def test_a_hook_may_read_write_and_convert(make, recorder, way_of, vcpus) -> Non
         return Convert()
 
     script = [Step.doorbell(8 * PAGE, 1, PRIVATE)]
-    vm, fake = make(script, *[[Step.block()]] * (vcpus - 1), policy=recorder(busy), way=way_of)
+    vm, fake = make(script, *[[Step.block()]] * (vcpus - 1), policy=recorder(busy), way=way)
     report = vm.run(timeout=0.3 if vcpus == 2 else 10)
     assert report.reason in ("halt", "timeout")
     assert fake.replies()[0].value == 0

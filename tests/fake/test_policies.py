@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 import time
 
 import pytest
 from pagegate import Convert, Deny, Policy, policies
 from pagegate.policies import Align, Allow, DenyAll, ExplicitOnly, PingPong, Quota, RateLimit, Window
 from pagegate.testing import Step
+
+from .conftest import TWO_VIEWS
 
 PAGE = 4096
 MEMORY = 64 * PAGE
@@ -97,8 +100,10 @@ def test_quota_counts_what_is_shared(make) -> None:
     assert (report.denied, report.conversions) == (1, 3)
 
 
-def test_quota_ends_an_implicit_request(make) -> None:
-    vm, _ = make([Step.access(1 << 40 | 8 * PAGE)], policy=Quota(6 * PAGE), initial="private", way=("attributes", 40))
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_quota_ends_an_implicit_request(make, way) -> None:
+    access = Step.access(way.view(8 * PAGE, "shared"))
+    vm, _ = make([access], policy=Quota(6 * PAGE), initial="private", way=way)
     assert vm.run(timeout=10).reason == "denied"
 
 
@@ -153,10 +158,10 @@ def test_rate_limit(make) -> None:
     assert report.requests == 5
 
 
-@pytest.mark.parametrize("enforcement", ["attributes", "memslots"])
-def test_rate_limit_slows_implicit_requests_down(make, enforcement) -> None:
-    steps = [Step.access((8 + page) * PAGE) for page in range(10)]
-    vm, _ = make(steps, policy=RateLimit(50.0, burst=1), way=(enforcement, 40))
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_rate_limit_slows_implicit_requests_down(make, way) -> None:
+    steps = [Step.access(way.view((8 + page) * PAGE, "private")) for page in range(10)]
+    vm, _ = make(steps, policy=RateLimit(50.0, burst=1), way=way)
     began = time.monotonic()
     report = vm.run(timeout=30)
     took = time.monotonic() - began
@@ -164,9 +169,10 @@ def test_rate_limit_slows_implicit_requests_down(make, enforcement) -> None:
     assert took >= 9 / 50 * 0.9
 
 
-@pytest.mark.parametrize("enforcement", ["attributes", "memslots"])
-def test_rate_limit_does_not_delay_the_end_of_a_run(make, enforcement) -> None:
-    vm, _ = make([Step.access(8 * PAGE), Step.access(9 * PAGE)], policy=RateLimit(1e-6), way=(enforcement, 40))
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_rate_limit_does_not_delay_the_end_of_a_run(make, way) -> None:
+    steps = [Step.access(way.view(page * PAGE, "private")) for page in (8, 9)]
+    vm, _ = make(steps, policy=RateLimit(1e-6), way=way)
     began = time.monotonic()
     assert vm.run(timeout=0.2).reason == "timeout"
     assert time.monotonic() - began < 1
@@ -186,6 +192,19 @@ def test_ping_pong_needs_the_same_page_and_a_short_time(make) -> None:
     assert explicit(make, PingPong(5, 10.0), *around)[1].reason == "halt"
     flips = [(8 * PAGE, 1, [PRIVATE, SHARED][turn % 2]) for turn in range(20)]
     assert explicit(make, PingPong(5, 0.0), *flips)[1].reason == "halt"
+
+
+@pytest.mark.parametrize(
+    "policy", [PingPong(5, 10.0, Align(16 * PAGE)), Align(16 * PAGE, PingPong(5, 10.0))], ids=["around", "inside"]
+)
+def test_ping_pong_of_pages_that_are_converted_together(make, policy) -> None:
+    """Each of two neighbours is always asked for in the same state; their block changes its state each time."""
+    flips = [((16 + turn % 2) * PAGE, 1, [PRIVATE, SHARED][turn % 2]) for turn in range(20)]
+    _, report, answers = explicit(make, policy, *flips)
+    assert report.reason.startswith("ping-pong: 0x10000 changed direction 6 times in ")
+    assert answers.count(0) == 6
+    _, report, _ = explicit(make, PingPong(5, 10.0), *flips)
+    assert report.reason == "halt", "alone they do not disturb one another"
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -251,6 +270,7 @@ def test_each_says_what_it_is_for(name) -> None:
     assert getattr(policies, name).__doc__
 
 
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="there is no GIL to wait for")
 @pytest.mark.parametrize("python", [False, True], ids=["built in", "python"])
 def test_a_chain_without_python_never_waits_for_the_interpreter(make, in_background, python) -> None:
     then = Python() if python else Allow()

@@ -7,6 +7,8 @@ import pytest
 from pagegate import Convert, Deny, Discard, PolicyError, Region, Retry, Stop, policies
 from pagegate.testing import Step
 
+from .conftest import TWO_VIEWS
+
 PAGE = 4096
 SHARED, PRIVATE = 0, 1 << 4
 
@@ -54,10 +56,12 @@ def test_a_region_is_asked_about_once(make, way) -> None:
     ]
 
 
-def test_a_rule_is_for_its_kind_only(make) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_a_rule_is_for_its_kind_only(make, way) -> None:
     teacher = Teacher(Convert(remember=Region(8 * PAGE, 4 * PAGE)))
-    script = calls(8) + calls(8, to=PRIVATE) + [Step.access(8 * PAGE | 1 << 40), Step.access(8 * PAGE)]
-    vm, _ = make(script + script, policy=teacher, way=("attributes", 40), initial="private")
+    accesses = [Step.access(way.view(8 * PAGE, state)) for state in ("shared", "private")]
+    script = calls(8) + calls(8, to=PRIVATE) + accesses
+    vm, _ = make(script + script, policy=teacher, way=way, initial="private")
     assert vm.run(timeout=10).reason == "halt"
     assert teacher.asked == [
         (8 * PAGE, PAGE, "shared"),
@@ -117,11 +121,12 @@ def test_the_policies_around_it_are_still_asked(make) -> None:
     assert vm.policy.current is quota
 
 
-def test_other_pages(make) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_other_pages(make, way) -> None:
     window = Region(8 * PAGE, 8 * PAGE)
     teacher = Teacher(Convert(gpa=window.gpa, size=window.size, remember=window))
-    steps = [Step.access((page * PAGE) | 1 << 40) for page in (10, 8, 15)]
-    vm, _ = make([*steps, *calls(10, to=PRIVATE), *steps], policy=teacher, way=("attributes", 40), initial="private")
+    steps = [Step.access(way.view(page * PAGE, "shared")) for page in (10, 8, 15)]
+    vm, _ = make([*steps, *calls(10, to=PRIVATE), *steps], policy=teacher, way=way, initial="private")
     assert vm.run(timeout=10).reason == "halt"
     assert vm.attributes.state(window.gpa, window.size) == "shared"
     assert [to for _, _, to in teacher.asked] == ["shared", "private"]
@@ -153,9 +158,10 @@ def test_poison_is_never_remembered(make) -> None:
         vm.run(timeout=10)
 
 
-def test_a_remembered_retry_is_no_endless_loop(make) -> None:
+@pytest.mark.parametrize("way", TWO_VIEWS, ids=str)
+def test_a_remembered_retry_is_no_endless_loop(make, way) -> None:
     teacher = Teacher(lambda fault: Retry(remember=Region(fault.gpa, PAGE)))
-    vm, _ = make([Step.access(8 * PAGE | 1 << 40)], policy=teacher, way=("attributes", 40), initial="private")
+    vm, _ = make([Step.access(way.view(8 * PAGE, "shared"))], policy=teacher, way=way, initial="private")
     assert vm.run(timeout=30).reason == "livelock"
     assert len(teacher.asked) == 1
 

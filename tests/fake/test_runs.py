@@ -45,6 +45,31 @@ def test_stop_from_another_thread_brings_every_vcpu_out(make, in_background, vcp
     assert time.monotonic() - begun < PROMPTLY
 
 
+def test_a_vcpu_in_hlt_rests_while_another_keeps_the_machine_running(make) -> None:
+    written: list[bytes] = []
+    rests = [Step.io_write(0x80, b"a"), Step.halt(), Step.io_write(0x80, b"b"), Step.halt()]
+    vm, _ = make(rests, [Step.block(), Step.block(), Step.block(), Step.halt()])
+    vm.on_io(0x80, lambda io: written.append(io.data))
+    for _ in range(3):
+        assert vm.run(timeout=0.1).reason == "timeout"
+        assert written == [b"a"]
+    assert vm.run(timeout=10).reason == "halt"
+    assert written == [b"a"]
+    # All have halted, so all go on.
+    assert vm.run(timeout=10).reason == "halt"
+    assert written == [b"a", b"b"]
+
+
+def test_a_vcpu_in_hlt_runs_when_it_is_started_again(make) -> None:
+    written: list[bytes] = []
+    vm, _ = make([Step.halt(), Step.io_write(0x80, b"b")], [Step.block()] * 2)
+    vm.on_io(0x80, lambda io: written.append(io.data))
+    assert vm.run(timeout=0.1).reason == "timeout"
+    vm.vcpus[0].start(rip=0x1000)
+    assert vm.run(timeout=0.1).reason == "timeout"
+    assert written == [b"b"]
+
+
 def test_stop_reaches_vcpus_that_wait_to_try_again(make, in_background) -> None:
     # Faults on a page that is in the accessed state. After a few of them the vCPU waits before it tries again.
     faults = [Step.memory_fault(PAGE)] * (LIVELOCK_BOUND // 10)
@@ -63,10 +88,10 @@ def test_a_run_with_timeout_0_ends_at_once(make) -> None:
     assert vm.run(timeout=0).reason == "timeout"
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan"), -0.001])
+@pytest.mark.parametrize("timeout", [-1, float("nan"), -0.001, -float("inf"), 10**400])
 def test_invalid_timeouts_are_refused(make, timeout) -> None:
     vm, _ = make([])
-    with pytest.raises(ValueError, match="timeout"):
+    with pytest.raises(ValueError, match=f"timeout is {timeout}: "):
         vm.run(timeout=timeout)
 
 
@@ -239,7 +264,17 @@ def test_accesses_past_the_end_of_memory_are_refused(make, gpa, n) -> None:
         ({"initial": "secret"}, "secret.*private"),
         ({"enforcement": "hope"}, "enforcement.*memslots"),
         ({"vm_type": "unheard-of"}, "vm_type.*default"),
-        ({"shared_bit": 12}, "shared_bit"),
+        ({"shared_bit": 12}, "shared_bit=12.*0x40000"),
+        ({"private_bit": 12}, "private_bit=12.*0x40000"),
+        ({"private_bit": 52}, "private_bit=52.*bit 52"),
+        ({"private_bit": 40, "shared_bit": 41}, "exclude each other"),
+        ({"enforcement": "traps"}, "two views.*shared_bit or private_bit"),
+        ({"platform": "mainframe"}, "platform.*mainframe.*bare.*pc"),
+        ({"confidential": "tdx"}, "confidential.*tdx.*sev"),
+        ({"confidential": "sev"}, "platform=.pc"),
+        ({"confidential": "sev", "platform": "pc", "shared_bit": 40}, "private_bit, the C-bit"),
+        ({"confidential": "sev", "platform": "pc", "initial": "shared"}, "private at first"),
+        ({"confidential": "sev", "platform": "pc", "private_bit": 12}, "private_bit=12"),
         ({"shared_bit": 63}, "shared_bit"),
     ],
     ids=str,

@@ -8,7 +8,7 @@ import pytest
 from pagegate import Convert, MemoryFault, PagegateError, Policy
 from pagegate.testing import Step
 
-from .conftest import assert_one_truth, mapped
+from .conftest import BIT, WAYS, assert_one_truth, mapped
 
 PAGE = 4096
 PAGES = 64
@@ -25,14 +25,15 @@ def patchwork(vm) -> None:
 ALL_CALLS = ("set_attributes", "create_memslot", "delete_memslot", "discard")
 CALLS = {
     ("attributes", None): ["set_attributes"],
-    ("attributes", 40): ["set_attributes", "create_memslot", "delete_memslot"],
+    ("attributes", BIT): ["set_attributes", "create_memslot", "delete_memslot"],
+    ("traps", BIT): ["set_attributes"],
     ("memslots", None): ["create_memslot", "delete_memslot"],
-    ("memslots", 40): ["create_memslot", "delete_memslot"],
+    ("memslots", BIT): ["create_memslot", "delete_memslot"],
 }
 FAILURES = [
-    pytest.param(way, call, after, half, id=f"{way[0]}{'-shared-bit' * bool(way[1])}-{call}-{after}{'-half' * half}")
-    for way, calls in CALLS.items()
-    for call in calls
+    pytest.param(way, call, after, half, id=f"{way}-{call}-{after}{'-half' * half}")
+    for way in WAYS
+    for call in CALLS[way[:2]]
     for after in range(4)
     for half in ([False, True] if call == "set_attributes" else [False])
 ]
@@ -94,7 +95,7 @@ def test_a_request_that_failed_can_be_made_again(make, way, call) -> None:
 
 @pytest.mark.parametrize(("way", "call", "after", "half_done"), [f for f in FAILURES if f.values[2] == 0])
 def test_a_failed_implicit_request_is_raised_and_changes_nothing(make, way, call, after, half_done) -> None:
-    step = Step.memory_fault(8 * PAGE) if way[1] is None else Step.access(8 * PAGE)
+    step = Step.memory_fault(8 * PAGE) if way.bit is None else Step.access(way.view(8 * PAGE, "private"))
     vm, fake = make([step], way=way)
     patchwork(vm)
     before = mapped(vm)
@@ -106,7 +107,7 @@ def test_a_failed_implicit_request_is_raised_and_changes_nothing(make, way, call
     assert_one_truth(vm, fake)
     # The call does not fail any more, so now the same access is completed.
     assert vm.run(timeout=10).reason == "halt"
-    assert vm.attributes.is_private(8 * PAGE) == (way[1] is not None)
+    assert vm.attributes.is_private(8 * PAGE) == (way.bit is not None)
     assert_one_truth(vm, fake)
 
 
@@ -214,7 +215,8 @@ def test_conversions_of_pages_whose_enforcement_is_unknown_are_refused(make) -> 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit", "host"])
 def test_a_failed_discard_is_an_error_after_the_conversion(make, way, kind) -> None:
-    step = {"explicit": Step.hypercall(8 * PAGE, 1, PRIVATE), "implicit": Step.memory_fault(8 * PAGE)}.get(kind)
+    touch = Step.memory_fault(way.view(8 * PAGE, "private"))
+    step = {"explicit": Step.hypercall(8 * PAGE, 1, PRIVATE), "implicit": touch}.get(kind)
     vm, fake = make([step] if step else [], way=way)
     fake.inject("discard", errno.EIO)
     convert = vm.run if step else lambda: vm.convert(8 * PAGE, PAGE, to="private")

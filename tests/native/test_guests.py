@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 
 import pytest
 from pagegate import Deny, Policy, PrivateMemoryError
@@ -279,14 +280,19 @@ def count(vm):
     return int.from_bytes(vm.read(0x8000, 8), "little")
 
 
+def goes_on(vm):
+    """Runs for 50 ms, and again as long as the vCPU got nothing of that: the host may be busy."""
+    before, end = count(vm), time.monotonic() + 60
+    while count(vm) == before:
+        assert time.monotonic() < end, "the guest does not go on"
+        assert vm.run(timeout=0.05).reason == "timeout"
+
+
 def test_a_run_goes_on_after_a_timeout(make) -> None:
     vm = make()
     counting(vm)
-    counts = [0]
     for _ in range(3):
-        assert vm.run(timeout=0.05).reason == "timeout"
-        counts.append(count(vm))
-    assert counts == sorted(set(counts))
+        goes_on(vm)
 
 
 def test_a_run_goes_on_after_stop(make, in_background) -> None:
@@ -297,9 +303,7 @@ def test_a_run_goes_on_after_stop(make, in_background) -> None:
         pass
     vm.stop()
     assert run.join().reason == "stopped"
-    before = count(vm)
-    assert vm.run(timeout=0.05).reason == "timeout"
-    assert count(vm) > before
+    goes_on(vm)
 
 
 def test_a_halted_guest_goes_on_after_its_hlt(make) -> None:

@@ -11,6 +11,8 @@ import pytest
 from pagegate import Deny
 from pagegate.guests import Script
 
+from tests.programs import passes
+
 pytestmark = pytest.mark.kvm
 
 PAGE = 4096
@@ -91,7 +93,8 @@ def test_a_barrier_keeps_two_vcpus_in_step(make) -> None:
     assert seen == [2 * count for count in range(1, rounds + 1) for _ in range(2)]
 
 
-def test_an_instruction_that_crosses_into_the_other_view_is_a_request(make, recorder, shared_bit) -> None:
+def test_an_instruction_that_crosses_into_the_other_view_is_a_request(make, recorder) -> None:
+    shared_bit = 35
     policy = recorder(Deny())
     vm = make(enforcement="memslots", shared_bit=shared_bit, policy=policy)
     code = b"\x48\xb8" + bytes(range(1, 9)) + b"\xf4"  # mov rax, imm64; hlt
@@ -107,3 +110,38 @@ def test_an_instruction_that_crosses_into_the_other_view_is_a_request(make, reco
     assert vm.run(timeout=20).reason == "halt"
     assert vm.vcpus[0].regs()["rax"] == int.from_bytes(range(1, 9), "little")
     assert len(policy.requests) == 1
+
+
+def test_a_forked_child_that_exits_leaves_a_running_machine_alone(tmp_path) -> None:
+    code = f"""
+        import os, sys, threading, time
+        from pagegate import Vm, devices
+        vm = Vm(64 << 20, platform="pc")
+        vm.add_device(devices.Vsock(5, {str(tmp_path / "vsock")!r}))
+        vm.write(0x1000, bytes([0xE6, 0x10, 0xEB, 0xFC]))  # out 0x10, al; jmp to it
+        count, reports = [0], []
+        def out(io):
+            count[0] += 1
+        vm.on_io(0x10, out)
+        vm.vcpus[0].start(mode="long", rip=0x1000)
+        thread = threading.Thread(target=lambda: reports.append(vm.run(timeout=60)))
+        thread.start()
+        while not count[0]:
+            time.sleep(0.01)
+        for drops in (False, True):
+            pid = os.fork()
+            if pid == 0:
+                if drops:
+                    del vm
+                sys.exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            before, end = count[0], time.monotonic() + 10
+            while count[0] == before and time.monotonic() < end:
+                time.sleep(0.01)
+            assert count[0] > before and os.path.exists({str(tmp_path / "vsock")!r})
+        vm.stop()
+        thread.join()
+        assert reports[0].reason == "stopped"
+        vm.close()
+    """
+    passes(code)

@@ -36,7 +36,6 @@ def run_script(vm, script, timeout=20):
 # ---- explicit
 
 
-@pytest.mark.parametrize("bit", [None, 35], ids=["one-view", "shared-bit"])
 def test_explicit_requests_by_doorbell(make, recorder, bit) -> None:
     policy = recorder()
     vm = make(policy=policy, shared_bit=bit)
@@ -328,7 +327,6 @@ def resident(vm, limit):
     return usage
 
 
-@pytest.mark.parametrize("bit", [None, 35], ids=["one-view", "shared-bit"])
 @pytest.mark.parametrize("part", [32 * MIB, 2 * MIB], ids=["at-once", "in-parts"])
 def test_memory_does_not_double(make, bit, part) -> None:
     size = 32 * MIB

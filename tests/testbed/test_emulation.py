@@ -1,4 +1,4 @@
-"""KVM's emulation accesses the shared side, even of a private page. String IO is always emulated."""
+"""KVM's emulation accesses host memory whatever the page's state. String IO is always emulated."""
 
 from __future__ import annotations
 
@@ -46,3 +46,30 @@ def test_emulation_does_not_reach_the_private_view() -> None:
         assert vm.memory_usage().shared < MIB
         vm.convert(AT, PAGE, to="shared")
         assert vm.read(AT, PAGE) == bytes(PAGE)
+
+
+# ---- under traps, where both views have host memory
+
+
+def traps() -> Vm:
+    return Vm(MEMORY, shared_bit=BIT, enforcement="traps", debug_private=True)
+
+
+@pytest.mark.parametrize(("state", "view"), [("private", 0), ("shared", 1 << BIT)])
+def test_under_traps_emulation_reaches_either_view(state, view) -> None:
+    with traps() as vm:
+        vm.convert(AT, PAGE, to=state)
+        insb(vm, AT | view, 64)
+        report = vm.run(timeout=60)
+        assert (report.reason, report.faults) == ("halt", 0)
+        assert vm.read(AT, 65) == b"A" * 64 + b"\0"
+
+
+@pytest.mark.parametrize(("to", "other", "view"), [("private", "shared", 0), ("shared", "private", 1 << BIT)])
+def test_under_traps_emulated_writes_to_the_other_view_are_gone_when_the_page_comes_there(to, other, view) -> None:
+    with traps() as vm:
+        vm.convert(AT, 2 * MIB, to=other)
+        insb(vm, AT | view, 3 * PAGE)
+        assert vm.run(timeout=60).reason == "halt"
+        vm.convert(AT, 2 * MIB, to=to)
+        assert vm.read(AT, 4 * PAGE) == bytes(4 * PAGE)

@@ -38,9 +38,10 @@ class Recorder(Policy):
         return Discard()
 
 
-def test_private_access_without_a_slot() -> None:
+@pytest.mark.parametrize("enforcement", ["attributes", "traps"])
+def test_private_access_to_a_shared_page(enforcement) -> None:
     policy = Recorder()
-    with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
+    with Vm(MEMORY, policy=policy, shared_bit=BIT, enforcement=enforcement) as vm:
         script = Script()
         word = script.read(AT + 8)
         script.start(vm)
@@ -51,9 +52,10 @@ def test_private_access_without_a_slot() -> None:
         assert script.result(vm, word) == 0
 
 
-def test_access_to_a_slot_without_guest_memfd() -> None:
+@pytest.mark.parametrize("enforcement", ["attributes", "traps"])
+def test_shared_access_to_a_private_page(enforcement) -> None:
     policy = Recorder()
-    with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
+    with Vm(MEMORY, policy=policy, shared_bit=BIT, enforcement=enforcement) as vm:
         vm.convert(AT, PAGE, to="private")
         script = Script()
         script.read(SHARED | AT)
@@ -64,9 +66,10 @@ def test_access_to_a_slot_without_guest_memfd() -> None:
         assert (fault.gpa, fault.size, fault.flags, fault.errno, fault.private, fault.state) == expected
 
 
-def test_the_slot_is_removed_while_the_vcpu_reads() -> None:
+@pytest.mark.parametrize("enforcement", ["attributes", "traps"])
+def test_the_page_is_taken_away_while_the_vcpu_reads(enforcement) -> None:
     policy = Recorder(Deny())
-    with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
+    with Vm(MEMORY, policy=policy, shared_bit=BIT, enforcement=enforcement) as vm:
         vm.convert(AT, PAGE, to="private")
         rounds = 2 * AT
         script = Script()
@@ -92,10 +95,11 @@ def test_the_slot_is_removed_while_the_vcpu_reads() -> None:
         assert (fault.private, fault.state) == (True, "shared")
 
 
-def test_shared_bit_ten_thousand_conversions(expecting) -> None:
+@pytest.mark.parametrize("enforcement", ["attributes", "traps"])
+def test_shared_bit_ten_thousand_conversions(expecting, enforcement) -> None:
     policy = Recorder()
     pages, rounds = 4, 1250
-    with Vm(MEMORY, policy=policy, shared_bit=BIT) as vm:
+    with Vm(MEMORY, policy=policy, shared_bit=BIT, enforcement=enforcement) as vm:
         script = expecting(shared_bit=BIT)
         begin = len(script)
         wrong = []
@@ -210,7 +214,8 @@ def test_a_page_that_keeps_faulting_is_a_livelock(answer) -> None:
         error = caught.value
         assert (error.vcpu, error.gpa, error.state) == (0, AT, "private")
         assert error.rip
-        assert f"{error.rip:#x}" in str(error)
+        assert f"rip {error.rip:#x}, {error.instruction}, cr2 {error.cr2:#x}: " in str(error)
+        assert error.instruction.startswith("mov ")
         assert "explicit to private: converted" in str(error)
         idle = time.process_time()
         time.sleep(1)

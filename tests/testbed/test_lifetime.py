@@ -109,7 +109,8 @@ def test_prefault_saves_the_first_faults(prefault: bool) -> None:
         assert faults < 32 if prefault else faults >= 512
 
 
-def test_prefault_goes_on_where_a_page_cannot_be_mapped() -> None:
+@pytest.mark.parametrize("enforcement", ["attributes", "traps"])
+def test_prefault_goes_on_where_a_page_cannot_be_mapped(enforcement) -> None:
     if not probe().pre_fault:
         pytest.skip("this kernel has no KVM_PRE_FAULT_MEMORY")
 
@@ -117,7 +118,7 @@ def test_prefault_goes_on_where_a_page_cannot_be_mapped() -> None:
         def memory_fault(self, fault):
             return Convert(prefault=True, gpa=AT, size=2 * MIB)
 
-    with Vm(MEMORY, policy=Judge(), shared_bit=35) as vm:
+    with Vm(MEMORY, policy=Judge(), shared_bit=35, enforcement=enforcement) as vm:
         script = Script()
         script.write(AT, 7)
         word = script.read(AT)

@@ -55,10 +55,10 @@ def shared_pages(vm: Vm) -> set[int]:
     }
 
 
-@pytest.mark.parametrize("shared_bit", [None, 35])
-def test_a_device_never_has_a_private_page_mapped(shared_bit) -> None:
+@pytest.mark.parametrize(("shared_bit", "enforcement"), [(None, "auto"), (35, "attributes"), (35, "traps")])
+def test_a_device_never_has_a_private_page_mapped(shared_bit, enforcement) -> None:
     device = Device()
-    with Vm(MEMORY, shared_bit=shared_bit) as vm:
+    with Vm(MEMORY, shared_bit=shared_bit, enforcement=enforcement) as vm:
         vm.add_listener(device)
         assert device.mapped == shared_pages(vm)
         view = 0 if shared_bit is None else 1 << shared_bit

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
-import io
 import os
 import signal
 import sys
 import traceback
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import click
 
-from pagegate.errors import KvmUnavailable, NotSupported, PagegateError, TestbedError
+from pagegate.cli import streams
+from pagegate.cli.version import version_option
+from pagegate.errors import KvmUnavailable, NotSupported, PagegateError, PolicyTimeoutError, TestbedError
 from pagegate.loading import policy_file
 
 if TYPE_CHECKING:
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "bench": "pagegate.cli.bench:bench",
+    "boot": "pagegate.cli.boot:boot",
     "demo": "pagegate.cli.demo:demo",
     "doctor": "pagegate.cli.doctor:doctor",
+    "events": "pagegate.cli.events:events",
+    "guest": "pagegate.cli.guest:guest",
+    "plot": "pagegate.cli.plot:plot",
     "replay": "pagegate.cli.replay:replay",
     "run": "pagegate.cli.run:run",
     "testbed": "pagegate.testbed.command:testbed",
@@ -48,32 +52,44 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("pagegate"), message="pagegate %(version)s")
+@version_option
 def cli() -> None:
     """Runs guests with private memory on KVM under a policy that decides which pages are converted."""
 
 
 def _terminated(number: int, _frame: object) -> None:
     """Raises SystemExit, so that files that are being written are closed properly."""
+    streams.hurry()
     raise SystemExit(128 + number)
+
+
+def _interrupted(_number: int, _frame: object) -> None:
+    """As without this, but that a reader of the output which has stalled is not waited for."""
+    streams.hurry()
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Runs the command line and exits."""
     signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    # A shell has it ignored in what runs in the background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+    with streams.patient():
+        status = _run()
+    sys.exit(status)
+
+
+def _run() -> int | str | None:
     try:
         try:
-            status = cli.main(prog_name="pagegate", standalone_mode=False) or 0
+            return cli.main(prog_name="pagegate", standalone_mode=False) or 0
         finally:
             # An error of the interpreter's own flush at exit could not be reported.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - whatever ended the command is reported
-        status = _told(error)
-    sys.exit(status)
+        return _told(error)
 
 
 def _told(error: BaseException) -> int | str | None:
@@ -88,7 +104,8 @@ def _told(error: BaseException) -> int | str | None:
         hooks = policy_file.frames(traceback.extract_tb(error.__traceback__))
         if isinstance(error, SystemExit) and not hooks:
             return error.code
-        if isinstance(error, PagegateError):
+        # Where in the policy the call was is worth more than the message, which is always the same.
+        if isinstance(error, PagegateError) and not (isinstance(error, PolicyTimeoutError) and hooks):
             _say(error, str(error))
             return 3 if isinstance(error, KvmUnavailable | NotSupported | TestbedError) else 1
         if isinstance(error, OSError) and not hooks:

@@ -9,14 +9,12 @@ import click
 
 from pagegate import Convert, Policy, guests, measure, policies, probe, workload
 from pagegate.cli.parameters import policy_options
-from pagegate.cli.policy_argument import PolicyFile
+from pagegate.cli.policy_argument import PolicyName, made
 from pagegate.errors import KvmUnavailable
-from pagegate.loading import policy_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pagegate import MapGpaRange, MemoryFault
+    from pagegate.loading.expression import Expression
 
 _BUILT_IN = ("allow", "python")
 _NANO = 1e9
@@ -34,19 +32,18 @@ class _Asked(Policy):
         return Convert()
 
 
-class _Judge(PolicyFile):
-    """A policy file, or "allow" or "python"."""
+class _Judge(PolicyName):
+    """A policy, or "allow" or "python"."""
 
-    name = "allow|python|FILE[:NAME]"
+    name = "allow|python|POLICY"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, str | None]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value in _BUILT_IN else super().convert(value, param, ctx)
 
 
-def _policy(named: str | tuple[Path, str | None], options: dict[str, str]) -> tuple[str, object]:
-    if isinstance(named, tuple):
-        file, name = named
-        return f"{file}:{name}" if name else str(file), policy_file.load(file, name, options)
+def _policy(named: str | Expression, options: dict[str, str]) -> tuple[str, object]:
+    if not isinstance(named, str):
+        return str(named), made(named, options)
     if options:
         raise click.UsageError(f"--policy {named} takes no -o")
     return named, policies.Allow() if named == "allow" else _Asked()
@@ -70,12 +67,18 @@ def _policy(named: str | tuple[Path, str | None], options: dict[str, str]) -> tu
 @click.option("--touch", is_flag=True, help="The guest writes to each page after it was converted.")
 @click.option("--vcpus", type=click.IntRange(1, 1024), default=1, show_default=True)
 @click.option("--kind", type=click.Choice(["explicit", "implicit"]), default="explicit", show_default=True)
-@click.option("--enforcement", type=click.Choice(["auto", "attributes", "memslots"]), default="auto", show_default=True)
+@click.option(
+    "--enforcement",
+    type=click.Choice(["auto", "attributes", "traps", "memslots"]),
+    default="auto",
+    show_default=True,
+    help="How page states are enforced. With traps each page has two views, also where requests are explicit.",
+)
 @click.option("--compare", is_flag=True, help="Run the bare loop too, and print the ratio.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(  # noqa: PLR0913 - one for each option
     *,
-    named: str | tuple[Path, str | None],
+    named: str | Expression,
     options: dict[str, str],
     requests: int,
     pages: int,
@@ -107,8 +110,9 @@ def bench(  # noqa: PLR0913 - one for each option
     if compare and enforcement == "memslots" and vcpus > 1 and kind == "implicit":
         raise click.UsageError("--compare: with memslots the bare loop cannot run implicit requests of several vCPUs")
     call: guests.Call = "hypercall" if kind == "explicit" and guests.hypercall_completes() else "doorbell"
+    two_views = enforcement == "traps"
     try:
-        load = workload.make(kind, requests, pages=pages, touch=touch, vcpus=vcpus, call=call)
+        load = workload.make(kind, requests, pages=pages, touch=touch, vcpus=vcpus, call=call, two_views=two_views)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     fastest = measure.under_policy(load, judge, enforcement=enforcement)

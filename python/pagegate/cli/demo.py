@@ -11,21 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from pagegate import Vm, guests
-from pagegate.cli.policy_argument import PolicyFile
+from pagegate.cli import streams
+from pagegate.cli.policy_argument import made, policy_option
+from pagegate.cli.printing import console as terminal_on
+from pagegate.cli.printing import put, put_line
 from pagegate.cli.summary import Ran, event_facts, facts, line, size, strip, summary
 from pagegate.demo import guest as demo_guest
-from pagegate.loading import policy_file
+from pagegate.loading.expression import File
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
+
     from pagegate import Io, Report
     from pagegate.demo.guest import Guest
+    from pagegate.loading.expression import Expression
 
 DEFAULT_POLICY = Path(demo_guest.__file__).with_name("policy.py")
 _PACE_SECONDS = 0.4
@@ -48,7 +53,7 @@ class _Watch:
         begin = time.monotonic()
         self.catch_up()
         if io.data[0] < len(demo_guest.PHASES):
-            self.console.print(f"[bold]{io.data[0] + 1}. {demo_guest.PHASES[io.data[0]]}[/bold]", soft_wrap=True)
+            put_line(self.console, Text(f"{io.data[0] + 1}. {demo_guest.PHASES[io.data[0]]}", "bold"))
         time.sleep(self.pace)
         self.paused += time.monotonic() - begin
 
@@ -56,14 +61,14 @@ class _Watch:
         """Prints the events since the last time."""
         with self.lock:
             for event in self.vm.events.since(self.seen):
-                self.console.print(line(event), soft_wrap=True)
+                put_line(self.console, line(event))
                 self.seen = event.sequence + 1
 
 
 @contextmanager
 def _live(watch: _Watch) -> Iterator[None]:
     def render() -> Text:
-        return strip(watch.vm)
+        return strip(watch.vm, watch.console.width)
 
     if not watch.console.is_terminal or watch.console.quiet:
         yield
@@ -75,6 +80,7 @@ def _live(watch: _Watch) -> Iterator[None]:
 def _run(vm: Vm, guest: Guest, watch: _Watch) -> Report:
     vm.on_io(demo_guest.PHASE_PORT, watch.phase)
     guest.script.start(vm)
+    streams.hurry(time.monotonic() + _TIMEOUT_SECONDS)
     with _live(watch):
         try:
             return vm.run(timeout=_TIMEOUT_SECONDS)
@@ -83,34 +89,31 @@ def _run(vm: Vm, guest: Guest, watch: _Watch) -> Report:
 
 
 @click.command(short_help="Runs a bundled guest under a Python policy.")
-@click.option(
-    "-p",
-    "--policy",
-    "named",
-    type=PolicyFile(),
-    help="The policy file, and which object or class in it. Default: the bundled file.",
-)
+@policy_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
-def demo(*, named: tuple[Path, str | None] | None, as_json: bool) -> int:
-    """Runs a bundled guest that makes explicit, implicit and malformed requests; a Python file judges them."""
-    file, name = named or (DEFAULT_POLICY, None)
-    policy = f"{file}:{name}" if name else str(file)
-    judge = policy_file.load(file, name)
-    console = Console(highlight=False, quiet=as_json)
+def demo(*, policy: Expression | None, as_json: bool) -> int:
+    """Runs a bundled guest that makes explicit, implicit and malformed requests; a Python file judges them.
+
+    Without --policy it is the bundled file, which is a good one to copy.
+    """
+    asked = policy or File(DEFAULT_POLICY, None)
+    judge = made(asked, {})
+    console = terminal_on(quiet=as_json)
     call: guests.Call = "hypercall" if guests.hypercall_completes() else "doorbell"
     guest = demo_guest.build(call)
     with Vm(demo_guest.MEMORY, policy=judge, shared_bit=demo_guest.SHARED_BIT, initial="private") as vm:
-        console.print(Text(f"policy {policy}"), soft_wrap=True)
+        put_line(console, Text(f"policy {asked}"))
         console.print(f"{size(vm.memory)} of guest memory, states enforced by {vm.enforcement}\n")
         watch = _Watch(vm, console, pace=_PACE_SECONDS if console.is_terminal and not as_json else 0.0)
         report = _run(vm, guest, watch)
         ran = Ran(vm, report, max(0.0, report.seconds - watch.paused), call, _TIMEOUT_SECONDS)
-        failures = guest.failures(vm, bundled=named is None) if ran.halted else []
+        failures = guest.failures(vm, bundled=policy is None) if ran.halted else []
         if as_json:
             events = [event_facts(event) for event in ran.events]
-            click.echo(json.dumps({**facts(ran, policy), "events": events, "guest_failures": failures}))
+            click.echo(json.dumps({**facts(ran, str(asked)), "events": events, "guest_failures": failures}))
         else:
-            console.print(summary(ran, ", the demo's pauses not counted" if watch.pace > 0 else ""))
+            note = ", the demo's pauses not counted" if watch.pace > 0 else ""
+            put(console, summary(ran, console.width, note))
     for failure in failures:
         click.echo(f"pagegate: the guest found {failure}", err=True)
     if not ran.halted:

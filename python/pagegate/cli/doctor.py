@@ -7,16 +7,19 @@ import platform
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pagegate import Host, probe
+from pagegate.cli.linux_host import LinuxHost, linux_host
+from pagegate.cli.printing import console as terminal_on
+from pagegate.cli.printing import put, put_line
 
 _PRIVATE = 8
 _FLAGS = {1: "MMAP", 2: "INIT_SHARED"}
 
 
-def _facts(host: Host) -> dict[str, Any]:
+def _facts(host: Host, linux: LinuxHost) -> dict[str, Any]:
     return {
         "kernel": platform.release(),
         "vm_types": host.vm_types,
@@ -28,6 +31,7 @@ def _facts(host: Host) -> dict[str, Any]:
         "max_vcpus": host.max_vcpus,
         "max_memslots": host.max_memslots,
         "enforcement": host.enforcement,
+        "linux": {"enforcement": linux.enforcement, "why": linux.why},
         "problems": host.problems,
     }
 
@@ -36,9 +40,10 @@ def _yes(value: object) -> str:
     return "yes" if value else "no"
 
 
-def _table(host: Host) -> Table:
+def _table(host: Host, linux: LinuxHost) -> Table:
     flags = [name for bit, name in _FLAGS.items() if host.guest_memfd_flags & bit]
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
     table.add_row("kernel", platform.release())
     table.add_row("VM types", ", ".join(host.vm_types))
     table.add_row("private attribute", _yes(host.memory_attributes & _PRIVATE))
@@ -47,6 +52,8 @@ def _table(host: Host) -> Table:
     table.add_row("KVM_PRE_FAULT_MEMORY", _yes(host.pre_fault))
     table.add_row("vCPUs, memslots", f"{host.max_vcpus}, {host.max_memslots}")
     table.add_row("enforcement here", f"[bold]{host.enforcement}[/bold]")
+    why = f" ({linux.why})" if linux.enforcement else ""
+    table.add_row("for a Linux guest", f"[bold]{linux.enforcement or 'none'}[/bold]{why}")
     return table
 
 
@@ -55,15 +62,19 @@ def _table(host: Host) -> Table:
 def doctor(*, as_json: bool) -> int:
     """Shows what this host offers, what is missing and how to get it."""
     host = probe()
+    linux = linux_host(host)
     usable = host.enforcement is not None
     if as_json:
-        click.echo(json.dumps(_facts(host), indent=2))
+        click.echo(json.dumps(_facts(host, linux), indent=2))
     else:
-        console = Console(highlight=False)
+        console = terminal_on()
         if usable:
-            console.print(_table(host))
-        for problem in host.problems:
-            console.print(f"[yellow]![/yellow] {problem[0].upper()}{problem[1:]}.", soft_wrap=True)
+            put(console, _table(host, linux))
+        no_linux = [linux.why] if usable and linux.enforcement is None else []
+        for problem in [*host.problems, *no_linux]:
+            put_line(console, Text.assemble(("!", "yellow"), f" {problem[0].upper()}{problem[1:]}."))
         if usable:
             console.print("[green]✓[/green] `pagegate demo` runs here.")
+            if linux.enforcement is not None:
+                console.print("[green]✓[/green] `pagegate boot` runs here.")
     return 0 if usable else 3

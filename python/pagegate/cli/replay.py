@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pagegate.cli.parameters import Size, policy_options
-from pagegate.cli.policy_argument import PolicyFile
+from pagegate.cli.policy_argument import PolicyName, made
+from pagegate.cli.printing import console as terminal_on
+from pagegate.cli.printing import put, put_line
 from pagegate.cli.summary import size
-from pagegate.loading import policy_file
 from pagegate.trace import read
 from pagegate.trace import replay as replay_trace
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pagegate import Event, guests
+    from pagegate.loading.expression import Expression
     from pagegate.trace import Difference, Judged, Replay
 
 _COUNTS = ("converted", "denied", "retried", "stopped", "discarded")
 _MIB = 1 << 20
+_KEPT = 100_000
+"""Differences that are folded at most."""
 _BYTES = {"bytes_to_private": "to private", "bytes_to_shared": "to shared", "peak_shared": "shared at most"}
 
 
@@ -33,20 +39,25 @@ _BYTES = {"bytes_to_private": "to private", "bytes_to_shared": "to shared", "pea
     "-p",
     "--policy",
     "named",
-    type=PolicyFile(),
-    required=True,
+    type=PolicyName(),
     multiple=True,
-    help="The policy file. Give several to compare them.",
+    help="A policy, as for `pagegate run`. Give several to compare them.",
 )
 @policy_options
 @click.option("--memory", type=Size(), help="Guest memory, for a trace without this metadata.")
 @click.option("--initial", type=click.Choice(["private", "shared"]), help="The state of all pages at first, likewise.")
-@click.option("--show", type=click.IntRange(min=0), default=20, show_default=True, help="Differences to list.")
+@click.option(
+    "--show",
+    type=click.IntRange(0, (1 << 63) - 1),
+    default=20,
+    show_default=True,
+    help="Differences to list; the same one for neighbouring pages counts once.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def replay(  # noqa: PLR0913 - one for each option
     *,
     events: Path,
-    named: tuple[tuple[Path, str | None], ...],
+    named: tuple[Expression, ...],
     options: dict[str, str],
     memory: int | None,
     initial: guests.State | None,
@@ -58,29 +69,38 @@ def replay(  # noqa: PLR0913 - one for each option
     EVENTS is a file that `pagegate run --events` wrote, or any Parquet or Arrow IPC file with its columns. The requests
     are always the recorded ones: what the guest would have asked for after another decision is not known.
     """
+    if not named:
+        raise click.UsageError(
+            "name a policy to put the requests to, as -p mine.py or -p 'Quota(8M)', or several to compare them; "
+            f"`pagegate events {events}` shows what the trace has"
+        )
     if options and len(named) > 1:
         raise click.UsageError("-o goes with one policy: with several, name functions that take no arguments")
     try:
         trace = read(events, memory=memory, initial=initial)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    judges = [policy_file.load(file, name, options) for file, name in named]
+    judges = [made(each, options) for each in named]
     names = _names(named)
-    found = replay_trace(trace, *judges, keep=show)
+    found = replay_trace(trace, *judges, keep=show if as_json else _KEPT)
     if as_json:
         click.echo(json.dumps({**_facts(found, names), "truncated": trace.truncated}))
     else:
-        _print(found, names, truncated=trace.truncated)
+        _print(found, names, show, truncated=trace.truncated)
     return 0
 
 
-def _names(named: tuple[tuple[Path, str | None], ...]) -> list[str]:
+def _names(named: tuple[Expression, ...]) -> list[str]:
     """Names for the policies: without the folder, unless two would be the same."""
     for short in (True, False):
-        names = [f"{file.name if short else file}{f':{name}' if name else ''}" for file, name in named]
+        names = [_name(each, short=short) for each in named]
         if len(set(names)) == len(names):
             return names
     return [f"{number}: {name}" for number, name in enumerate(names, 1)]
+
+
+def _name(policy: Expression, *, short: bool) -> str:
+    return str(policy).replace(str(policy.file), policy.file.name) if short and policy.file else str(policy)
 
 
 def _judged(judged: Judged) -> dict[str, Any]:
@@ -129,18 +149,66 @@ def _converted(event: Event) -> str:
     return f"Convert({', '.join(parts)})"
 
 
-def _print(found: Replay, names: list[str], *, truncated: bool) -> None:
-    console = Console(highlight=False)
+def _print(found: Replay, names: list[str], show: int, *, truncated: bool) -> None:
+    console = terminal_on()
     missing = f", and {found.missing} are missing from the trace" if found.missing else ""
     console.print(f"{found.requests} requests{missing}; {found.different} would be decided otherwise")
     if truncated:
         console.print("[yellow]the trace ends in the middle: its writer was killed[/yellow]")
     console.print()
-    console.print(_table(found, names))
-    for each in found.differences:
-        console.print(_line(each, names), soft_wrap=True)
-    if found.different > len(found.differences) > 0:
-        console.print(f"  and {found.different - len(found.differences)} more (--show)")
+    put(console, _table(found, names))
+    told = _folded(found.differences)[:show]
+    for each in told:
+        console.print()
+        put_line(console, Text(f"  {each.heading()}"))
+        width = max(map(len, ("recorded", *names)))
+        for name, decision in zip(("recorded", *names), each.decided, strict=True):
+            put_line(console, Text(f"    {name:{width}}  {decision}"))
+    if show and (more := found.different - sum(each.count for each in told)) > 0:
+        console.print(f"\n  and {more} more (--show)")
+
+
+@dataclass
+class _Fold:
+    """Differences one after the other that are the same, for pages that lie next to each other."""
+
+    first: Event
+    last: Event
+    gpa: int
+    end: int
+    decided: list[str]
+    """What was decided, as recorded and by each policy."""
+    vcpus: set[int]
+    count: int = 1
+
+    def takes(self, event: Event, decided: list[str]) -> bool:
+        """Adds one that is the same, and says whether it is."""
+        end = event.gpa + event.size
+        same = (event.kind, event.to, decided) == (self.first.kind, self.first.to, self.decided)
+        if not same or event.gpa > self.end or end < self.gpa:
+            return False
+        self.last, self.count = event, self.count + 1
+        self.gpa, self.end = min(self.gpa, event.gpa), max(self.end, end)
+        self.vcpus.add(event.vcpu)
+        return True
+
+    def heading(self) -> str:
+        """What was asked."""
+        if self.count == 1:
+            which = f"event {self.first.sequence}: vCPU {self.first.vcpu}"
+        else:
+            vcpus = ", ".join(map(str, sorted(self.vcpus)))
+            which = f"{self.count} events, {self.first.sequence} to {self.last.sequence}: vCPU {vcpus}"
+        return f"{which} {self.first.kind} {self.gpa:#x} + {size(self.end - self.gpa)} to {self.first.to}"
+
+
+def _folded(differences: Iterable[Difference]) -> list[_Fold]:
+    folds: list[_Fold] = []
+    for each in differences:
+        event, decided = each.event, [_recorded(each.event), *map(repr, each.decisions)]
+        if not folds or not folds[-1].takes(event, decided):
+            folds.append(_Fold(event, event, event.gpa, event.gpa + event.size, decided, {event.vcpu}))
+    return folds
 
 
 def _size(count: int) -> str:
@@ -163,13 +231,3 @@ def _table(found: Replay, names: list[str]) -> Table:
     table.add_row("would end the run", *ends)
     table.add_row("other than recorded", "", *(str(judged.differences) for judged in found.policies))
     return table
-
-
-def _line(each: Difference, names: list[str]) -> Text:
-    event = each.event
-    text = Text(f"\n  event {event.sequence}: vCPU {event.vcpu} {event.kind} {event.gpa:#x} + {size(event.size)} ")
-    text.append(f"to {event.to}\n")
-    width = max(map(len, ("recorded", *names)))
-    decided = [("recorded", _recorded(event)), *zip(names, map(repr, each.decisions), strict=True)]
-    text.append("\n".join(f"    {name:{width}}  {decision}" for name, decision in decided))
-    return text

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console as Terminal
+from click.shell_completion import CompletionItem
+from rich.text import Text
 
-from pagegate import Vm, guests
+from pagegate import Vm, bzimage, guests
 from pagegate.bundled import GUESTS, SHARED_BIT, Guest
 from pagegate.cli.console import Console
-from pagegate.cli.parameters import Size, policy_options
-from pagegate.cli.policy_argument import PolicyFile
+from pagegate.cli.deadline import Deadline
+from pagegate.cli.interrupt import STATUS as INTERRUPTED
+from pagegate.cli.interrupt import Interrupt
+from pagegate.cli.life import Life
+from pagegate.cli.parameters import VCPUS, Seconds, Size, policy_options, policy_timeout_option, verbose_option
+from pagegate.cli.policy_argument import made, policy_option, written
+from pagegate.cli.printing import console as terminal_on
+from pagegate.cli.printing import counted, put, put_line
+from pagegate.cli.recording import Recording, events_option, limit_option
 from pagegate.cli.summary import Ran, facts, size, summary
-from pagegate.loading import policy_file
+from pagegate.guests import is_script
+from pagegate.loading import guest_file
 from pagegate.loading.watch import Changes, Watcher
-from pagegate.trace import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pagegate.loading.expression import Expression
 
 _ENTRY = 0x1000
 
@@ -25,8 +40,15 @@ _ENTRY = 0x1000
 def _known(ctx: click.Context, param: click.Parameter, name: str | None) -> Guest | None:
     if name is None or name in GUESTS:
         return GUESTS[name] if name else None
+    if guest := guest_file.load(name):
+        return guest
     about = "\n".join(f"  {each:9} {guest.about}" for each, guest in GUESTS.items())
-    raise click.BadParameter(f"there is no guest {name!r}; there are\n{about}", ctx, param)
+    raise click.BadParameter(f"there is no guest {name!r}; name a file FILE.py, or one of\n{about}", ctx, param)
+
+
+def _guests(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    found = [CompletionItem(name, help=each.about) for name, each in GUESTS.items() if name.startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
 
 
 def _check(guest: Guest, memory: int, vcpus: int, shared_bit: int) -> None:
@@ -38,7 +60,19 @@ def _check(guest: Guest, memory: int, vcpus: int, shared_bit: int) -> None:
         raise click.UsageError(f"this guest needs {size(guest.needs(vcpus))} of memory: raise --memory")
 
 
+def _is_bzimage(image: Path) -> bool:
+    if not image.is_file():  # what is read from a pipe is gone
+        return False
+    with image.open("rb") as file:
+        return bzimage.is_bzimage(file.read(bzimage.START))
+
+
 def _start_image(vm: Vm, image: Path) -> None:
+    if is_script(image):
+        raise click.UsageError(
+            f"{image} is the image of a pagegate.guests.Script, which has to be told where its operations are: "
+            "name the Python file that makes it, --guest FILE.py"
+        )
     try:
         entry = vm.load(image, _ENTRY)
         for vcpu in vm.vcpus:
@@ -49,15 +83,22 @@ def _start_image(vm: Vm, image: Path) -> None:
 
 @click.command()
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
-@click.option("-p", "--policy", "named", type=PolicyFile(), required=True, help="The policy file.")
+@policy_option
 @policy_options
-@click.option("--guest", metavar="NAME", callback=_known, help=f"A bundled guest: {', '.join(GUESTS)}.")
+@policy_timeout_option
+@click.option(
+    "--guest",
+    metavar="NAME|FILE.py[:NAME]",
+    callback=_known,
+    shell_complete=_guests,
+    help=f"A bundled guest ({', '.join(GUESTS)}), or a pagegate.guests.Script in a Python file.",
+)
 @click.option("--memory", type=Size(), default="64M", show_default=True, help="Guest memory.")
-@click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--vcpus", type=VCPUS, default=1, show_default=True)
 @click.option("--enforcement", type=click.Choice(["auto", "attributes", "memslots"]), default="auto", show_default=True)
 @click.option(
     "--shared-bit",
-    type=int,
+    type=click.IntRange(12, 51),
     help=f"The address bit of a page's shared view. Default: none for an IMAGE, {SHARED_BIT} for a bundled guest.",
 )
 @click.option(
@@ -65,31 +106,18 @@ def _start_image(vm: Vm, image: Path) -> None:
     type=click.Choice(["private", "shared"]),
     help="The state of all pages at first. Default: shared for an IMAGE, private for a bundled guest.",
 )
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="End the run after S seconds."
-)
+@click.option("--timeout", type=Seconds(), help="End the run S seconds after it began to load the guest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the guest's output goes to stderr.")
-@click.option("--watch", is_flag=True, help="Load the policy file again when it changes (not what it imports).")
-@click.option(
-    "--events",
-    "events",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write every request to FILE as it runs: .parquet, .arrow (IPC file) or .arrows (IPC stream).",
-)
-@click.option(
-    "--events-limit",
-    type=click.IntRange(min=1),
-    default=10_000_000,
-    show_default=True,
-    metavar="N",
-    help="Write at most N requests to FILE; the others are only counted.",
-)
+@click.option("--watch", is_flag=True, help="Load the policy again when its file changes, or a module beside it.")
+@verbose_option
+@events_option
+@limit_option
 def run(  # noqa: PLR0913 - one for each option
     *,
     image: Path | None,
-    named: tuple[Path, str | None],
+    policy: Expression | None,
     options: dict[str, str],
+    policy_timeout: float | None,
     guest: Guest | None,
     memory: int,
     vcpus: int,
@@ -99,85 +127,108 @@ def run(  # noqa: PLR0913 - one for each option
     timeout: float | None,
     as_json: bool,
     watch: bool,
+    verbose: bool,
     events: Path | None,
     events_limit: int,
 ) -> int:
-    """Runs IMAGE, or a bundled guest, under a policy.
+    """Runs IMAGE, or another guest (--guest), under a policy.
 
     A raw IMAGE is loaded at 0x1000 and started there in long mode on every vCPU, with the vCPU's index in RDI; an ELF
-    file is started at its entry. What the guest writes to ports 0xE9 and 0x3F8 is printed.
+    file is started at its entry. What the guest writes to ports 0xE9 and 0x3F8 is printed; --policy-timeout holds for
+    that, too.
     """
     if (guest is None) == (image is None):
         raise click.UsageError("name either an IMAGE or a bundled guest (--guest NAME)")
+    if image is not None and _is_bzimage(image):
+        raise click.UsageError(f"{image} is a Linux kernel (a bzImage): boot it with `pagegate boot {image}`")
     if guest is not None:
         shared_bit = SHARED_BIT if shared_bit is None else shared_bit
         _check(guest, memory, vcpus, shared_bit)
-    file, name = named
-    changes = Changes(file)
-    judge = policy_file.load(file, name, options)
+    changes = _watched(policy) if watch else Changes()
+    judge = made(policy, options)
     call: guests.Call | None = None
     if guest is not None:
         call = "hypercall" if guests.hypercall_completes() else "doorbell"
+    deadline = Deadline(timeout)
     try:
-        vm = Vm(
-            memory,
-            vcpus=vcpus,
-            policy=judge,
-            enforcement=enforcement,
-            shared_bit=shared_bit,
-            initial=initial or ("shared" if guest is None else "private"),
-        )
+        with deadline:
+            vm = Vm(
+                memory,
+                vcpus=vcpus,
+                policy=judge,
+                enforcement=enforcement,
+                shared_bit=shared_bit,
+                initial=initial or ("shared" if guest is None else "private"),
+                policy_timeout=policy_timeout,
+            )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     console = Console(err=as_json, phases=guest.phases if guest else ())
     with vm:
         console.attach(vm)
-        if guest is not None and call is not None:
-            guest.start(vm, call)
-        elif image is not None:
-            _start_image(vm, image)
-        recorder = _recorder(vm, events, events_limit)
-        try:
-            with Watcher(vm, changes, name, options, _say) if watch else nullcontext():
-                report = vm.run(timeout=timeout)
-        except BaseException:
-            if (lost := _close(recorder, events)) is not None:
-                _say(f"{events}: {lost.strerror}")
-            raise
-        unwritten = _close(recorder, events)
+        with deadline:
+            if guest is not None and call is not None:
+                guest.start(vm, call)
+            elif image is not None:
+                _start_image(vm, image)
+        told = terminal_on(err=True)
+        if told.is_terminal and not as_json:
+            who = f"{written(policy)} judges {size(memory)}, {counted(vcpus, 'vCPU')}, by {vm.enforcement}"
+            put_line(told, Text(f"pagegate: {who}"))
+        with _told_if_it_fails(vm, console, call, written(policy) if as_json else None), ExitStack() as meanwhile:
+            recording = meanwhile.enter_context(Recording(vm, events, events_limit, deadline))
+            if watch:
+                again = partial(made, policy, options)
+                meanwhile.enter_context(Watcher(vm, changes, again, _say, written(policy)))
+            if verbose or told.is_terminal:
+                say = partial(put_line, told)
+                meanwhile.enter_context(Life(vm, say, each=verbose, news=lambda: True))
+            interrupt = meanwhile.enter_context(Interrupt(vm, deadline))
+            report = vm.run(timeout=deadline.left())
         console.end()
-        ran = Ran(vm, report, report.seconds, call, timeout)
-        if as_json:
-            click.echo(json.dumps(facts(ran, f"{file}:{name}" if name else str(file))))
-        else:
-            Terminal(highlight=False).print(summary(ran))
-    if unwritten is not None:
-        raise unwritten
+        ran = Ran(vm, report, report.seconds, call, timeout, interrupted=interrupt.reached)
+        _tell(ran, written(policy) if as_json else None)
+    recording.check(interrupted=interrupt.reached)
+    return _status(ran)
+
+
+@contextmanager
+def _told_if_it_fails(vm: Vm, console: Console, call: guests.Call | None, policy: str | None) -> Iterator[None]:
+    """Prints the summary of a run that raises, before what it raised is reported."""
+    try:
+        yield
+    except Exception:
+        if vm.report is not None:
+            console.end()
+            _tell(Ran(vm, vm.report, vm.report.seconds, call), policy)
+        raise
+
+
+def _tell(ran: Ran, policy: str | None) -> None:
+    """Prints the summary; for a program, if the policy is named."""
+    if policy is not None:
+        click.echo(json.dumps(facts(ran, policy)))
+    else:
+        out = terminal_on()
+        put(out, summary(ran, out.width))
+
+
+def _status(ran: Ran) -> int:
+    if ran.interrupted:
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
     # Reaching --timeout is no failure: the user asked for it.
-    done = ran.halted or (report.reason == "timeout" and not ran.outcomes["stopped"])
-    if not done:
-        click.echo(f"pagegate: {ran.ending()}", err=True)
-    return 0 if done else 1
+    if ran.halted or (ran.report.reason == "timeout" and not ran.outcomes["stopped"]):
+        return 0
+    click.echo(f"pagegate: {ran.ending()}", err=True)
+    return 1
 
 
-def _recorder(vm: Vm, file: Path | None, limit: int) -> Recorder | None:
-    try:
-        return None if file is None else Recorder(vm, file, limit=limit)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _close(recorder: Recorder | None, file: Path | None) -> OSError | None:
-    """Closes the recorder. Returns an error, which the caller reports after how the run ended."""
-    if recorder is None:
-        return None
-    try:
-        recorder.close()
-    except OSError as error:
-        return error
-    if recorder.lost:
-        _say(f"{recorder.lost} requests are not in {file}: above --events-limit, or too fast to be written")
-    return None
+def _watched(policy: Expression | None) -> Changes:
+    """The policy's file, as it is before it is loaded."""
+    if policy is None or policy.file is None:
+        raise click.UsageError("--watch is for a policy in a file: name one with -p")
+    return Changes(policy.file)
 
 
 def _say(text: str) -> None:

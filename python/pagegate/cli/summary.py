@@ -11,6 +11,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from pagegate.cli import places
+from pagegate.cli.printing import counted, times
+
 if TYPE_CHECKING:
     from pagegate import Event, Report, Vm
 
@@ -31,19 +34,32 @@ def _nanoseconds(value: int) -> str:
     return f"{value / 1000:.1f} µs" if value < 10**6 else f"{value / 10**6:.2f} ms"
 
 
-def strip(vm: Vm) -> Text:
-    """All of memory on one line: its private, shared and mixed parts."""
+def strip(vm: Vm, width: int) -> Text:
+    """All of memory on one line of at most so many columns: private, shared and mixed. A hole in it is left out."""
+    end = f" {size(vm.memory)}"
     pages = vm.memory // _PAGE
-    cells = min(_STRIP_CELLS, pages)
+    cells = max(1, min(_STRIP_CELLS, pages, width - len("0 ") - len(end)))
     borders = [cell * pages // cells * _PAGE for cell in range(cells + 1)]
     text = Text("0 ")
-    for start, end in pairwise(borders):
-        state = vm.attributes.state(start, end - start)
+    for first, last in pairwise(borders):
+        state = _state(vm, first, last)
         text.append(*{"private": ("█", "magenta"), "shared": ("░", "cyan"), "mixed": ("▒", "yellow")}[state])
-    return text.append(f" {size(vm.memory)}")
+    return text.append(end)
 
 
-def _legend() -> Text:
+def _state(vm: Vm, first: int, last: int) -> str:
+    """The state of the bytes from the first to before the last of memory, counted without its hole."""
+    states, before = set(), 0
+    for gpa, count in vm.ram:
+        start, end = max(first - before, 0), min(last - before, count)
+        if start < end:
+            states.add(vm.attributes.state(gpa + start, end - start))
+        before += count
+    return states.pop() if len(states) == 1 else "mixed"
+
+
+def legend() -> Text:
+    """What the marks of the strip mean."""
     legend = Text("  ")
     for mark, style, word in (("█", "magenta", "private"), ("░", "cyan", "shared"), ("▒", "yellow", "mixed")):
         legend.append(mark, style).append(f" {word}   ")
@@ -90,20 +106,41 @@ class Ran:
     call: str | None = None
     """How the guest makes explicit requests, if that is known."""
     timeout: float | None = None
+    interrupted: bool = False
+    """Whether Ctrl-C ended it."""
     events: list[Event] = field(init=False)
-    kinds: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        """Counts the kinds and outcomes in the log."""
+        """Counts the outcomes in the log."""
         self.events = list(self.vm.events)
-        self.kinds.update(event.kind for event in self.events)
         self.outcomes.update(event.outcome for event in self.events)
 
     @property
     def halted(self) -> bool:
         """Whether the guest halted, and not a policy whose ``Stop`` has "halt" as its reason."""
         return self.report.reason == "halt" and not self.outcomes["stopped"]
+
+    def decided(self) -> str:
+        """How often each decision was made."""
+        return ", ".join(f"{self.outcomes[name]} {word}" for name, word in _DECIDED.items() if self.outcomes[name])
+
+    def asked(self) -> str:
+        """How often the policy was asked, and how. The log may have dropped some; the report has all."""
+        report = self.report
+        by = f" by {self.call}" if self.call else ""
+        numbers = {
+            "implicit": report.faults,
+            f"explicit{by}": report.hypercalls,
+            "for poisoned memory": report.poisons,
+        }
+        kinds = [f"{number} {kind}" for kind, number in numbers.items() if number]
+        return f"{times(sum(numbers.values()))}: {', '.join(kinds)}" if kinds else "nothing"
+
+    def latency(self) -> str:
+        """The time of a request from exit to resume."""
+        latency = self.report.latency
+        return ", ".join(f"{name} {_nanoseconds(getattr(latency, name))}" for name in ("p50", "p90", "p99", "max"))
 
     def ending(self) -> str:
         """Why the run ended before the guest halted, in one sentence."""
@@ -117,35 +154,32 @@ class Ran:
             "livelock": f"the same fault was repeated too often{what}, so the run was ended",
             "timeout": f"the guest did not halt within {self.timeout or 0:g} s",
             "shutdown": "the guest shut down: an exception that it cannot handle (triple fault)",
-            "stopped": "the run was stopped before the guest halted",
+            "stopped": "Ctrl-C ended the run" if self.interrupted else "the run was stopped before the guest halted",
         }.get(reason, f"the run ended before the guest halted: {reason}")
 
 
-def summary(ran: Ran, note: str = "") -> Group:
-    """The summary as text. ``note`` is added to the run's time."""
+def summary(ran: Ran, width: int, note: str = "") -> Group:
+    """The summary as text, for so many columns. ``note`` is added to the run's time."""
     vm, report = ran.vm, ran.report
     table = Table(box=None, show_header=False, pad_edge=False)
-    by = f" by {ran.call}" if ran.call else ""
-    kinds = [f"{ran.kinds['implicit']} implicit", f"{ran.kinds['explicit']} explicit{by}"]
-    if ran.kinds["poison"]:
-        kinds.append(f"{ran.kinds['poison']} for poisoned memory")
-    table.add_row("asked", f"{ran.kinds.total()} times: {', '.join(kinds)}")
-    table.add_row("", f"and {report.malformed} malformed, which no policy saw")
-    table.add_row(
-        "decided", ", ".join(f"{ran.outcomes[name]} {word}" for name, word in _DECIDED.items() if ran.outcomes[name])
-    )
+    table.add_row("asked", ran.asked())
+    if report.malformed:
+        table.add_row("", f"and {report.malformed} malformed, which no policy saw")
+    if decided := ran.decided():
+        table.add_row("decided", decided)
     if vm.events.dropped:
-        table.add_row("", f"and {vm.events.dropped} older requests, which the log dropped")
+        table.add_row("", f"and {counted(vm.events.dropped, 'older request')}, which the log dropped")
     to_private, to_shared = size(report.bytes_to_private), size(report.bytes_to_shared)
     table.add_row("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
     usage = vm.memory_usage()
     at_most = "" if usage.exact else "at most "
     table.add_row("resident", f"{size(usage.shared)} shared, {at_most}{size(usage.private)} private")
-    quantiles = ("p50", "p90", "p99", "max")
-    latency = ", ".join(f"{name} {_nanoseconds(getattr(report.latency, name))}" for name in quantiles)
-    table.add_row("latency", latency)
+    if report.requests:
+        table.add_row("latency", f"{ran.latency()} (from exit to resume)")
     table.add_row("ended", Text(f"{report.reason} after {ran.seconds:.2f} s{note}"))
-    return Group(Text(), strip(vm), _legend(), Text("  latency is from exit to resume\n", "dim"), table)
+    for first, place in enumerate(places.lines(vm, report)):
+        table.add_row("" if first else "at", Text(place))
+    return Group(Text(), strip(vm, width), legend(), Text(), table)
 
 
 def event_facts(event: Event) -> dict[str, Any]:
@@ -169,5 +203,6 @@ def facts(ran: Ran, policy: str) -> dict[str, Any]:
         "outcomes": dict(ran.outcomes),
         "latency": {name: getattr(report.latency, name) for name in ("p50", "p90", "p99", "max")},
         "resident": {"shared": usage.shared, "private": usage.private, "exact": usage.exact},
+        "places": places.facts(vm),
         "map": [{"gpa": gpa, "size": size, "state": state} for gpa, size, state in vm.attributes.runs()],
     }

@@ -1,4 +1,4 @@
-"""`pagegate trace`: writes a generated trace."""
+"""`pagegate trace`: makes traces."""
 
 from __future__ import annotations
 
@@ -9,12 +9,27 @@ import click
 from pagegate.trace import synthetic
 
 
-@click.command(short_help="Writes a trace of generated requests.")
+class _Trace(click.Group):
+    """`pagegate trace FILE` was what `pagegate trace synth FILE` is now."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            click.echo("pagegate: `pagegate trace FILE` is `pagegate trace synth FILE` now", err=True)
+            args = ["synth", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Trace, short_help="Makes traces.")
+def trace() -> None:
+    """Makes traces. `pagegate run --events FILE` records one, `pagegate events FILE` shows one."""
+
+
+@trace.command(short_help="Writes a trace of generated requests.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--requests", type=click.IntRange(min=0), default=1_000_000, show_default=True)
+@click.option("--requests", type=click.IntRange(0, 100_000_000), default=1_000_000, show_default=True)
 @click.option("--vcpus", type=click.IntRange(min=1, max=(1 << 32) - 1), default=1, show_default=True)
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), default=0, show_default=True)
-def trace(*, file: Path, requests: int, vcpus: int, seed: int) -> int:
+def synth(*, file: Path, requests: int, vcpus: int, seed: int) -> int:
     """Writes a trace of generated requests to FILE: .parquet, .arrow or .arrows.
 
     They are those of a busy guest of 1 GiB that starts out private: bounce buffers, rings, a few pages that it converts

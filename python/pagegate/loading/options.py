@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import enum
 import inspect
+import math
 import re
 import sys
 import types
@@ -47,8 +48,10 @@ def integer(text: str) -> int:
     return int(number, 0) << _SHIFTS[unit.lower()]
 
 
-def call(made_by: Callable[..., object], options: Mapping[str, str]) -> Callable[[], object]:
-    """Prepares the call that makes a policy with these options.
+def call(
+    made_by: Callable[..., object], options: Mapping[str, str], given: Mapping[str, object] | None = None
+) -> Callable[[], object]:
+    """Prepares the call that makes a policy with these options, and with what is ``given`` as it is.
 
     Raises PolicyError for an option that is unknown, missing, or has a value that its annotation does not allow.
     """
@@ -68,7 +71,9 @@ def call(made_by: Callable[..., object], options: Mapping[str, str]) -> Callable
     for key in options:
         if key not in own and others is None:
             raise PolicyError(_unknown(key, name, list(own)))
-    values = {key: _value(made_by, own.get(key, others), key, text) for key, text in options.items()}
+    values = {key: _value(made_by, own.get(key, others), key, text) for key, text in options.items()} | dict(
+        given or {}
+    )
     for key, parameter in own.items():
         if key not in values and parameter.default is _NOTHING:
             kind = "" if parameter.annotation is _NOTHING else f" ({_written(parameter.annotation)})"
@@ -185,9 +190,12 @@ def _converted(kind: Any, text: str) -> Any:  # noqa: PLR0911 - one line for eac
 
 def _real(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise ValueError("it is no number, such as 0.5 or 1e6") from None
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError("it is no number, such as 0.5 or 1e6")
+    return number
 
 
 def _picked(choices: Mapping[str, Any], text: str) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import linecache
 import os
+import stat
 import sys
 import traceback
 from contextlib import contextmanager
-from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,16 +17,17 @@ from typing import TYPE_CHECKING
 from pagegate._core import Builtin
 from pagegate.errors import PolicyError
 from pagegate.hooks import NAMES, Policy, refuse_misspelt
-from pagegate.loading import answers
+from pagegate.loading import answers, neighbours
 from pagegate.loading import options as _options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from types import CodeType, ModuleType
+    from types import ModuleType
 
 _OBJECT = "policy"
+_LARGEST = 16 << 20
+"""The most bytes of a file."""
 _numbers = itertools.count()
-_files: set[str] = set()
 
 
 def load(
@@ -42,43 +44,49 @@ def load(
     ``options`` are arguments for that class or function, as text. Each is converted to the type of its annotation, or
     else of its default.
 
-    The file's directory is on ``sys.path`` while it is loaded, so that it can import modules beside it.
+    It can import modules beside it, and gets some of its own: another policy that imports the same file has another
+    module. The file's directory is on ``sys.path``, too, while it is loaded.
 
     Raises PolicyError for a file that cannot be read or executed, that has no policy or several, for options that the
     policy does not take, and for hooks whose source returns what is no decision.
     """
-    file = os.path.abspath(path)  # noqa: PTH100 - tracebacks have the path like this, links not resolved
-    number = next(_numbers)
-    module_name = f"_pagegate_policy_{number}"
-    with _neighbours(file):
-        module = _execute(file, module_name)
+    with _importable(path):
+        module = execute(path)
+        file = str(module.__file__)
         found = _chosen(module, file, name)
         policy = _policy(found, file, name, options or {})
     try:
         answers.check(policy)
     except PolicyError as error:
-        raise PolicyError(f"{file}: {error}".replace(module_name, Path(file).stem)) from None
+        raise PolicyError(f"{file}: {error}".replace(module.__name__, Path(file).stem)) from None
     return policy
 
 
 def frames(stack: traceback.StackSummary) -> list[traceback.FrameSummary]:
-    """The frames that are in a file that was loaded as a policy."""
-    return [frame for frame in stack if frame.filename in _files]
+    """The frames that are in a file that was loaded as a policy, or in a module beside one."""
+    return [frame for frame in stack if frame.filename in neighbours.loaded]
 
 
-class _Loader(SourceFileLoader):
-    """Compiles the file each time, as Python does with a main program.
+class _Loader(neighbours.Loader):
+    """Of the policy file itself, which may be a pipe, or a device without an end."""
 
-    A cached one would be taken as fresh for a file that was changed within the same second and kept its size.
-    """
-
-    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002
-        return self.source_to_code(self.get_data(self.path), self.path)
+    def get_data(self, path: str) -> bytes:
+        """The bytes of the file."""
+        with open(path, "rb") as file:  # noqa: PTH123 - as SourceFileLoader does
+            data = file.read(_LARGEST + 1)
+            is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        if len(data) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes, or no end")
+        if not is_regular:
+            # Whoever looks for its text would read it again, and what came through a pipe is gone.
+            lines = data.decode(errors="replace").splitlines(keepends=True)
+            linecache.cache[path] = (len(data), None, lines, path)
+        return data
 
 
 @contextmanager
-def _neighbours(file: str) -> Iterator[None]:
-    directory = str(Path(file).parent)
+def _importable(file: str | os.PathLike[str]) -> Iterator[None]:
+    directory = str(Path(os.path.abspath(file)).parent)  # noqa: PTH100 - links not resolved
     sys.path.insert(0, directory)
     try:
         yield
@@ -87,22 +95,26 @@ def _neighbours(file: str) -> Iterator[None]:
             sys.path.remove(directory)
 
 
-def _execute(file: str, module_name: str) -> ModuleType:
+def execute(path: str | os.PathLike[str]) -> ModuleType:
+    """Executes a Python file as a module of its own, with modules beside it of its own. Raises PolicyError."""
+    file = os.path.abspath(path)  # noqa: PTH100 - tracebacks have the path like this, links not resolved
+    module_name = f"_pagegate_policy_{next(_numbers)}"
     if not Path(file).exists() or Path(file).is_dir():
         raise PolicyError(f"{file} is no file")
-    loader = _Loader(module_name, file)
+    folder = neighbours.of_module(module_name, file)
+    loader = _Loader(module_name, file, folder)
     spec = spec_from_loader(module_name, loader)
     if spec is None:
         raise PolicyError(f"{file} is no Python file")
     spec.origin, spec.has_location = file, True
     module = module_from_spec(spec)
-    _files.add(file)
     # Dataclasses, enumerations and pickle look up the module of a class.
     sys.modules[module_name] = module
     try:
         loader.exec_module(module)
     except BaseException as error:
         del sys.modules[module_name]
+        folder.forget()
         if isinstance(error, KeyboardInterrupt):
             raise
         raise _refused(file, "cannot be loaded", error) from error
@@ -184,6 +196,11 @@ def _classes(module: ModuleType) -> dict[str, type]:
     }
 
 
+def _first_line(kind: type) -> str:
+    about = (kind.__doc__ or "").strip().partition("\n")[0]
+    return f"  {about}" if about and not about.startswith(f"{kind.__name__}(") else ""
+
+
 def _can_be_one(value: object) -> bool:
     if inspect.ismodule(value) or inspect.isroutine(value):
         return False
@@ -203,8 +220,8 @@ def _chosen(module: ModuleType, file: str, name: str | None) -> object:
         return there[_OBJECT]
     classes = _classes(module)
     if len(classes) > 1:
-        names = ", ".join(classes)
-        raise PolicyError(f"{file} has several policies, {names}: name one, as {Path(file).name}:{next(iter(classes))}")
+        lines = "".join(f"\n  {Path(file).name}:{each}{_first_line(kind)}" for each, kind in classes.items())
+        raise PolicyError(f"{file} has several policies, name one:{lines}")
     if classes:
         return next(iter(classes.values()))
     if not any(hasattr(module, each) for each in NAMES):

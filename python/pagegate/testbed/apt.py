@@ -99,8 +99,12 @@ def choose_source(suite: str | None = None, series: tuple[int, int] | None = Non
     return Source(package, candidate[1])
 
 
-def apt_for(suite: str | None) -> Apt:
+def apt_for(suite: str | None, otherwise: str = ELSEWHERE) -> Apt:
     """Return how to call apt for this suite, and update its lists; None is whatever apt is set up for.
+
+    Args:
+        suite: as trixie-backports.
+        otherwise: what the user can do without apt, for error messages.
 
     Raises:
         TestbedError: apt's sources name no Debian archive, or none that has the suite.
@@ -111,7 +115,7 @@ def apt_for(suite: str | None) -> Apt:
     if not re.fullmatch(r"[a-z][a-z0-9/-]*", suite):
         raise TestbedError(f"{suite!r} is no Debian suite: write one as trixie-backports")
     refusals = []
-    for archive in _debian_archives(suite):
+    for archive in _debian_archives(suite, otherwise):
         apt = _own_lists(f"{suite} of {archive.site}", suite.replace("/", "_"), archive.entry(suite))
         try:
             apt.output("apt-get", "--quiet", "--error-on=any", "update")
@@ -125,7 +129,7 @@ def apt_for(suite: str | None) -> Apt:
                 f"{suite} cannot be fetched from any Debian archive that apt's sources name:",
                 *refusals,
                 f"name a suite that is there with --suite, add an archive that has {suite} to apt's sources, or "
-                f"{ELSEWHERE}",
+                f"{otherwise}",
             ]
         )
     )
@@ -165,7 +169,7 @@ def _stanza_options(text: str, number: int) -> list[str]:
     return [field for field in fields if field.partition(":")[0].strip().lower() not in place]
 
 
-def _debian_archives(suite: str) -> list[_Archive]:
+def _debian_archives(suite: str, otherwise: str) -> list[_Archive]:
     """The Debian archives that apt's sources name, each once."""
     targets = _targets(Apt("apt"))
     if not targets:
@@ -186,7 +190,7 @@ def _debian_archives(suite: str) -> list[_Archive]:
         known = f"has package lists of {', '.join(sites)} only" if sites else "can get none (apt-get update says why)"
         raise TestbedError(
             f"{suite} can be fetched only from a Debian archive whose package lists apt has, and apt {known}: "
-            f"add a Debian archive to apt's sources and run apt-get update, or {ELSEWHERE}"
+            f"add a Debian archive to apt's sources and run apt-get update, or {otherwise}"
         )
     return list(archives.values())
 

@@ -9,7 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pagegate.testbed import builder, machine, progress, selftests, supervisor
+from pagegate.cli.parameters import Seconds
+from pagegate.testbed import builder, machine, progress, selftests, supervisor, terminal
 
 _COMMAND = f"{__name__}.command"
 
@@ -58,7 +59,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
 @click.option("--kernel", type=click.Path(path_type=Path), metavar="IMAGE", help="Boot this kernel.")
 @click.option(
     "--cpus",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 4096),
     metavar="N",
     help="How many CPUs COMMAND has. Default: 2, with --deterministic 1.",
 )
@@ -86,7 +87,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     metavar="SECONDS",
     help="Stop the machine after this time; exit status 124.",
 )
@@ -96,8 +97,9 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
 
     QEMU emulates the machine; it needs no KVM of this host. Its root is this host's file system. COMMAND runs there as
     root in the current directory. Its standard output and standard error arrive here as it writes them, and its exit
-    status is this command's. What it writes to files is lost when the machine ends, except below the directories of
-    --rw. Booting takes 10 to 20 seconds, and the machine is 20 to 30 times slower than the host.
+    status is this command's. At a terminal it has a terminal, too; Ctrl-] ends the machine. What it writes to files is
+    lost when the machine ends, except below the directories of --rw. Booting takes 10 to 20 seconds, and the machine is
+    20 to 30 times slower than the host.
 
     The kernel is that of --kernel, else of PAGEGATE_TESTBED_KERNEL, else the newest that `pagegate testbed build` has
     made.
@@ -114,7 +116,14 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
     if not command:
         raise click.UsageError("there is no COMMAND: write it after --", ctx)
     try:
-        status = machine.run(command, stdin=_standard_input(), **options)
+        if terminal.is_ours():
+            click.echo(
+                "pagegate: this terminal is the command's, once the machine has booted; Ctrl-] ends both", err=True
+            )
+            with terminal.raw():
+                status = machine.run(terminal.command(sys.executable, command), stdin=0, **options)
+        else:
+            status = machine.run(command, stdin=_standard_input(), **options)
     except ValueError as error:
         raise click.UsageError(str(error), ctx) from error
     except supervisor.TestbedTimeoutError as error:
@@ -124,7 +133,7 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _standard_input() -> int | None:
-    """Standard input's descriptor, or None if it is closed or a terminal, which the machine cannot use."""
+    """Standard input's descriptor, or None if it is closed, or a terminal that another program uses."""
     # If it is closed, descriptor 0 may be another file.
     return None if sys.stdin is None or os.isatty(0) else 0
 
@@ -141,7 +150,7 @@ _suite = click.option(
 @click.option(
     "--jobs",
     "-j",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 4096),
     metavar="N",
     help="How many compilers run at once. Default: one for each CPU.",
 )
@@ -162,7 +171,7 @@ def _build(jobs: int | None, suite: str | None) -> None:
 @click.option("--kernel", type=click.Path(path_type=Path), metavar="IMAGE", help="Test this kernel.")
 @click.option(
     "--cpus",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 4096),
     default=machine.DEFAULT_CPUS,
     show_default=True,
     metavar="N",

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from pagegate import bzimage
 from pagegate.errors import TestbedError
 
 KERNEL_VARIABLE = "PAGEGATE_TESTBED_KERNEL"
@@ -139,12 +140,10 @@ def image_release(image: Path) -> tuple[int, ...]:
 
     """
     with image.open("rb") as file:
-        header = file.read(0x8000)
-    # The boot protocol: a signature, and the offset of the version's text from the end of the first sector.
-    if header[0x202:0x206] != b"HdrS":
+        said = bzimage.version(file.read(bzimage.START))
+    if said is None:
         raise ValueError("no x86 kernel image")
-    at = int.from_bytes(header[0x20E:0x210], "little") + 0x200
-    text = re.match(rb"[0-9]+(\.[0-9]+)+", header[at : at + 64])
+    text = re.match(rb"[0-9]+(\.[0-9]+)+", said)
     if text is None:
         raise ValueError("a kernel image that does not tell its version")
     return tuple(int(part) for part in text[0].split(b"."))

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Protocol
 
 from pagegate.errors import TestbedError
+from pagegate.testbed.terminal import END_KEY
 
 BOOT_LIMIT = 300.0
 """Seconds after which a machine that has not started the command is ended."""
@@ -103,7 +104,7 @@ class Supervisor:
             if process.stdout is not None:
                 _forward(selector, process.stdout.fileno(), self.console)
             if self.stdin is not None and process.stdin is not None:
-                _feed(selector, self.stdin, process.stdin)
+                _feed(selector, self.stdin, process.stdin, END_KEY if os.isatty(self.stdin) else None)
             self._pump(process, selector)
             return self._exit_status()
 
@@ -230,8 +231,10 @@ def _forward(selector: selectors.BaseSelector, source: int, sink: Sink) -> None:
     selector.register(source, selectors.EVENT_READ, forward)
 
 
-def _feed(selector: selectors.BaseSelector, source: int, target: IO[bytes]) -> None:
+def _feed(selector: selectors.BaseSelector, source: int, target: IO[bytes], end: bytes | None) -> None:
     """Have the selector's loop pass what comes from the source on to the target, and close the target at its end.
+
+    Where `end` comes, it raises KeyboardInterrupt.
 
     It reads only when all that it read before is written, so that little is taken from the source that the command
     never reads.
@@ -245,6 +248,8 @@ def _feed(selector: selectors.BaseSelector, source: int, target: IO[bytes]) -> N
             pending = os.read(source, 65536)
         except BlockingIOError:
             return False
+        if end is not None and end in pending:
+            raise KeyboardInterrupt
         selector.unregister(source)
         if pending:
             selector.register(target, selectors.EVENT_WRITE, give)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pagegate._core import MapGpaRange, MemoryFault, MemoryPoison, Trial
+from pagegate.loading.options import integer
 
 if TYPE_CHECKING:
     from pagegate.guests import State
@@ -26,9 +27,11 @@ class PolicyTester:
     the tester's. Requests that a machine would not put to a policy raise ValueError.
     """
 
-    def __init__(self, policy: object | None = None, *, memory: int = 64 << 20, initial: State = "private") -> None:
-        """``policy``: as for ``Vm``, ``None`` converts as asked. ``memory``: bytes. ``initial``: of all pages."""
-        self.memory: Final = memory
+    def __init__(
+        self, policy: object | None = None, *, memory: int | str = 64 << 20, initial: State = "private"
+    ) -> None:
+        """``policy`` and ``memory``: as for ``Vm``; ``None`` converts as asked. ``initial``: of all pages."""
+        self.memory: Final = integer(memory) if isinstance(memory, str) else memory
         self.time = 0
         """Nanoseconds: the time of the next request. Built-in policies use the times of requests, not a clock."""
         self._trial = Trial(policy, memory, initial)

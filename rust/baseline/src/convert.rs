@@ -16,15 +16,24 @@ impl BareVm {
         if self.plan.work == Work::Nothing {
             return Ok(());
         }
-        if self.plan.work == Work::All && self.plan.mode == Mode::Attributes && !private {
-            self.clean(pages)?;
+        let emulation_writes = match self.plan.mode {
+            Mode::Attributes => !private,
+            Mode::Traps => true,
+            Mode::Memslots => false,
+        };
+        if self.plan.work == Work::All && emulation_writes {
+            self.clean(pages, private)?;
         }
         match (self.plan.mode, self.plan.shared_bit) {
             (Mode::Attributes, None) => self.set_in_parts(pages, private)?,
             (Mode::Attributes, Some(_)) => {
-                let shared_view = self.views.address(pages.start, false);
-                self.set_in_parts(Pages::new(shared_view, pages.size())?, private)?;
+                self.set_in_parts(self.view(pages, false)?, private)?;
                 self.private_slot(pages, private)?;
+            }
+            // First the view that the pages leave, so that they are in neither for a moment.
+            (Mode::Traps, _) => {
+                self.set_in_parts(self.view(pages, !private)?, true)?;
+                self.set_in_parts(self.view(pages, private)?, false)?;
             }
             (Mode::Memslots, _) => self.replace_slots(pages, private)?,
         }
@@ -32,6 +41,10 @@ impl BareVm {
             Work::Discard | Work::All => self.discard(pages, !private),
             Work::Nothing | Work::Enforce => Ok(()),
         }
+    }
+
+    fn view(&self, pages: Pages, private: bool) -> io::Result<Pages> {
+        Pages::new(self.views.address(pages.start, private), pages.size())
     }
 
     fn set_in_parts(&self, pages: Pages, private: bool) -> io::Result<()> {

@@ -3,7 +3,8 @@
 //! policy, does not check what the guest asks for, undoes nothing after an error, and keeps no page states, counts or
 //! events.
 //!
-//! With attributes it sets the attribute of the pages and discards their old side; with memslots it replaces memslots.
+//! With attributes it sets the attribute of the pages and discards their old side; with traps it sets those of both views
+//! and discards the old side; with memslots it replaces memslots.
 //! The guest marks the beginning and the end of the measured part by port IO.
 
 mod abi;

@@ -12,6 +12,9 @@ pub const END: u8 = 2;
 pub enum Mode {
     /// By KVM_SET_MEMORY_ATTRIBUTES, on a VM with private memory.
     Attributes,
+    /// By KVM_SET_MEMORY_ATTRIBUTES on the view that a page is not in, on such a VM with a memslot for each view and no
+    /// guest_memfd. It needs a shared bit.
+    Traps,
     /// By replacing memslots, on an ordinary VM.
     Memslots,
 }
@@ -25,8 +28,9 @@ pub enum Work {
     Enforce,
     /// Also, the old side is discarded.
     Discard,
-    /// All system calls of pagegate. Before a page becomes shared, `lseek` finds what KVM's emulation, which does not
-    /// check attributes, wrote to its shared side, and that is discarded, too.
+    /// All system calls of pagegate. With attributes, before a page becomes shared, `lseek` finds what KVM's emulation,
+    /// which does not check attributes, wrote to its shared side, and that is discarded, too. With traps the same is
+    /// done on either side, before a page comes to it.
     All,
 }
 
@@ -72,8 +76,9 @@ impl Plan {
         let fits =
             |start: &Start| (start.at.checked_add(start.image.len() as u64)).is_some_and(|end| end <= self.memory);
         let bit = self.shared_bit.is_none_or(|bit| bit < 52 && self.memory <= 1 << bit);
+        let views = self.mode != Mode::Traps || self.shared_bit.is_some();
         let block = self.block >= PAGE_SIZE && self.block.is_power_of_two();
-        whole && bit && block && self.vcpus.iter().all(fits) && !self.vcpus.is_empty()
+        whole && bit && views && block && self.vcpus.iter().all(fits) && !self.vcpus.is_empty()
     }
 }
 

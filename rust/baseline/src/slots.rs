@@ -13,7 +13,7 @@ pub(crate) struct Slot {
 }
 
 /// The memslots by their first gpa, without the shared bit. With attributes only those at private views, and there are
-/// none at first.
+/// none at first; with traps none.
 #[derive(Debug)]
 pub(crate) struct Slots {
     pub at: BTreeMap<u64, Slot>,

@@ -8,7 +8,8 @@ use std::io;
 use kvm_bindings::kvm_sregs;
 use pagegate_core::boot::long_mode::{Tables, tables};
 use pagegate_core::boot::start::{CpuMode, sregs};
-use pagegate_core::memory::views::Views;
+use pagegate_core::memory::address::State;
+use pagegate_core::memory::views::{ViewBit, Views};
 
 pub(crate) struct LongMode {
     tables: Tables,
@@ -17,8 +18,12 @@ pub(crate) struct LongMode {
 
 impl LongMode {
     pub(crate) fn new(memory: u64, shared_bit: Option<u32>) -> io::Result<Self> {
-        let views = Views::new(memory, shared_bit);
-        let tables = tables(views).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        let shared_view = |bit| ViewBit {
+            bit,
+            set: State::Shared,
+        };
+        let views = Views::new(memory, None, shared_bit.map(shared_view));
+        let tables = tables(views, false).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         Ok(Self { tables, views })
     }
 

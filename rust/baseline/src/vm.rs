@@ -54,7 +54,7 @@ impl BareVm {
     pub(crate) fn new(plan: &Plan) -> io::Result<Self> {
         let kvm = Kvm::new().map_err(failed("open /dev/kvm"))?;
         let kind = match plan.mode {
-            Mode::Attributes => KVM_X86_SW_PROTECTED_VM,
+            Mode::Attributes | Mode::Traps => KVM_X86_SW_PROTECTED_VM,
             Mode::Memslots => KVM_X86_DEFAULT_VM,
         };
         let fd = kvm.create_vm_with_type(kind.into()).map_err(failed("create a VM"))?;
@@ -83,10 +83,19 @@ impl BareVm {
     /// Creates the first memslots, so that all of memory is shared, and writes the page tables into it.
     fn set_up(&self) -> io::Result<()> {
         let part = self.plan.memory / self.plan.memslots;
-        for (id, start) in (0..self.plan.memory).step_by(part as usize).enumerate() {
-            self.create_slot(id as u32, Pages::new(start, part)?, false)?;
+        let views: &[bool] = match self.plan.mode {
+            Mode::Attributes | Mode::Memslots => &[false],
+            Mode::Traps => &[false, true],
+        };
+        let parts = (0..self.plan.memory).step_by(part as usize);
+        let slots = views
+            .iter()
+            .flat_map(|&private| parts.clone().map(move |start| (start, private)));
+        for (id, (start, private)) in slots.enumerate() {
+            self.create_slot(id as u32, Pages::new(start, part)?, private)?;
         }
-        if self.plan.mode == Mode::Attributes && self.plan.shared_bit.is_some() {
+        if self.plan.mode != Mode::Memslots && self.plan.shared_bit.is_some() {
+            // The private views: with traps because no page is private, with attributes for good.
             self.set_attributes(Pages::new(0, self.plan.memory)?, true)?;
         }
         let (gpa, tables) = self.long_mode.tables();
@@ -173,13 +182,13 @@ impl BareVm {
         }
     }
 
-    /// Frees what KVM's emulation, which does not check attributes, wrote to the shared side of private pages.
-    pub(crate) fn clean(&self, pages: Pages) -> io::Result<()> {
-        let file = self.shared.file.as_raw_fd();
+    /// Frees what KVM's emulation, which does not check attributes, wrote to the side that the pages are not in yet.
+    pub(crate) fn clean(&self, pages: Pages, private: bool) -> io::Result<()> {
+        let file = self.side(private).file.as_raw_fd();
         // SAFETY: no memory is passed.
         let data = unsafe { libc::lseek(file, pages.start as libc::off_t, libc::SEEK_DATA) };
         match data {
-            0.. if (data as u64) < pages.end => self.discard(pages, false),
+            0.. if (data as u64) < pages.end => self.discard(pages, private),
             _ => Ok(()),
         }
     }
@@ -210,13 +219,14 @@ fn memfd(size: u64) -> io::Result<Side> {
     })
 }
 
-/// The private side. With attributes a guest_memfd. With memslots, where KVM's emulation accesses it through a mapping,
+/// The private side. With attributes a guest_memfd, with traps a memfd. With memslots, where KVM's emulation accesses it through a mapping,
 /// a guest_memfd that can be mapped, or a memfd where the kernel has none.
 fn private(fd: &VmFd, plan: &Plan) -> io::Result<Side> {
     let taken = fd.check_extension_raw(KVM_CAP_GUEST_MEMFD_FLAGS.into()).max(0) as u64;
     let can_map = taken & GUEST_MEMFD_MAPPED == GUEST_MEMFD_MAPPED;
     let flags = match plan.mode {
         Mode::Attributes => 0,
+        Mode::Traps => return memfd(plan.memory),
         Mode::Memslots if fd.check_extension_raw(KVM_CAP_GUEST_MEMFD.into()) > 0 && can_map => GUEST_MEMFD_MAPPED,
         Mode::Memslots => return memfd(plan.memory),
     };

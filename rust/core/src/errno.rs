@@ -5,6 +5,14 @@ use std::io;
 
 /// The errno of a malformed request, and of a refusal without a more specific one.
 pub const EINVAL: i32 = libc::EINVAL;
+/// In use.
+pub const EBUSY: i32 = libc::EBUSY;
+/// Waited for too long.
+pub const ETIMEDOUT: i32 = libc::ETIMEDOUT;
+/// Somebody has this address already.
+pub const EADDRINUSE: i32 = libc::EADDRINUSE;
+/// There is no such device.
+pub const ENODEV: i32 = libc::ENODEV;
 /// KVM_RUN's errno for KVM_EXIT_MEMORY_FAULT: a page in the wrong state.
 pub const EFAULT: i32 = libc::EFAULT;
 /// KVM_RUN's errno for an access to a poisoned page.
@@ -55,6 +63,8 @@ impl From<rustix::io::Errno> for Errno {
         Errno(errno.raw_os_error())
     }
 }
+
+impl std::error::Error for Errno {}
 
 impl fmt::Display for Errno {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,6 +1,7 @@
 //! Errors: each says what happened, where in the guest, and what to do about it.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::errno::Errno;
 
@@ -18,6 +19,8 @@ pub struct Site {
     pub state: Option<&'static str>,
     /// The guest's instruction pointer.
     pub rip: u64,
+    /// The function that it is in, and the offset, if a kernel was booted whose symbols are known.
+    pub symbol: Option<String>,
 }
 
 impl fmt::Display for Site {
@@ -29,7 +32,32 @@ impl fmt::Display for Site {
         if let Some(state) = self.state {
             write!(f, ", state {state}")?;
         }
-        write!(f, ", rip {:#x}", self.rip)
+        write!(f, ", rip {:#x}", self.rip)?;
+        match &self.symbol {
+            Some(symbol) => write!(f, " ({symbol})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a vCPU was executing; it goes on after a [`Site`] in a message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Executing {
+    /// The instruction, if its bytes can be had.
+    pub instruction: Option<String>,
+    /// CR2: the linear address of its last page fault.
+    pub cr2: Option<u64>,
+}
+
+impl fmt::Display for Executing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(instruction) = &self.instruction {
+            write!(f, ", {instruction}")?;
+        }
+        match self.cr2 {
+            Some(cr2) => write!(f, ", cr2 {cr2:#x}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -87,19 +115,21 @@ pub enum Error {
     },
     /// The same fault repeats although the page already is in the state that the access needs.
     #[error(
-        "livelock: {site}: the same {access} access faulted {repeats} times with no change in between, and the page \
+        "livelock: {site}{executing}: the same {access} access faulted {repeats} times with no change in between, and the page \
          already is {access}; no conversion can satisfy it (there is no memslot, it has no guest_memfd, or the \
          file was closed){history}"
     )]
     Livelock {
         /// Where.
         site: Site,
+        /// What the vCPU was executing.
+        executing: Box<Executing>,
         /// "private" or "shared".
         access: &'static str,
         /// How many faults in a row.
         repeats: u32,
         /// The last events on this page, a line each.
-        history: String,
+        history: Box<str>,
     },
     /// A conversion failed in the kernel.
     #[error("{site}: {source}")]
@@ -128,9 +158,49 @@ pub enum Error {
         /// What it raised.
         failure: Failure,
     },
+    /// A device's own code failed.
+    #[error("device {device}: {failure}")]
+    Device {
+        /// Its name.
+        device: Arc<str>,
+        /// What it raised.
+        failure: Failure,
+    },
+    /// The policy failed to judge a device's access to a page that is not shared, or answered with no decision about it.
+    #[error("{access}: {failure}")]
+    DeviceHook {
+        /// The access, which was not carried out: which device wanted what.
+        access: String,
+        /// What it raised.
+        failure: Failure,
+    },
     /// The `interrupt` callback of a run failed: its caller wants it to end.
     #[error("interrupted: {0}")]
     Interrupted(Failure),
+}
+
+impl Error {
+    /// Where in the guest it happened, for those that have such a place.
+    pub(crate) fn site_mut(&mut self) -> Option<&mut Site> {
+        match self {
+            Error::BadBacking { site, .. }
+            | Error::Livelock { site, .. }
+            | Error::Conversion { site, .. }
+            | Error::Exit { site, .. }
+            | Error::Hook { site, .. } => Some(site),
+            Error::KvmUnavailable(_)
+            | Error::NotSupported(_)
+            | Error::Invalid(_)
+            | Error::Busy(_)
+            | Error::Outside { .. }
+            | Error::Host { .. }
+            | Error::PrivateMemory { .. }
+            | Error::HostConversion(_)
+            | Error::Device { .. }
+            | Error::DeviceHook { .. }
+            | Error::Interrupted(_) => None,
+        }
+    }
 }
 
 /// Why a conversion failed. What was changed all the same, the variant says.
@@ -210,6 +280,9 @@ pub enum ConvertError {
     /// A listener failed.
     #[error("a listener failed: {0}")]
     Listener(Failure),
+    /// The machine is closed.
+    #[error("this machine is closed")]
+    Closed,
     /// The state was changed, but the old side could not be discarded.
     #[error(
         "{} was converted, but discarding its old side failed with {errno}: old bytes may come back",
@@ -223,9 +296,56 @@ pub enum ConvertError {
         /// The errno of the call that failed.
         errno: Errno,
     },
+    /// It failed after pages had been converted, which stay so: in a later part of a large range, or in what follows the
+    /// conversion of a part.
+    #[error("{source}; {}", what_stays(*gpa, *size, *changed))]
+    Partly {
+        /// What was converted: start.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+        /// Of these, the bytes whose state changed.
+        changed: u64,
+        /// Why no more was.
+        source: Box<ConvertError>,
+    },
 }
 
 impl ConvertError {
+    /// Whether a listener refused, so that the guest may try again.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            ConvertError::Refused { .. } => true,
+            ConvertError::Partly { source, .. } => source.is_refusal(),
+            _ => false,
+        }
+    }
+
+    /// The listener's own failure, if that is why, and what was converted before it, in words.
+    ///
+    /// # Errors
+    /// Itself, if it has another cause.
+    pub fn into_listeners(self) -> Result<(Failure, Option<String>), Self> {
+        match self {
+            ConvertError::Listener(failure) => Ok((failure, None)),
+            ConvertError::Partly {
+                gpa,
+                size,
+                changed,
+                source,
+            } => match source.into_listeners() {
+                Ok((failure, _)) => Ok((failure, Some(what_stays(gpa, size, changed)))),
+                Err(source) => Err(ConvertError::Partly {
+                    gpa,
+                    size,
+                    changed,
+                    source: Box::new(source),
+                }),
+            },
+            error => Err(error),
+        }
+    }
+
     /// The errno that the guest gets in RAX for an explicit request, as a positive number; `None` where the run has to end.
     pub fn guest_errno(&self) -> Option<Errno> {
         match self {
@@ -234,7 +354,12 @@ impl ConvertError {
             ConvertError::Undone { errno, .. } => Some(*errno),
             // The listener still uses the page. The guest may ask again once it does not.
             ConvertError::Refused { .. } => Some(Errno(libc::EAGAIN)),
-            ConvertError::Inconsistent { .. } | ConvertError::Discard { .. } | ConvertError::Listener(_) => None,
+            // The only answer after which a guest asks again for what it did not get.
+            ConvertError::Partly { source, .. } => source.guest_errno().map(|_| Errno(libc::EAGAIN)),
+            ConvertError::Inconsistent { .. }
+            | ConvertError::Discard { .. }
+            | ConvertError::Listener(_)
+            | ConvertError::Closed => None,
         }
     }
 }
@@ -242,4 +367,11 @@ impl ConvertError {
 /// `[start, end)`.
 fn addresses(gpa: u64, size: u64) -> String {
     format!("[{gpa:#x}, {:#x})", gpa.saturating_add(size))
+}
+
+fn what_stays(gpa: u64, size: u64, changed: u64) -> String {
+    format!(
+        "{} has been converted and stays so, {changed:#x} bytes of it changed",
+        addresses(gpa, size)
+    )
 }

@@ -93,18 +93,14 @@ fn good() -> (Vec<u8>, Vec<u8>) {
 }
 
 fn machine(initial: State) -> Machine {
+    machine_of(initial, 32 * PAGE_SIZE)
+}
+
+fn machine_of(initial: State, memory: u64) -> Machine {
     let config = Config {
-        memory: 32 * PAGE_SIZE,
-        vcpus: 1,
-        vm_type: None,
-        enforcement: None,
-        shared_bit: None,
         initial,
-        events: 0,
-        memslots: 1,
-        policy: Arc::new(Allow),
-        around: None,
         hypervisor: Some(Arc::new(FakeVm::new(FakeVm::plain(512), Vec::new(), 1))),
+        ..Config::new(memory, Arc::new(Allow))
     };
     Machine::new(config).unwrap()
 }
@@ -155,7 +151,7 @@ fn a_loaded_image_is_shared_and_has_its_zeroes() {
         machine.convert(0x3000, 0x4000, State::Shared).unwrap();
         machine.write(0x3000, &[0xaa; 0x4000]).unwrap();
         machine.convert(0x5000, 0x1000, State::Private).unwrap();
-        let entry = machine.load(&Image::elf(&file).unwrap()).unwrap();
+        let entry = machine.load(&Image::elf(&file).unwrap(), &mut || Ok(())).unwrap();
         assert_eq!(entry, 0x1020);
         let read = |gpa: u64, len: usize| {
             let mut bytes = vec![0; len];
@@ -183,11 +179,14 @@ fn raw_bytes_go_where_they_are_told() {
     let machine = machine(State::Shared);
     let image = Image::raw(&[1, 2, 3], 0x1ffe);
     assert!(!Image::is_elf(&[1, 2, 3]));
-    assert_eq!(machine.load(&image).unwrap(), 0x1ffe);
+    assert_eq!(machine.load(&image, &mut || Ok(())).unwrap(), 0x1ffe);
     let mut bytes = [9; 5];
     machine.read(0x1ffd, &mut bytes).unwrap();
     assert_eq!(bytes, [0, 1, 2, 3, 0]);
-    assert_eq!(machine.load(&Image::raw(&[], 1 << 60)).unwrap(), 1 << 60);
+    assert_eq!(
+        machine.load(&Image::raw(&[], 1 << 60), &mut || Ok(())).unwrap(),
+        1 << 60
+    );
 }
 
 #[test]
@@ -260,7 +259,10 @@ fn images_outside_memory_are_refused() {
             zeroes,
         }];
         let image = Image { segments, entry: 0 };
-        assert!(matches!(machine.load(&image), Err(Error::Invalid(_))), "{image:x?}");
+        assert!(
+            matches!(machine.load(&image, &mut || Ok(())), Err(Error::Invalid(_))),
+            "{image:x?}"
+        );
         assert_eq!(machine.memory().snapshot().generation(), 0, "{image:x?}");
     }
     let whole = Segment {
@@ -272,7 +274,70 @@ fn images_outside_memory_are_refused() {
         segments: vec![whole],
         entry: 0,
     };
-    machine.load(&image).unwrap();
+    machine.load(&image, &mut || Ok(())).unwrap();
+}
+
+fn filling(paddr: u64, memsz: u64) -> Program {
+    Program {
+        kind: PT_LOAD,
+        offset: 0,
+        vaddr: 0,
+        paddr,
+        filesz: 0,
+        memsz,
+    }
+}
+
+#[test]
+fn segments_that_overlap_are_refused() {
+    let memory = 32 * PAGE_SIZE;
+    let overlapping = [
+        vec![filling(0, memory); 65_534],
+        vec![filling(0x2000, 1), filling(0x1000, 0x1001)],
+        vec![filling(0x1000, u64::MAX), filling(0x2000, 1)],
+    ];
+    for programs in overlapping {
+        let error = Image::elf(&elf(EM_X86_64, 0, &programs, &[])).unwrap_err();
+        assert!(error.to_string().contains("segments overlap"), "{error}");
+    }
+    // They may touch, and be in any order.
+    let programs = [filling(0x2000, 1), filling(0x1000, 0x1000), filling(0x2001, 0xfff)];
+    assert_eq!(
+        Image::elf(&elf(EM_X86_64, 0, &programs, &[])).unwrap().segments.len(),
+        3
+    );
+}
+
+#[test]
+fn loading_can_be_given_up() {
+    let machine = machine_of(State::Private, 200 << 20);
+    let image = Image {
+        segments: vec![Segment {
+            gpa: 0x1010,
+            bytes: &[1],
+            zeroes: (190 << 20) - 1,
+        }],
+        entry: 0,
+    };
+    let mut calls = 0;
+    machine
+        .load(&image, &mut || {
+            calls += 1;
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(calls, 3);
+    let mut left = 2;
+    let mut watch = || {
+        left -= 1;
+        match left {
+            0 => Err("enough".into()),
+            _ => Ok(()),
+        }
+    };
+    let error = machine.load(&image, &mut watch).unwrap_err();
+    assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
+    assert_eq!(left, 0);
 }
 
 #[test]
@@ -347,7 +412,7 @@ proptest! {
         file.truncate(len);
         if let Ok(image) = Image::elf(&file) {
             check(&image, &file);
-            let _ = MACHINE.with(|machine| machine.load(&image));
+            let _ = MACHINE.with(|machine| machine.load(&image, &mut || Ok(())));
         }
     }
 
@@ -368,9 +433,15 @@ proptest! {
                     prop_assert_eq!(segment.zeroes, program.memsz.saturating_sub(program.filesz));
                 }
                 // Loading either succeeds or says why not.
-                let _ = MACHINE.with(|machine| machine.load(&image));
+                let _ = MACHINE.with(|machine| machine.load(&image, &mut || Ok(())));
             }
-            Err(Error::Invalid(_)) => prop_assert!(loaded.clone().count() == 0 || !loaded.clone().all(fits)),
+            Err(Error::Invalid(_)) => {
+                let end = |program: &Program| program.paddr.saturating_add(program.memsz);
+                let mut all: Vec<&Program> = loaded.clone().collect();
+                all.sort_by_key(|program| (program.paddr, program.memsz));
+                let overlap = all.windows(2).any(|pair| end(pair[0]) > pair[1].paddr);
+                prop_assert!(all.is_empty() || overlap || !loaded.clone().all(fits));
+            }
             Err(other) => panic!("{other:?}"),
         }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::memory::views::Views;
 use pagegate_core::policy::decision::Decision;
 use pagegate_core::policy::hooks::Policy;
 use pagegate_core::policy::ping_pong::PingPong;
@@ -27,7 +28,7 @@ fn call(first: u64, pages: u64, to: State, time: u64) -> ExplicitRequest {
         raw: 0,
         state: None,
         time,
-        memory: PAGES * PAGE_SIZE,
+        memory: Views::new(PAGES * PAGE_SIZE, None, None),
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, Weak};
 use pagegate_core::errno::Errno;
 use pagegate_core::error::Failure;
 use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::memory::views::Views;
 use pagegate_core::policy::decision::{Convert, Decision, Region, RegionDecision};
 use pagegate_core::policy::hooks::Policy;
 use pagegate_core::policy::remember::{MAX_PIECES, Remember};
@@ -30,7 +31,7 @@ fn call(range: Range, to: State, time: u64) -> ExplicitRequest {
         raw: 0,
         state: None,
         time,
-        memory: MEMORY,
+        memory: Views::new(MEMORY, None, None),
     }
 }
 

@@ -54,7 +54,7 @@ fn kvm() -> Option<KvmVm> {
             _ => panic!("/dev/kvm is there and cannot be opened: {error}"),
         }
     }
-    Some(KvmVm::new(0, 1 << 20).unwrap())
+    Some(KvmVm::new(0, true).unwrap())
 }
 
 /// Whether /dev/kvm is one without VMX and SVM, which emulates most of a guest's instructions.

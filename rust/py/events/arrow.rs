@@ -11,6 +11,8 @@ use pyo3::types::PyCapsule;
 use pyo3_arrow::ffi::{ArrayIterator, to_schema_pycapsule, to_stream_pycapsule};
 use pyo3_arrow::input::AnyRecordBatch;
 
+use crate::interpreter::attach;
+
 /// What ``__arrow_c_stream__`` returns.
 pub(crate) fn stream<'py>(
     py: Python<'py>,
@@ -33,5 +35,10 @@ pub(crate) fn schema<'py>(py: Python<'py>, schema: &SchemaRef) -> PyResult<Bound
 pub(crate) fn trace(table: &Bound<'_, PyAny>, about: Option<About>) -> PyResult<Result<Trace, TraceError>> {
     let reader: Box<dyn RecordBatchReader + Send> = table.extract::<AnyRecordBatch>()?.into_reader()?;
     // Not detached: the batches may be made by Python code.
-    Ok(Trace::collect(reader.schema(), reader, about))
+    Ok(Trace::collect(
+        reader.schema(),
+        reader,
+        about,
+        &mut attach::check_signals,
+    ))
 }

@@ -1,13 +1,19 @@
 //! Reading and checking arguments from Python.
 
 use std::fmt::Display;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use pagegate_core::hypervisor::host::{EnforcementMode, VmType};
+use pagegate_core::machine::config::{Confidential, Platform};
 use pagegate_core::memory::address::State;
 use pyo3::FromPyObject;
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyInt, PyString};
+
+use super::call;
 
 pub(crate) fn state(word: &str, what: &str) -> PyResult<State> {
     choose(
@@ -21,6 +27,16 @@ pub(crate) fn state(word: &str, what: &str) -> PyResult<State> {
 pub(crate) fn enforcement(word: &str) -> PyResult<Option<EnforcementMode>> {
     let modes = EnforcementMode::ALL.map(|mode| (mode.as_str(), Some(mode)));
     choose(word, "enforcement", modes.into_iter().chain([("auto", None)]))
+}
+
+pub(crate) fn platform(word: &str) -> PyResult<Platform> {
+    choose(word, "platform", [("bare", Platform::Bare), ("pc", Platform::Pc)])
+}
+
+/// `None` for an ordinary guest.
+pub(crate) fn confidential(word: Option<&str>) -> PyResult<Option<Confidential>> {
+    let kinds = [("sev", Confidential::Sev)];
+    word.map(|word| choose(word, "confidential", kinds)).transpose()
 }
 
 /// `None` for "auto".
@@ -58,33 +74,212 @@ macro_rules! integers {
     )*};
 }
 
-integers!(u64, u32, u16, usize, i32);
+integers!(u64, u32, u16, usize, i64, i32);
 
-/// For `from_py_with`.
-pub(crate) fn integer<T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<T> {
-    value
-        .extract()
-        .map_err(|error: PyErr| out_of_range(value, error, &T::MIN, &T::MAX))
+/// A word to choose by; what is no text is written as Python writes it, and is none of the choices.
+pub(crate) fn word(value: &Bound<'_, PyAny>) -> PyResult<String> {
+    match value.extract::<String>() {
+        Ok(word) => Ok(word),
+        Err(_) => call::repr(value),
+    }
+}
+
+/// The name of an argument, for the messages about it.
+pub(crate) trait Named {
+    const NAME: &'static str;
+    /// How a good one is written; empty where an int says it all.
+    const SUCH_AS: &'static str;
+}
+
+macro_rules! named {
+    ($($name:ident $such_as:literal),* $(,)?) => {
+        /// A type for each argument: `from_py_with` takes a function that is given the value only.
+        #[expect(non_camel_case_types, reason = "each has the name of its argument")]
+        pub(crate) mod named {
+            $(
+                pub(crate) struct $name;
+
+                impl super::Named for $name {
+                    const NAME: &'static str = stringify!($name);
+                    const SUCH_AS: &'static str = $such_as;
+                }
+            )*
+        }
+    };
+}
+
+named! {
+    at "",
+    block "",
+    burst "",
+    cid "",
+    errno "errno.EINVAL",
+    events "",
+    flags "",
+    gpa "0x10_0000",
+    head "",
+    keep "",
+    limit "",
+    marks "",
+    max_shared "8 << 20, or text such as 8M",
+    memory "64 << 20, or text such as 64M",
+    memslots "",
+    n "",
+    offset "",
+    page_size "",
+    port "0x3f8",
+    private_bit "",
+    raw "",
+    repeats "",
+    requests "",
+    rip "",
+    seed "",
+    sequence "",
+    shared_bit "",
+    size "",
+    time "",
+    uses "",
+    vcpu "",
+    vcpus "",
+    written "",
+}
+
+/// An integer argument with this name, for `from_py_with`.
+pub(crate) fn integer<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<T> {
+    integer_named(value, N::NAME, N::SUCH_AS)
 }
 
 /// As [`integer`], or None.
-pub(crate) fn optional<T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<Option<T>> {
+pub(crate) fn optional<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<Option<T>> {
     match value.is_none() {
         true => Ok(None),
-        false => integer(value).map(Some),
+        false => integer::<N, T>(value).map(Some),
     }
 }
 
-fn out_of_range(value: &Bound<'_, PyAny>, error: PyErr, least: &dyn Display, most: &dyn Display) -> PyErr {
-    match error.is_instance_of::<PyOverflowError>(value.py()) {
-        true => PyValueError::new_err(format!(
-            "{value} is out of range: it must be between {least} and {most}"
-        )),
-        false => error,
+/// A number of bytes: an integer, or text such as "64M".
+pub(crate) fn size<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<u64> {
+    match value.is_instance_of::<PyString>() {
+        true => {
+            let number = value.py().import("pagegate.loading.options")?.getattr("integer")?;
+            let number = call::call(&number, value).map_err(|error| named_error(value, N::NAME, &error))?;
+            integer::<N, u64>(&number)
+        }
+        false => integer::<N, u64>(value),
     }
+}
+
+/// As [`size`], or None.
+pub(crate) fn optional_size<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    match value.is_none() {
+        true => Ok(None),
+        false => size::<N>(value).map(Some),
+    }
+}
+
+/// An integer with a name that is known when it is read.
+pub(crate) fn integer_named<T: Integer>(value: &Bound<'_, PyAny>, name: &str, such_as: &str) -> PyResult<T> {
+    let extracted = match value.is_exact_instance_of::<PyInt>() {
+        true => value.extract(),
+        false => match call::index(value) {
+            Ok(index) => index.extract(),
+            // What an object's own `__index__` raises is passed on.
+            Err(error) if value.get_type().hasattr("__index__")? => Err(error),
+            Err(error) => {
+                call::forget(value.py(), error);
+                let such_as = match such_as.is_empty() {
+                    true => String::new(),
+                    false => format!(", such as {such_as}"),
+                };
+                let value = call::repr(value)?;
+                return Err(PyTypeError::new_err(format!(
+                    "{name} is {value}: it must be an int{such_as}"
+                )));
+            }
+        },
+    };
+    extracted.map_err(
+        |error: PyErr| match error.is_instance_of::<PyOverflowError>(value.py()) {
+            true => PyValueError::new_err(format!(
+                "{name} is {value}, which is out of range: it must be between {} and {}",
+                T::MIN,
+                T::MAX
+            )),
+            false => error,
+        },
+    )
+}
+
+/// A ValueError that says which argument an error is about.
+fn named_error(value: &Bound<'_, PyAny>, name: &str, error: &PyErr) -> PyErr {
+    PyValueError::new_err(format!("{name}: {}", error.value(value.py())))
+}
+
+/// The seconds of a ``timeout`` argument, infinity for ``None``.
+///
+/// ValueError if they are negative or no number of seconds.
+#[pyfunction]
+pub(crate) fn timeout_seconds(timeout: &Bound<'_, PyAny>) -> PyResult<f64> {
+    if timeout.is_none() {
+        return Ok(f64::INFINITY);
+    }
+    let seconds = match call::float(timeout) {
+        Ok(seconds) => seconds,
+        // An int that no float is as large as.
+        Err(error) if error.is_instance_of::<PyOverflowError>(timeout.py()) => f64::NAN,
+        Err(error)
+            if error.is_instance_of::<PyTypeError>(timeout.py()) && !timeout.get_type().hasattr("__float__")? =>
+        {
+            call::forget(timeout.py(), error);
+            return Err(PyTypeError::new_err(format!(
+                "timeout is {}: it must be a number of seconds, such as 5.0, or None",
+                call::repr(timeout)?
+            )));
+        }
+        Err(error) => return Err(error),
+    };
+    match seconds >= 0.0 {
+        true => Ok(seconds),
+        false => Err(PyValueError::new_err(format!(
+            "timeout is {timeout}: it must be a number of seconds, not negative"
+        ))),
+    }
+}
+
+/// A `timeout` argument, for `from_py_with`. `None` for no limit, and for one that is too long for a `Duration`.
+pub(crate) fn timeout(value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
+    Ok(Duration::try_from_secs_f64(timeout_seconds(value)?).ok())
+}
+
+/// A path. TypeError with this text for what is none; what its `__fspath__` raises stays what it is.
+pub(crate) fn path(value: &Bound<'_, PyAny>, otherwise: &'static str) -> PyResult<PathBuf> {
+    value
+        .extract()
+        .map_err(|error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
+            true => PyTypeError::new_err(otherwise),
+            false => error,
+        })
+}
+
+/// A list of pairs of numbers.
+pub(crate) fn pairs(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u64, u64)>> {
+    value.extract().map_err(
+        |error: PyErr| match error.is_instance_of::<PyOverflowError>(value.py()) {
+            true => PyValueError::new_err(format!("ranges is {value}, which has numbers that are out of range")),
+            false => PyTypeError::new_err(format!(
+                "ranges is {value}: it must be a list of (gpa, size), such as [(0x100_0000, 64 << 10)]"
+            )),
+        },
+    )
 }
 
 /// The bytes of any bytes-like object.
 pub(crate) fn bytes(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-    PyBuffer::<u8>::get(value)?.to_vec(value.py())
+    let buffer = PyBuffer::<u8>::get(value)?;
+    let mut bytes = Vec::new();
+    let size = buffer.item_count();
+    bytes.try_reserve_exact(size).map_err(|_| PyMemoryError::new_err(()))?;
+    bytes.resize(size, 0);
+    buffer.copy_to_slice(value.py(), &mut bytes)?;
+    Ok(bytes)
 }

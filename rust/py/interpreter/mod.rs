@@ -2,6 +2,11 @@
 
 pub(crate) mod arguments;
 pub(crate) mod attach;
+pub(crate) mod call;
+pub(crate) mod ending;
 pub(crate) mod errors;
 pub(crate) mod fields;
+pub(crate) mod judged;
+pub(crate) mod overdue;
+pub(crate) mod record;
 pub(crate) mod reuse;

@@ -1,5 +1,5 @@
 //! Calls hooks with one request object per thread, which is written anew for each call. If a hook kept a reference to it, the
-//! next call makes a new one.
+//! next call makes a new one, and so does each call on a CPython without the GIL.
 //!
 //! Making and freeing the object is a quarter of what calling a hook costs.
 #![allow(unsafe_code)]
@@ -9,6 +9,9 @@ use std::thread::LocalKey;
 
 use pyo3::PyClass;
 use pyo3::prelude::*;
+
+use super::call::{self, Owned};
+use super::judged;
 
 /// The object that a thread reuses for its next call.
 pub(crate) type Spare<T> = Cell<Option<Py<T>>>;
@@ -27,10 +30,7 @@ pub(crate) trait HookArgument: PyClass<Frozen = pyo3::pyclass::boolean_struct::T
 }
 
 /// Calls `hook` with a question.
-pub(crate) fn call<'py, T: HookArgument>(
-    hook: &Bound<'py, PyAny>,
-    question: &T::Question,
-) -> PyResult<Bound<'py, PyAny>> {
+pub(crate) fn call<'py, T: HookArgument>(hook: &Bound<'py, PyAny>, question: &T::Question) -> PyResult<Owned<'py>> {
     let py = hook.py();
     let request = match T::spare().take() {
         Some(spare) => {
@@ -39,7 +39,9 @@ pub(crate) fn call<'py, T: HookArgument>(
         }
         None => T::make(py, question)?,
     };
-    let answer = hook.call1((&request,));
+    let judging = judged::judging(&request);
+    let answer = call::call(hook, request.as_any());
+    drop(judging);
     if is_unshared(&request) {
         T::spare().set(Some(request.unbind()));
     }
@@ -51,9 +53,10 @@ pub(crate) fn forget<T: HookArgument>() {
     drop(T::spare().take());
 }
 
-/// Whether this is the only reference. (`gc.get_objects` finds an object all the same.)
+/// Whether this is the only reference. (`gc.get_objects` finds an object all the same.) Never where there is no GIL: another
+/// thread's reference that is just being taken is not counted yet.
 fn is_unshared<T: PyClass>(request: &Bound<'_, T>) -> bool {
     // SAFETY: the object is alive, for `request` refers to it, and the thread is attached.
     let count = unsafe { pyo3::ffi::Py_REFCNT(request.as_ptr()) };
-    count == 1
+    !cfg!(Py_GIL_DISABLED) && count == 1
 }

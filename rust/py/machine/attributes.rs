@@ -1,8 +1,10 @@
 //! The states of pages, and how much memory is resident.
 
-use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
-use pyo3::exceptions::{PyIndexError, PyValueError};
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::memory::address::{PAGE_SIZE, Range, Run, State};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyList;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
@@ -13,14 +15,13 @@ use crate::interpreter::arguments;
 pub(crate) struct PyAttributes(pub(super) OfVm);
 
 impl PyAttributes {
-    fn page(&self, gpa: u64) -> PyResult<u64> {
-        let memory = self.0.parts.memory;
-        let mask = self.0.parts.shared_bit.map_or(0, |bit| 1 << bit);
-        let gpa = gpa & !mask;
-        match gpa < memory {
-            true => Ok(gpa),
-            false => Err(PyIndexError::new_err(format!(
-                "gpa {gpa:#x} lies outside the guest's {memory:#x} bytes"
+    /// The address in memory of `gpa`, which may have the view bit.
+    fn page(&self, machine: &Machine, gpa: u64) -> PyResult<u64> {
+        match machine.memory().views().locate(gpa) {
+            Some(place) => Ok(place.gpa),
+            None => Err(PyIndexError::new_err(format!(
+                "gpa {gpa:#x} lies outside the guest's {:#x} bytes",
+                self.0.parts.memory
             ))),
         }
     }
@@ -28,10 +29,32 @@ impl PyAttributes {
 
 #[pymethods]
 impl PyAttributes {
-    /// Whether the page that holds ``gpa`` is private. IndexError outside memory.
-    fn is_private(&self, py: Python<'_>, #[pyo3(from_py_with = arguments::integer)] gpa: u64) -> PyResult<bool> {
-        let page = self.page(gpa)?;
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let machine = self.0.machine(py)?;
+        let (private, memory) = (machine.memory().private_bytes(), self.0.parts.memory);
+        let generation = machine.memory().generation();
+        Ok(format!(
+            "<pagegate.Attributes: {private:#x} bytes of {memory:#x} private, generation {generation}>"
+        ))
+    }
+
+    fn _repr_html_(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let vm = slf.get().0.vm.bind(slf.py());
+        slf.py()
+            .import("pagegate.html")?
+            .getattr("attributes")?
+            .call1((vm,))?
+            .extract()
+    }
+
+    /// Whether the page that holds ``gpa`` is private. IndexError outside memory.
+    fn is_private(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+    ) -> PyResult<bool> {
+        let machine = self.0.machine(py)?;
+        let page = self.page(&machine, gpa)?;
         Ok(machine.memory().state(page) == State::Private)
     }
 
@@ -39,24 +62,25 @@ impl PyAttributes {
     ///
     /// Raises as ``state`` does.
     #[pyo3(signature = (gpa = 0, size = None))]
-    fn runs(
+    fn runs<'py>(
         &self,
-        py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::optional)] size: Option<u64>,
-    ) -> PyResult<Vec<(u64, u64, &'static str)>> {
-        let start = self.page(gpa)?;
-        let size = size.unwrap_or(self.0.parts.memory - start);
-        let range = Range::new(start, size).filter(|range| range.end() <= self.0.parts.memory);
+        py: Python<'py>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let machine = self.0.machine(py)?;
+        let start = self.page(&machine, gpa)?;
+        let views = machine.memory().views();
+        let size = size.unwrap_or(views.memory_end() - start);
+        let range = Range::new(start, size).filter(|range| range.end() <= views.memory_end());
         let range = range
             .ok_or_else(|| PyValueError::new_err(format!("{gpa:#x} + {size:#x} is no page-aligned part of memory")))?;
-        let machine = self.0.machine(py)?;
-        // From a snapshot, so that no vCPU waits while a long list is made.
-        let snapshot = machine.memory().snapshot();
-        let runs = snapshot.runs_in(range);
-        Ok(runs
-            .map(|run| (run.range.gpa(), run.range.size(), run.state.as_str()))
-            .collect())
+        let runs = py.detach(|| machine.memory().runs_in(range));
+        let runs = runs.map_err(|_| PyMemoryError::new_err(()))?;
+        let item = |run: Run| (run.range.gpa(), run.range.size(), run.state.as_str());
+        let list = PyList::empty(py);
+        runs.into_iter().map(item).try_for_each(|run| list.append(run))?;
+        Ok(list)
     }
 
     /// The state of a range of whole pages, by default of the page at ``gpa``.
@@ -67,11 +91,11 @@ impl PyAttributes {
     fn state(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::optional)] size: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
     ) -> PyResult<&'static str> {
-        let start = self.page(gpa)?;
         let machine = self.0.machine(py)?;
+        let start = self.page(&machine, gpa)?;
         let size = size.unwrap_or(PAGE_SIZE);
         let range =
             machine.memory().views().range(start, size).ok_or_else(|| {

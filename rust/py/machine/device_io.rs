@@ -1,19 +1,20 @@
 //! Python handlers for port IO and MMIO.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::thread::LocalKey;
 
 use pagegate_core::devices::bus::{IoHandler, MmioHandler};
 use pagegate_core::error::Failure;
 use pagegate_core::hypervisor::exit::{Io, Mmio};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedBytes;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyByteArray, PyBytes};
 
 use crate::interpreter::attach::attached;
-use crate::interpreter::errors;
 use crate::interpreter::fields::Field;
 use crate::interpreter::reuse::{self, HookArgument, Spare};
+use crate::interpreter::{call, errors};
 
 /// The bytes that an access writes, in one word: for all but string IO. Empty for a read.
 struct Data {
@@ -144,7 +145,7 @@ pub(crate) struct PyMmio {
     /// Index of the vCPU.
     #[pyo3(get)]
     vcpu: Field<u32>,
-    /// The guest-physical address.
+    /// The guest-physical address, without the view bit.
     #[pyo3(get)]
     gpa: Field<u64>,
     /// Whether it is a store, not a load.
@@ -225,6 +226,19 @@ pub(crate) fn forget_accesses(_attached: Python<'_>) {
 /// A Python callable that answers a port or an MMIO range.
 pub(crate) struct Handler(pub(crate) Py<PyAny>);
 
+impl Handler {
+    /// TypeError for an object that cannot be called.
+    pub(super) fn of(handler: Bound<'_, PyAny>) -> PyResult<Arc<Self>> {
+        match handler.is_callable() {
+            true => Ok(Arc::new(Self(handler.unbind()))),
+            false => Err(PyTypeError::new_err(format!(
+                "handler is {}: it must be callable, and take the access",
+                call::repr(&handler)?
+            ))),
+        }
+    }
+}
+
 /// Copies what a handler returned for a read into `data`. `access` is made only for the message of an error.
 fn take<'py>(
     answer: &Bound<'py, PyAny>,
@@ -247,10 +261,16 @@ fn take<'py>(
         let message = format!("the handler of {access} must return {len} bytes, not {what}");
         errors::policy_error(py, message)
     };
-    match answer.extract::<PyBackedBytes>() {
-        Ok(bytes) if bytes.len() == data.len() => data.copy_from_slice(&bytes),
-        Ok(bytes) => return Err(wrong(bytes.len().to_string())),
-        Err(_) => return Err(wrong(answer.repr()?.to_string())),
+    // No copy of the reference: PyO3 would drop it where another code detaches.
+    let copy = answer.cast::<PyByteArray>().map(|bytes| bytes.to_vec());
+    let bytes = match (answer.cast::<PyBytes>(), &copy) {
+        (Ok(bytes), _) => bytes.as_bytes(),
+        (_, Ok(copy)) => copy,
+        _ => return Err(wrong(call::repr(answer)?)),
+    };
+    match bytes.len() == data.len() {
+        true => data.copy_from_slice(bytes),
+        false => return Err(wrong(bytes.len().to_string())),
     }
     Ok(())
 }
@@ -266,7 +286,10 @@ impl IoHandler for Handler {
                 data: Data::of(written),
             };
             let answer = match written.len() > WORD {
-                true => handler.call1((PyIo::new(&question, Some(written.to_vec())),))?,
+                true => {
+                    let access = Bound::new(py, PyIo::new(&question, Some(written.to_vec())))?;
+                    call::call(handler, access.as_any())?
+                }
                 false => reuse::call::<PyIo>(handler, &question)?,
             };
             match io.write {
@@ -274,7 +297,6 @@ impl IoHandler for Handler {
                 false => take(&answer, data, || Ok(PyIo::make(py, &question)?.into_any())),
             }
         })
-        .map_err(errors::failure)
     }
 }
 
@@ -292,6 +314,5 @@ impl MmioHandler for Handler {
                 false => take(&answer, data, || Ok(PyMmio::make(py, &question)?.into_any())),
             }
         })
-        .map_err(errors::failure)
     }
 }

@@ -6,7 +6,8 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
 use crate::events::arrow;
-use crate::events::event::PyEvent;
+use crate::events::event::{self, PyEvent};
+use crate::events::html;
 use crate::interpreter::arguments;
 
 /// The machine's log of requests: the newest of each vCPU. Iterating gives the oldest first.
@@ -41,11 +42,17 @@ impl PyEvents {
         Ok(events.total().saturating_sub(events.kept() as u64))
     }
 
+    /// Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows.
+    #[getter]
+    fn debug_private(&self) -> bool {
+        self.0.parts.about.debug_private()
+    }
+
     /// The kept events with this sequence number or a higher one.
     fn since(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] sequence: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::sequence, _>)] sequence: u64,
     ) -> PyResult<Vec<PyEvent>> {
         self.kept(py, sequence)
     }
@@ -71,6 +78,34 @@ impl PyEvents {
 
     fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
         Ok(self.0.machine(py)?.events().kept())
+    }
+
+    /// An event by its place among those that are kept, or a list of them for a slice.
+    fn __getitem__<'py>(&self, py: Python<'py>, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let events = self.kept(py, 0)?;
+        event::item(py, index, events.len(), |at| events.get(at).cloned())
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let machine = self.0.machine(py)?;
+        let events = machine.events();
+        let (total, kept) = (events.total(), events.kept() as u64);
+        Ok(format!("<pagegate.Events: {kept} kept of {total}>"))
+    }
+
+    /// The events as they come, for asyncio: ``async for event in vm.events.follow()``.
+    ///
+    /// From the oldest that is kept on, or from sequence number ``since``. It ends when no run is in progress and all
+    /// events were given. ``interval``: seconds between two looks at the log, 0.05 by default.
+    #[pyo3(signature = (since = 0, *, interval = 0.05))]
+    fn follow<'py>(slf: &Bound<'py, Self>, since: u64, interval: f64) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let follow = py.import("pagegate.asynchronous")?.getattr("follow")?;
+        follow.call1((slf.get().0.vm.clone_ref(py), since, interval))
+    }
+
+    fn _repr_html_(&self, py: Python<'_>) -> PyResult<String> {
+        html::events(py, self.kept(py, 0)?)
     }
 
     fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {

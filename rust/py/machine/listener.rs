@@ -5,18 +5,21 @@ use pagegate_core::memory::listeners::{Change, Listener};
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::interpreter::errors;
+use crate::interpreter::attach::attached;
+use crate::interpreter::{call, errors};
 
 /// Pages that are converted, all of them from one state to the other, as a listener is told.
 #[pyclass(name = "Change", module = "pagegate", frozen, get_all)]
 pub(crate) struct PyChange {
-    /// Start in bytes, without the shared bit.
+    /// Start in bytes, without the view bit.
     gpa: u64,
     /// Length in bytes.
     size: u64,
     /// The state that they are converted to.
     to: &'static str,
-    /// Whether they are in that state already: a new listener is told of the present states first.
+    /// Whether they are in that state already.
+    ///
+    /// A new listener is told of the present states first, and one that failed of those of the pages concerned.
     initial: bool,
 }
 
@@ -42,13 +45,17 @@ pub(crate) struct PyListener {
 impl PyListener {
     pub(crate) fn resolve(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let resolve = object.py().import("pagegate.hooks")?.getattr("resolve_listener")?;
-        let (prepare, committed, aborted) = resolve.call1((object,))?.extract()?;
+        let [prepare, committed, aborted] = call::call(&resolve, object)?.extract()?;
         Ok(Self {
             object: object.clone().unbind(),
             prepare,
             committed,
             aborted,
         })
+    }
+
+    pub(crate) fn object(&self) -> &Py<PyAny> {
+        &self.object
     }
 
     pub(crate) fn is(&self, object: &Bound<'_, PyAny>) -> bool {
@@ -67,24 +74,26 @@ fn tell(method: &Method, change: &Change) -> Result<bool, Failure> {
     let Some(method) = method else {
         return Ok(true);
     };
-    Python::attach(|py| {
+    attached(|py| {
         let change = PyChange {
             gpa: change.range.gpa(),
             size: change.range.size(),
             to: change.to.as_str(),
             initial: change.initial,
         };
-        let answer = method.bind(py).call1((Bound::new(py, change)?,))?;
+        let answer = call::call(method.bind(py), Bound::new(py, change)?.as_any())?;
         if answer.is_none() {
             return Ok(true);
         }
-        answer.extract::<bool>().map_err(|_| {
-            let answer = answer.repr().map(|repr| repr.to_string()).unwrap_or_default();
-            let message = format!("a listener answered {answer}: it returns True or None, or False to refuse");
-            errors::policy_error(py, message)
-        })
+        match answer.extract::<bool>() {
+            Ok(agreed) => Ok(agreed),
+            Err(_) => {
+                let answer = call::repr(&answer)?;
+                let message = format!("a listener answered {answer}: it returns True or None, or False to refuse");
+                Err(errors::policy_error(py, message))
+            }
+        }
     })
-    .map_err(errors::failure)
 }
 
 impl Listener for PyListener {

@@ -27,6 +27,10 @@ pub(crate) struct PyMarks(pub(crate) Arc<Marks>);
 
 #[pymethods]
 impl PyMarks {
+    fn __repr__(&self) -> String {
+        format!("<pagegate.Marks: {} writes>", self.0.count.load(Ordering::Relaxed))
+    }
+
     #[new]
     fn new() -> Self {
         Self(Arc::new(Marks {

@@ -3,11 +3,16 @@
 pub(crate) mod attributes;
 pub(crate) mod device_io;
 pub(crate) mod event_log;
+pub(crate) mod handlers;
 pub(crate) mod host;
+mod image;
+mod input;
+mod linux;
 pub(crate) mod listener;
 pub(crate) mod marks;
 pub(crate) mod parts;
 pub(crate) mod policy_handle;
 pub(crate) mod report;
+mod runs;
 pub(crate) mod vcpu;
 pub(crate) mod vm;

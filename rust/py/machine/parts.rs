@@ -2,18 +2,25 @@
 //! it calls.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use pagegate_core::machine::assembly::Machine;
+use pagegate_core::memory::listeners::Listener;
 use pagegate_core::policy::remember::Remember;
 use pagegate_core::trace::about::About;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::device_io::Handler;
 use super::listener::PyListener;
-use crate::interpreter::errors;
-use crate::policy::hooks::PyPolicy;
+use super::report::PyReport;
+use crate::devices::python::PyDevice;
+use crate::interpreter::call::Owned;
+use crate::interpreter::overdue::Overdue;
+use crate::interpreter::{ending, errors};
+use crate::policy::hooks::{Moment, PyPolicy};
 use crate::policy::judge::Judge;
 
 /// The Python objects that a machine refers to, for the garbage collector.
@@ -23,6 +30,41 @@ pub(super) struct Callbacks {
     pub policy: Option<Py<PyAny>>,
     pub handlers: Vec<Arc<Handler>>,
     pub listeners: Vec<Arc<PyListener>>,
+    pub devices: Vec<Arc<PyDevice>>,
+}
+
+impl Callbacks {
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.judge.traverse(visit)?;
+        if let Some(policy) = &self.policy {
+            visit.call(policy)?;
+        }
+        for handler in &self.handlers {
+            visit.call(&handler.0)?;
+        }
+        for listener in &self.listeners {
+            listener.traverse(visit)?;
+        }
+        for device in &self.devices {
+            device.traverse(visit)?;
+        }
+        Ok(())
+    }
+
+    /// Drops them.
+    fn release(self, py: Python<'_>) {
+        let mut last = self.judge.objects(py);
+        last.extend(self.policy.iter().map(|policy| Owned::another(py, policy)));
+        last.extend(self.handlers.iter().map(|handler| Owned::another(py, &handler.0)));
+        last.extend(
+            self.listeners
+                .iter()
+                .map(|listener| Owned::another(py, listener.object())),
+        );
+        last.extend(self.devices.iter().map(|device| Owned::another(py, device.object())));
+        drop(self);
+        drop(last);
+    }
 }
 
 /// What a ``Vm`` is made of.
@@ -31,10 +73,21 @@ pub(crate) struct Parts {
     pub(super) callbacks: Mutex<Option<Callbacks>>,
     /// Whether a vCPU thread may call Python, so that it needs a thread state.
     pub(super) enters_python: Arc<AtomicBool>,
+    /// `policy_timeout`.
+    pub(super) overdue: Option<Arc<Overdue>>,
     pub(crate) memory: u64,
+    /// Of the last run.
+    pub(super) report: Mutex<Option<Py<PyReport>>>,
+    /// The Python policy that has been told of this machine.
+    pub(super) configured: Mutex<Weak<Remember<PyPolicy>>>,
     /// The page states before the first event, for traces made of the log.
     pub(crate) about: About,
+    /// What ``vm.console`` is, made when it is first asked for.
+    pub(super) console: PyOnceLock<Py<PyAny>>,
     pub(super) shared_bit: Option<u32>,
+    pub(super) private_bit: Option<u32>,
+    pub(super) platform: &'static str,
+    pub(super) confidential: Option<&'static str>,
     pub(super) enforcement: &'static str,
 }
 
@@ -59,10 +112,30 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What is in it, still in it.
+pub(super) fn held<T: Clone>(mutex: &Mutex<Option<T>>) -> Option<T> {
+    lock(mutex).clone()
+}
+
+/// What was in it. The caller drops it without the lock: that may run Python code, which may want the lock.
+pub(super) fn taken<T>(mutex: &Mutex<Option<T>>) -> Option<T> {
+    lock(mutex).take()
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        drop(taken(&self.machine));
+        Python::try_attach(|py| {
+            self.release(py);
+            drop(taken(&self.report));
+        });
+    }
+}
+
 impl Parts {
     pub(crate) fn machine(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
-        let machine = lock(&self.machine).clone();
-        machine.ok_or_else(|| errors::busy(py, "this machine is closed"))
+        ending::still_going(py)?;
+        held(&self.machine).ok_or_else(|| errors::busy(py, "this machine is closed"))
     }
 
     /// The policy as it was given.
@@ -76,9 +149,42 @@ impl Parts {
         lock(&self.callbacks).as_ref()?.judge.hooks().cloned()
     }
 
-    pub(crate) fn replace(&self, py: Python<'_>, policy: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// What a collector of garbage finds here.
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // If the lock is taken, a call is in progress; it refers to the machine, which therefore is no garbage.
+        if let Ok(Some(callbacks)) = self.callbacks.try_lock().as_deref() {
+            callbacks.traverse(visit)?;
+        }
+        Ok(())
+    }
+
+    /// Drops the machine's Python objects, which may run their finalizers.
+    pub(super) fn release(&self, py: Python<'_>) {
+        if let Some(callbacks) = taken(&self.callbacks) {
+            callbacks.release(py);
+        }
+    }
+
+    /// Tells the Python policy of a machine, unless it has been told.
+    pub(super) fn configure(&self, hooks: Option<&Arc<Remember<PyPolicy>>>, vm: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Some(hooks) = hooks else {
+            return Ok(());
+        };
+        let before = std::mem::replace(&mut *lock(&self.configured), Arc::downgrade(hooks));
+        match before.ptr_eq(&Arc::downgrade(hooks)) {
+            true => Ok(()),
+            false => hooks.policy().tell(Moment::Configure, vm).inspect_err(|_| {
+                // It is told again when the next run begins.
+                *lock(&self.configured) = Weak::new();
+            }),
+        }
+    }
+
+    pub(crate) fn replace(&self, vm: &Bound<'_, PyAny>, policy: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = vm.py();
         let judge = Judge::of(Some(policy))?;
         let machine = self.machine(py)?;
+        self.configure(judge.hooks(), vm)?;
         if judge.enters_python {
             self.enters_python.store(true, Ordering::Relaxed);
         }
@@ -92,8 +198,50 @@ impl Parts {
             None => None,
         };
         // Not with the lock held: dropping the old policy may run Python code.
-        drop(old);
+        if let Some((judge, policy)) = old {
+            let mut last = judge.objects(py);
+            last.extend(policy.map(|policy| policy.into_bound(py).into()));
+            drop(judge);
+            drop(last);
+        }
         Ok(())
+    }
+
+    pub(super) fn add_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
+        let machine = self.machine(py)?;
+        let listener = Arc::new(PyListener::resolve(listener)?);
+        let joined = py.detach(|| machine.add_listener(listener.clone()));
+        joined.map_err(|error| errors::raise(py, error))?;
+        if let Some(callbacks) = lock(&self.callbacks).as_mut() {
+            callbacks.listeners.push(listener);
+        }
+        self.enters_python.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(super) fn remove_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
+        let machine = self.machine(py)?;
+        let known = {
+            let mut callbacks = lock(&self.callbacks);
+            let listeners = callbacks.as_mut().map(|callbacks| &mut callbacks.listeners);
+            listeners.and_then(|listeners| {
+                let at = listeners.iter().position(|known| known.is(listener))?;
+                Some(listeners.remove(at))
+            })
+        };
+        let Some(known) = known else {
+            return Err(PyValueError::new_err("this object is no listener of this machine"));
+        };
+        let known: Arc<dyn Listener> = known;
+        py.detach(|| machine.remove_listener(&known));
+        Ok(())
+    }
+
+    pub(super) fn keep_device(&self, device: Arc<PyDevice>) {
+        if let Some(callbacks) = lock(&self.callbacks).as_mut() {
+            callbacks.devices.push(device);
+        }
+        self.enters_python.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn keep(&self, handler: &Arc<Handler>) {

@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
+use crate::interpreter::call;
 use crate::policy::decision::PyRegion;
 
 /// The policy that judges a machine's requests, and its remembered decisions (``remember=``).
@@ -12,6 +13,17 @@ pub(crate) struct PyPolicyHandle(pub(crate) OfVm);
 
 #[pymethods]
 impl PyPolicyHandle {
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let current = match self.current(py) {
+            Some(policy) => call::repr(policy.bind(py))?,
+            None => "everything is converted as asked".to_owned(),
+        };
+        let (seen, spared) = (self.seen(), self.spared());
+        Ok(format!(
+            "<pagegate.PolicyHandle: {current}, seen {seen}, spared {spared}>"
+        ))
+    }
+
     /// The policy as it was given; ``None`` for the default, which converts as asked.
     #[getter]
     fn current(&self, py: Python<'_>) -> Option<Py<PyAny>> {
@@ -22,10 +34,11 @@ impl PyPolicyHandle {
     ///
     /// Each request is judged by one of the two: those that come after this has returned by the new one, those that are
     /// being judged meanwhile by the old one. ``seen``, ``spared`` and the remembered decisions are those of the new
-    /// one; a built-in policy keeps those of the Python policy in its chain, also while it is not in place. Raises
-    /// PolicyError for an object that is no policy, and the old one stays; PagegateError if the machine is closed.
+    /// one; a built-in policy keeps those of the Python policy in its chain, also while it is not in place. The new
+    /// one's ``configure`` is called before. Raises PolicyError for an object that is no policy, and the old one
+    /// stays; PagegateError if the machine is closed.
     fn replace(&self, py: Python<'_>, policy: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.0.parts.replace(py, policy)
+        self.0.parts.replace(self.0.vm.bind(py), policy)
     }
 
     /// Drops remembered decisions for the pages of a region, or all: the policy is asked again.

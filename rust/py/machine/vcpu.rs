@@ -2,7 +2,7 @@
 
 use pagegate_core::boot::start::CpuMode;
 use pagegate_core::x86::registers::{self, REGISTERS, SYSTEM_REGISTERS};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyo3::{PyTraverseError, PyVisit};
@@ -27,23 +27,31 @@ impl PyVcpu {
     /// selector. General registers that are not named are 0, except ``rsp`` in mode "long": each vCPU has a page of
     /// stack below the page tables.
     ///
-    /// "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, the
-    /// first GiB and its shared views identity-mapped by tables in the top six pages of memory, which become shared.
-    /// There is no IDT: an exception ends the run as "shutdown".
+    /// "real": 16 bits, segments at 0. "protected": 32 bits, flat segments, no paging. "long": 64 bits, ring 0, all of
+    /// memory identity-mapped in each view, by tables at the top of memory, which become shared: six pages for up to a
+    /// GiB. There is no IDT: an exception ends the run as "shutdown".
     ///
-    /// With a shared bit, ``rip`` is moved to the shared view if its page is shared, because an instruction can be
-    /// fetched only through the view of the page's state.
+    /// With two views, ``rip`` is moved to the shared view if its page is shared, because an instruction can be fetched
+    /// only through the view of the page's state.
     ///
     /// Raises TypeError for a register that does not exist, ValueError for a value that does not fit, NotSupported for
-    /// a shared bit that mode "long" cannot map, PagegateError while the vCPU runs.
-    #[pyo3(signature = (*, mode = "long", **registers))]
-    fn start(&self, py: Python<'_>, mode: &str, registers: Option<&Bound<'_, PyDict>>) -> PyResult<()> {
+    /// a view bit that mode "long" cannot map, PagegateError while the vCPU runs.
+    #[pyo3(signature = (*, mode = None, **registers), text_signature = "($self, *, mode='long', **registers)")]
+    fn start(
+        &self,
+        py: Python<'_>,
+        mode: Option<&Bound<'_, PyAny>>,
+        registers: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<()> {
         let modes = [
             ("real", CpuMode::Real),
             ("protected", CpuMode::Protected),
             ("long", CpuMode::Long),
         ];
-        let mode = arguments::choose(mode, "mode", modes)?;
+        let mode = match mode {
+            Some(mode) => arguments::choose(&arguments::word(mode)?, "mode", modes)?,
+            None => CpuMode::Long,
+        };
         let given: Vec<(String, u64)> = match registers {
             Some(registers) => registers.iter().map(register).collect::<PyResult<_>>()?,
             None => Vec::new(),
@@ -60,6 +68,19 @@ impl PyVcpu {
         let dict = PyDict::new(py);
         for name in REGISTERS {
             dict.set_item(name, registers::register(&mut regs, name).copied())?;
+        }
+        Ok(dict)
+    }
+
+    /// The control registers, EFER and the bases of FS and GS by name. PagegateError while the vCPU runs.
+    fn sregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let machine = self.vm.machine(py)?;
+        let mut sregs = machine.sregs(self.index).map_err(|error| errors::raise(py, error))?;
+        let dict = PyDict::new(py);
+        for name in SYSTEM_REGISTERS {
+            if let Some(value) = registers::system_register(&mut sregs, name) {
+                dict.set_item(name, *value)?;
+            }
         }
         Ok(dict)
     }
@@ -82,13 +103,6 @@ fn register((name, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)) -> PyResult<(St
             "there is no register {name:?}; there are {known}"
         )));
     }
-    let value = arguments::integer(&value).map_err(|error| {
-        // The error of the value does not say which register it is for.
-        let message = format!("{name}: {}", error.value(value.py()));
-        match error.is_instance_of::<PyTypeError>(value.py()) {
-            true => PyTypeError::new_err(message),
-            false => PyValueError::new_err(message),
-        }
-    })?;
+    let value = arguments::integer_named(&value, &name, "")?;
     Ok((name, value))
 }

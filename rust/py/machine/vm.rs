@@ -1,112 +1,125 @@
-//! The virtual machine.
+//! The virtual machine. One file: PyO3 takes the methods of a class from one block.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pagegate_core::boot::image::Image;
 use pagegate_core::machine::assembly::Machine;
-use pagegate_core::machine::config::{Config, ThreadWrapper};
-use pagegate_core::memory::listeners::Listener;
+use pagegate_core::machine::config::Config;
+use pagegate_core::memory::address::State;
 use pagegate_core::trace::about::About;
-use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::attributes::{PyAttributes, PyMemoryUsage};
-use super::device_io::{Handler, forget_accesses};
 use super::event_log::PyEvents;
-use super::listener::PyListener;
-use super::marks::PyMarks;
-use super::parts::{Callbacks, OfVm, Parts, lock};
+use super::handlers;
+use super::parts::{Callbacks, OfVm, Parts, held, lock, taken};
 use super::policy_handle::PyPolicyHandle;
 use super::report::PyReport;
 use super::vcpu::PyVcpu;
+use super::{image, linux, runs};
+use crate::devices::builtin;
 use crate::interpreter::{arguments, attach, errors};
-use crate::policy::hooks::forget_requests;
 use crate::policy::judge::Judge;
 use crate::testing::fake::PyFake;
 
 /// A virtual machine in which a policy decides whether pages are converted.
 ///
-/// ``memory``: bytes from gpa 0 on, a multiple of 4096. ``vcpus``: at least 1. ``policy``: any object with hooks, see
-/// ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected". ``enforcement``: "auto",
-/// "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory) or "memslots" (on any host).
-/// ``shared_bit``: the address bit that selects a page's shared view, above all of memory and below 52; ``None`` for
-/// one view of each page. ``initial``: the state of all pages at first. ``events``: how many requests the log keeps.
+/// ``memory``: bytes from gpa 0 on, a multiple of 4096, or text such as "64M". ``vcpus``: at least 1. ``policy``: any
+/// object with hooks, see ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected".
+/// ``enforcement``: "auto", "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory), "traps" (the
+/// same on the view that a page is not in, with host memory on both sides) or "memslots" (on any host). ``shared_bit``:
+/// the address bit that selects a page's shared view, above all of memory and below 52; ``private_bit``: the bit that
+/// selects its private view instead; ``None`` for both: one view of each page. ``initial``: the state of all pages at
+/// first, "shared" unless ``confidential`` is given. ``events``: how many requests the log keeps, 2**32 at most.
 /// ``memslots``: memory is divided into this many equal parts, and no memslot crosses from one to the next.
 /// ``hypervisor``: a ``pagegate.testing.Fake`` in place of /dev/kvm.
+///
+/// Where KVM shadows page tables, the memslots of each TiB take it seconds, and 2 GiB of the host's memory. Ctrl-C ends
+/// the wait.
+///
+/// ``platform``: "bare" (no interrupts; a HLT ends the vCPU) or "pc" (for Linux, see ``boot``; memory above 3 GiB
+/// goes on at 4 GiB). ``confidential``: "sev" for a guest that believes in SEV, all of it private at first, with the
+/// C-bit as ``private_bit``: nothing is encrypted, and the host is trusted. ``debug_private``: ``read`` and ``write``
+/// reach private pages, too, unless they are in a guest_memfd that cannot be mapped; the report says so.
+/// ``policy_timeout``: seconds that a call of a hook, handler or listener by a vCPU may take, looked at 40 times a
+/// second. One that takes longer gets a PolicyTimeoutError as soon as it executes Python code, which ends the run.
 ///
 /// Raises KvmUnavailable, NotSupported, PolicyError, and ValueError for an argument out of range.
 #[pyclass(name = "Vm", module = "pagegate", frozen, weakref)]
 pub(crate) struct PyVm(pub(crate) Arc<Parts>);
 
-/// Gives a vCPU thread one Python thread state for its whole life, if it may call Python.
-fn around(enters_python: Arc<AtomicBool>) -> ThreadWrapper {
-    Arc::new(move |body| match enters_python.load(Ordering::Relaxed) {
-        true => attach::thread(body, |py| {
-            forget_requests(py);
-            forget_accesses(py);
-        }),
-        false => body(),
-    })
-}
-
-/// `None` for no limit, and for one that is too long for a `Duration`.
-fn timeout(seconds: Option<f64>) -> PyResult<Option<Duration>> {
-    match seconds {
-        Some(seconds) if seconds.is_nan() || seconds < 0.0 => {
-            let message = format!("timeout is {seconds}: it must be a number of seconds, not negative");
-            Err(PyValueError::new_err(message))
-        }
-        Some(seconds) => Ok(Duration::try_from_secs_f64(seconds).ok()),
-        None => Ok(None),
-    }
-}
-
 #[pymethods]
 impl PyVm {
     #[new]
     #[pyo3(signature = (memory, *, vcpus = 1, policy = None, vm_type = "auto", enforcement = "auto", shared_bit = None,
-                        initial = "shared", events = 65536, memslots = 1, hypervisor = None))]
+                        private_bit = None, initial = None, events = 65536, memslots = 1, hypervisor = None,
+                        platform = "bare", confidential = None, debug_private = false, policy_timeout = None))]
     #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
     fn new(
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] memory: u64,
-        #[pyo3(from_py_with = arguments::integer)] vcpus: u32,
+        #[pyo3(from_py_with = arguments::size::<arguments::named::memory>)] memory: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpus, _>)] vcpus: u32,
         policy: Option<&Bound<'_, PyAny>>,
         vm_type: &str,
         enforcement: &str,
-        #[pyo3(from_py_with = arguments::optional)] shared_bit: Option<u32>,
-        initial: &str,
-        #[pyo3(from_py_with = arguments::integer)] events: usize,
-        #[pyo3(from_py_with = arguments::integer)] memslots: u32,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::shared_bit, _>)] shared_bit: Option<u32>,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::private_bit, _>)] private_bit: Option<u32>,
+        initial: Option<&str>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::events, _>)] events: usize,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::memslots, _>)] memslots: u32,
         hypervisor: Option<&PyFake>,
+        platform: &str,
+        confidential: Option<&str>,
+        debug_private: bool,
+        policy_timeout: Option<f64>,
     ) -> PyResult<Self> {
+        let platform = arguments::platform(platform)?;
+        let confidential = arguments::confidential(confidential)?;
+        let initial = match initial {
+            Some(initial) => arguments::state(initial, "initial")?,
+            None if confidential.is_some() => State::Private,
+            None => State::Shared,
+        };
         let judge = Judge::of(policy)?;
-        let enters_python = Arc::new(AtomicBool::new(judge.enters_python));
+        let enters_python = Arc::new(AtomicBool::new(judge.enters_python || policy_timeout.is_some()));
+        let overdue = runs::policy_timeout(policy_timeout)?;
         let config = Config {
             memory,
             vcpus,
             vm_type: arguments::vm_type(vm_type)?,
             enforcement: arguments::enforcement(enforcement)?,
             shared_bit,
-            initial: arguments::state(initial, "initial")?,
+            private_bit,
+            initial,
+            platform,
+            confidential,
+            debug_private,
             events,
             memslots,
             policy: judge.policy.clone(),
-            around: Some(around(enters_python.clone())),
+            around: Some(runs::around(enters_python.clone(), overdue.clone())),
+            stack: runs::stack(py)?,
             hypervisor: hypervisor.map(PyFake::vm),
         };
         let machine = py
-            .detach(|| Machine::new(config))
+            .detach(|| Machine::new_watched(config, &mut attach::check_signals))
             .map_err(|error| errors::raise(py, error))?;
         Ok(Self(Arc::new(Parts {
             memory,
-            about: About::now(machine.events(), machine.memory()),
+            about: About::now(machine.events(), machine.memory(), machine.debug_private()),
+            console: PyOnceLock::new(),
+            report: Mutex::default(),
+            configured: Mutex::default(),
             shared_bit,
+            private_bit: linux::private_bit(&machine),
+            platform: if machine.console().is_ok() { "pc" } else { "bare" },
+            confidential: confidential.map(|_| "sev"),
             enforcement: machine.enforcement().as_str(),
             machine: Mutex::new(Some(Arc::new(machine))),
             callbacks: Mutex::new(Some(Callbacks {
@@ -114,8 +127,10 @@ impl PyVm {
                 policy: policy.map(|policy| policy.clone().unbind()),
                 handlers: Vec::new(),
                 listeners: Vec::new(),
+                devices: Vec::new(),
             })),
             enters_python,
+            overdue,
         })))
     }
 
@@ -131,6 +146,24 @@ impl PyVm {
         self.0.shared_bit
     }
 
+    /// The address bit that selects a page's private view; ``None`` if none does.
+    #[getter]
+    fn private_bit(&self) -> Option<u32> {
+        self.0.private_bit
+    }
+
+    /// What is around the vCPUs: "bare" or "pc".
+    #[getter]
+    fn platform(&self) -> &'static str {
+        self.0.platform
+    }
+
+    /// What the guest is made to believe: "sev"; ``None`` for an ordinary guest.
+    #[getter]
+    fn confidential(&self) -> Option<&'static str> {
+        self.0.confidential
+    }
+
     /// How page states are enforced.
     #[getter]
     fn enforcement(&self) -> &'static str {
@@ -140,7 +173,7 @@ impl PyVm {
     /// Whether the machine is closed.
     #[getter]
     fn closed(&self) -> bool {
-        lock(&self.0.machine).is_none()
+        held(&self.0.machine).is_none()
     }
 
     /// The vCPUs, by index.
@@ -179,24 +212,55 @@ impl PyVm {
         &self,
         py: Python<'_>,
         image: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = arguments::integer)] at: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::at, _>)] at: u64,
     ) -> PyResult<u64> {
+        image::load(py, &*self.0.machine(py)?, image, at)
+    }
+
+    /// Loads a Linux kernel, so that the next ``run`` boots it.
+    ///
+    /// ``kernel``: the path of a bzImage (a distribution's vmlinuz) or of an ELF vmlinux. ``initrd``: the path of its
+    /// initial RAM disk. ``append``: its command line; console=ttyS0 and panic=-1 are added where it has no such word.
+    /// All vCPUs are started. A confidential guest gets all of it in private memory.
+    ///
+    /// Raises OSError, ValueError that says what is wrong with a file or does not fit, PagegateError without
+    /// ``platform="pc"``, if a kernel was booted already, or while the machine runs.
+    #[pyo3(signature = (kernel, *, initrd = None, append = ""))]
+    fn boot(&self, py: Python<'_>, kernel: PathBuf, initrd: Option<PathBuf>, append: &str) -> PyResult<()> {
+        linux::boot(py, &*self.0.machine(py)?, &kernel, initrd.as_deref(), append)
+    }
+
+    /// The guest's serial console, ttyS0. PagegateError without ``platform="pc"``.
+    #[getter]
+    fn console(slf: &Bound<'_, Self>) -> PyResult<Py<PyAny>> {
+        linux::console(slf.as_any(), &slf.get().0)
+    }
+
+    /// The function of the booted kernel at an address, such as "set_memory_decrypted+0x1f".
+    ///
+    /// ``None`` outside of its text, for an image without symbols, and as long as the kernel has not got far enough to
+    /// tell where KASLR has put it. PagegateError while it runs: a hook has ``request.symbol``.
+    fn symbol(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::rip, _>)] rip: u64,
+    ) -> PyResult<Option<String>> {
         let machine = self.0.machine(py)?;
-        let load = |image: &Image<'_>| {
-            py.detach(|| machine.load(image))
-                .map_err(|error| errors::raise(py, error))
-        };
-        if let Ok(bytes) = arguments::bytes(image) {
-            return load(&Image::raw(&bytes, at));
-        }
-        let path: PathBuf = image
-            .extract()
-            .map_err(|_| PyTypeError::new_err("image must be bytes-like, or the path of an ELF or raw file"))?;
-        let bytes = std::fs::read(&path).map_err(|error| os_error(&error, &path))?;
-        match Image::is_elf(&bytes) {
-            true => load(&Image::elf(&bytes).map_err(|error| errors::raise(py, error))?),
-            false => load(&Image::raw(&bytes, at)),
-        }
+        py.detach(|| machine.symbol(rip, &mut attach::check_signals))
+            .map_err(|error| errors::raise(py, error))
+    }
+
+    /// The ranges of addresses that are memory, as ``(gpa, size)`` in bytes: one, or two around a hole.
+    #[getter]
+    fn ram(&self, py: Python<'_>) -> PyResult<Vec<(u64, u64)>> {
+        let ram = self.0.machine(py)?.memory().views().ram();
+        Ok(ram.into_iter().map(|range| (range.gpa(), range.size())).collect())
+    }
+
+    /// Whether a run is in progress.
+    #[getter]
+    fn running(&self) -> bool {
+        held(&self.0.machine).is_some_and(|machine| machine.running())
     }
 
     /// Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
@@ -206,52 +270,62 @@ impl PyVm {
     fn on_io(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] port: u16,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::port, _>)] port: u16,
         handler: Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let machine = self.0.machine(py)?;
-        if let Ok(marks) = handler.cast::<PyMarks>() {
-            let added = machine.on_io(port, marks.get().0.clone());
-            return added.map_err(|error| errors::raise(py, error));
-        }
-        let handler = callable(handler)?;
-        machine
-            .on_io(port, handler.clone())
-            .map_err(|error| errors::raise(py, error))?;
-        self.0.keep(&handler);
-        Ok(())
+        handlers::on_io(py, &self.0, port, handler)
     }
 
     /// Sets the handler of ``size`` bytes outside guest memory and its views; otherwise as ``on_io``.
+    ///
+    /// With two views it answers accesses through either: the bit in ``gpa`` that selects one is ignored.
     fn on_mmio(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
         handler: Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let handler = callable(handler)?;
-        let machine = self.0.machine(py)?;
-        machine
-            .on_mmio(gpa, size, handler.clone())
-            .map_err(|error| errors::raise(py, error))?;
-        self.0.keep(&handler);
+        handlers::on_mmio(py, &self.0, gpa, size, handler)
+    }
+
+    /// Puts a virtio device on the PCI bus of a machine with ``platform="pc"``, before ``boot``.
+    ///
+    /// ``device``: one of ``pagegate.devices``, or an object of your own, see ``pagegate.devices.Device``. ``name``:
+    /// what events and messages call it. It reaches shared pages only; see ``Policy.device_access``.
+    /// ``log_accesses``: the log has an event "accessed" for each of its accesses to memory, those to a queue's rings,
+    /// too. PagegateError without ``platform="pc"`` or after ``boot``, PolicyError for an object that is no device,
+    /// ValueError for a 32nd.
+    #[pyo3(signature = (device, *, name = None, log_accesses = false))]
+    fn add_device(
+        slf: &Bound<'_, Self>,
+        device: &Bound<'_, PyAny>,
+        name: Option<&str>,
+        log_accesses: bool,
+    ) -> PyResult<()> {
+        let parts = &slf.get().0;
+        if let Some(device) = builtin::add(slf.as_any(), &*parts.machine(slf.py())?, device, name, log_accesses)? {
+            parts.keep_device(device);
+        }
         Ok(())
+    }
+
+    /// Reads the configuration of a virtio device again, and tells its driver if it has changed.
+    ///
+    /// The size of a ``Block``'s file, or ``config`` of a device in Python. ``name``: as ``add_device`` was told; it
+    /// stands for all devices that have it. At any time, also while the machine runs. ValueError if there is none,
+    /// PagegateError for a disk of less than a sector, and what ``config`` raises.
+    fn refresh_device(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        let machine = self.0.machine(py)?;
+        let refreshed = py.detach(|| machine.refresh_device(name));
+        refreshed.map_err(|error| errors::raise(py, error))
     }
 
     /// Tells an object the present states, and from then on every conversion; see ``pagegate.Listener``.
     ///
     /// No conversion in between is missed or told twice. Raises PolicyError for an object that is no listener.
     fn add_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
-        let machine = self.0.machine(py)?;
-        let listener = Arc::new(PyListener::resolve(listener)?);
-        let joined = py.detach(|| machine.add_listener(listener.clone()));
-        joined.map_err(|error| errors::raise(py, error))?;
-        if let Some(callbacks) = lock(&self.0.callbacks).as_mut() {
-            callbacks.listeners.push(listener);
-        }
-        self.0.enters_python.store(true, Ordering::Relaxed);
-        Ok(())
+        self.0.add_listener(py, listener)
     }
 
     /// Stops telling an object of conversions.
@@ -261,21 +335,7 @@ impl PyVm {
     ///
     /// ValueError if it is no listener of this machine.
     fn remove_listener(&self, py: Python<'_>, listener: &Bound<'_, PyAny>) -> PyResult<()> {
-        let machine = self.0.machine(py)?;
-        let known = {
-            let mut callbacks = lock(&self.0.callbacks);
-            let listeners = callbacks.as_mut().map(|callbacks| &mut callbacks.listeners);
-            listeners.and_then(|listeners| {
-                let at = listeners.iter().position(|known| known.is(listener))?;
-                Some(listeners.remove(at))
-            })
-        };
-        let Some(known) = known else {
-            return Err(PyValueError::new_err("this object is no listener of this machine"));
-        };
-        let known: Arc<dyn Listener> = known;
-        py.detach(|| machine.remove_listener(&known));
-        Ok(())
+        self.0.remove_listener(py, listener)
     }
 
     /// Runs every started vCPU, each in its own thread, until one ends the run, all halt or ``timeout`` is over.
@@ -287,35 +347,53 @@ impl PyVm {
     ///
     /// After "timeout", "stopped", "denied", "livelock", a Stop or an exception, ``run`` can be called again, and a
     /// request that was not answered is put to the policy again (after a Stop, an explicit one has got EAGAIN). After
-    /// "halt" the guest continues after the HLT; after "shutdown" the vCPU has to be started again.
+    /// "halt" the guest continues after the HLT; after "shutdown" the vCPU has to be started again. A vCPU that
+    /// halted rests, in further runs too, until all have halted or it is started again.
+    ///
+    /// A vCPU's thread is as one that Python started: it has that size of stack, and what ``threading.settrace`` was
+    /// given traces its hooks. At the interpreter's end runs are stopped and waited for, two seconds at most; a call
+    /// that has not returned then never does.
     ///
     /// Raises BadBacking, Livelock, PolicyError, PagegateError for an exit that cannot be handled or if no vCPU is
-    /// started, and ValueError for a negative ``timeout``.
+    /// started, and ValueError for a ``timeout`` that is negative or no number of seconds.
     #[pyo3(signature = (timeout = None))]
-    fn run(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<PyReport> {
-        let timeout = self::timeout(timeout)?;
-        let machine = self.0.machine(py)?;
-        let mut interrupt = || Python::attach(|py| py.check_signals()).map_err(errors::failure);
-        let report = py.detach(|| machine.run(timeout, &mut interrupt));
-        report.map(PyReport::from).map_err(|error| errors::raise(py, error))
+    fn run(
+        slf: &Bound<'_, Self>,
+        #[pyo3(from_py_with = arguments::timeout)] timeout: Option<Duration>,
+    ) -> PyResult<Py<PyReport>> {
+        runs::run(slf.as_any(), &slf.get().0, timeout)
     }
 
-    /// Ends the run in progress as "stopped", from any thread. Does nothing if there is none.
+    /// The same for asyncio, in a thread: ``report = await vm.run_async()``. Cancelling it stops the run.
+    #[pyo3(signature = (timeout = None))]
+    fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyAny>> {
+        let run = slf.py().import("pagegate.asynchronous")?.getattr("run")?;
+        run.call1((slf, timeout))
+    }
+
+    /// The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
+    ///
+    /// ``None`` before the first one, and if no vCPU had begun to run.
+    #[getter]
+    fn report(&self, py: Python<'_>) -> Option<Py<PyReport>> {
+        lock(&self.0.report).as_ref().map(|report| report.clone_ref(py))
+    }
+
+    /// Ends the run in progress as "stopped", from any thread, also before a vCPU runs. Does nothing without one.
     fn stop(&self, py: Python<'_>) {
-        let machine = lock(&self.0.machine).clone();
-        if let Some(machine) = machine {
+        if let Some(machine) = held(&self.0.machine) {
             py.detach(|| machine.stop());
         }
     }
 
-    /// Reads ``n`` bytes of shared pages.
+    /// Reads ``n`` bytes of shared pages, and with ``debug_private`` of private ones.
     ///
     /// Raises PrivateMemoryError, which names the first private page, and ValueError outside memory.
     fn read<'py>(
         &self,
         py: Python<'py>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer)] n: usize,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::n, _>)] n: usize,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let machine = self.0.machine(py)?;
         if n as u64 > self.0.memory {
@@ -330,14 +408,14 @@ impl PyVm {
         })
     }
 
-    /// Writes ``data`` to shared pages.
+    /// Writes ``data`` to shared pages, and with ``debug_private`` to private ones.
     ///
     /// Raises PrivateMemoryError, which names the first private page, and ValueError outside memory; then nothing is
     /// written.
     fn write(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
         #[pyo3(from_py_with = arguments::bytes)] data: Vec<u8>,
     ) -> PyResult<()> {
         let machine = self.0.machine(py)?;
@@ -348,13 +426,14 @@ impl PyVm {
     /// Converts pages without asking the policy. They lose their bytes and read as zeroes.
     ///
     /// ``gpa`` and ``size``: bytes, multiples of 4096. Raises ValueError for what is no range of pages in memory,
-    /// PagegateError if the kernel or a listener refuses, and what a listener raises.
+    /// PagegateError if the kernel or a listener refuses, and what a listener raises. More than 256 MiB are converted
+    /// in parts: if a later one fails, the message or a note says what was converted and stays so.
     #[pyo3(signature = (gpa, size, *, to))]
     fn convert(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
         to: &str,
     ) -> PyResult<()> {
         let to = arguments::state(to, "to")?;
@@ -377,24 +456,18 @@ impl PyVm {
         })
     }
 
-    /// Frees the machine, its memory and all descriptors. PagegateError while it runs.
+    /// Frees the machine, its memory and all descriptors. PagegateError while it runs, and from a listener.
+    ///
+    /// It waits for conversions under way, whose listeners are told to their end; after it none succeeds.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        let mut slot = lock(&self.0.machine);
-        if slot.as_ref().is_some_and(|machine| machine.running()) {
-            return Err(errors::busy(
-                py,
-                "the machine is running: call stop() and let run() return before close()",
-            ));
-        }
-        let machine = slot.take();
-        drop(slot);
-        if let Some(machine) = machine {
-            py.detach(|| {
-                machine.clear_handlers();
-                drop(machine);
-            });
-        }
-        drop(lock(&self.0.callbacks).take());
+        let Some(machine) = held(&self.0.machine) else {
+            return Ok(());
+        };
+        py.detach(|| machine.close())
+            .map_err(|error| errors::raise(py, error))?;
+        let ours = taken(&self.0.machine);
+        py.detach(|| drop((machine, ours)));
+        self.0.release(py);
         Ok(())
     }
 
@@ -417,25 +490,12 @@ impl PyVm {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        // If the lock is taken, a call is in progress; it refers to this object, which therefore is no garbage.
-        if let Ok(Some(callbacks)) = self.0.callbacks.try_lock().as_deref() {
-            callbacks.judge.traverse(&visit)?;
-            if let Some(policy) = &callbacks.policy {
-                visit.call(policy)?;
-            }
-            for handler in &callbacks.handlers {
-                visit.call(&handler.0)?;
-            }
-            for listener in &callbacks.listeners {
-                listener.traverse(&visit)?;
-            }
-        }
-        Ok(())
+        self.0.traverse(&visit)
     }
 
-    fn __clear__(&self) {
-        drop(lock(&self.0.machine).take());
-        drop(lock(&self.0.callbacks).take());
+    fn __clear__(&self, py: Python<'_>) {
+        drop(taken(&self.0.machine));
+        self.0.release(py);
     }
 }
 
@@ -443,24 +503,5 @@ fn of_vm(vm: &Bound<'_, PyVm>) -> OfVm {
     OfVm {
         parts: vm.get().0.clone(),
         vm: vm.clone().into_any().unbind(),
-    }
-}
-
-fn callable(handler: Bound<'_, PyAny>) -> PyResult<Arc<Handler>> {
-    match handler.is_callable() {
-        true => Ok(Arc::new(Handler(handler.unbind()))),
-        false => Err(PyTypeError::new_err("the handler must be callable")),
-    }
-}
-
-/// The OSError that Python's own functions would raise, such as FileNotFoundError, with the path.
-fn os_error(error: &std::io::Error, path: &std::path::Path) -> PyErr {
-    match error.raw_os_error() {
-        Some(errno) => {
-            let text = error.to_string();
-            let text = text.split(" (os error").next().unwrap_or_default().to_owned();
-            PyOSError::new_err((errno, text, path.to_path_buf()))
-        }
-        None => PyOSError::new_err(error.to_string()),
     }
 }

@@ -8,8 +8,9 @@ use pagegate_core::policy::decision::{self as core, Decision, Region, RegionDeci
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
 
-use crate::interpreter::{arguments, errors};
+use crate::interpreter::{arguments, call, errors, record};
 
 const MAX_ERRNO: i32 = 4095;
 
@@ -32,9 +33,9 @@ impl PyRegion {
     #[new]
     #[pyo3(signature = (gpa, size, *, uses = None, seconds = None))]
     fn new(
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
-        #[pyo3(from_py_with = arguments::optional)] uses: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::uses, _>)] uses: Option<u64>,
         seconds: Option<f64>,
     ) -> PyResult<Self> {
         let range = Range::new(gpa, size).ok_or_else(|| {
@@ -77,6 +78,15 @@ impl PyRegion {
         self.0.nanoseconds.map(|time| time as f64 / 1e9)
     }
 
+    /// Its fields by name.
+    fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        record::asdict(slf.as_any(), &["gpa", "size", "uses", "seconds"])
+    }
+
+    fn __getnewargs_ex__<'py>(slf: &Bound<'py, Self>) -> PyResult<record::State<'py>> {
+        record::state(slf.as_any(), &["gpa", "size", "uses", "seconds"])
+    }
+
     fn __repr__(&self) -> String {
         let uses = self.uses().map(|uses| format!(", uses={uses}")).unwrap_or_default();
         let seconds = self
@@ -113,6 +123,9 @@ fn nanoseconds(seconds: f64) -> PyResult<u64> {
 /// The conversion is one transaction, or several in a row, of at most 256 MiB each. If the kernel refuses, the
 /// transaction is undone: an explicit request gets the errno in RAX, an implicit one ends the run with PagegateError.
 /// If a listener refuses, the guest tries again: an explicit request gets EAGAIN.
+///
+/// What earlier transactions converted stays converted. An explicit request then gets EAGAIN, the answer after which a
+/// guest asks again, and the event and the report count those bytes, as the exception says them where the run ends.
 #[pyclass(name = "Convert", module = "pagegate", frozen, eq, hash)]
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct PyConvert {
@@ -145,8 +158,8 @@ impl PyConvert {
     fn new(
         py: Python<'_>,
         to: Option<&str>,
-        #[pyo3(from_py_with = arguments::optional)] gpa: Option<u64>,
-        #[pyo3(from_py_with = arguments::optional)] size: Option<u64>,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::gpa, _>)] gpa: Option<u64>,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
         prefault: bool,
         discard: bool,
         remember: Option<PyRegion>,
@@ -171,6 +184,15 @@ impl PyConvert {
     #[getter]
     fn to(&self) -> Option<&'static str> {
         self.to.map(State::as_str)
+    }
+
+    /// Its fields by name.
+    fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        record::asdict(slf.as_any(), &["to", "gpa", "size", "prefault", "discard", "remember"])
+    }
+
+    fn __getnewargs_ex__<'py>(slf: &Bound<'py, Self>) -> PyResult<record::State<'py>> {
+        record::state(slf.as_any(), &["to", "gpa", "size", "prefault", "discard", "remember"])
     }
 
     fn __repr__(&self) -> String {
@@ -224,13 +246,25 @@ pub(crate) struct PyDeny {
 impl PyDeny {
     #[new]
     #[pyo3(signature = (errno = EINVAL, *, remember = None), text_signature = "(errno=22, *, remember=None)")]
-    fn new(errno: i32, remember: Option<PyRegion>) -> PyResult<Self> {
+    fn new(
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
+        remember: Option<PyRegion>,
+    ) -> PyResult<Self> {
         match (1..=MAX_ERRNO).contains(&errno) {
             true => Ok(Self { errno, remember }),
             false => Err(PyValueError::new_err(format!(
                 "errno is {errno}: it must be in 1..={MAX_ERRNO}"
             ))),
         }
+    }
+
+    /// Its fields by name.
+    fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        record::asdict(slf.as_any(), &["errno", "remember"])
+    }
+
+    fn __getnewargs_ex__<'py>(slf: &Bound<'py, Self>) -> PyResult<record::State<'py>> {
+        record::state(slf.as_any(), &["errno", "remember"])
     }
 
     fn __repr__(&self) -> String {
@@ -257,6 +291,15 @@ impl PyRetry {
         Self { remember }
     }
 
+    /// Its fields by name.
+    fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        record::asdict(slf.as_any(), &["remember"])
+    }
+
+    fn __getnewargs_ex__<'py>(slf: &Bound<'py, Self>) -> PyResult<record::State<'py>> {
+        record::state(slf.as_any(), &["remember"])
+    }
+
     fn __repr__(&self) -> String {
         format!("Retry({})", remembered(self.remember.as_ref()).unwrap_or_default())
     }
@@ -281,6 +324,15 @@ impl PyStop {
         Self { reason }
     }
 
+    /// Its fields by name.
+    fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        record::asdict(slf.as_any(), &["reason"])
+    }
+
+    fn __getnewargs_ex__<'py>(slf: &Bound<'py, Self>) -> PyResult<record::State<'py>> {
+        record::state(slf.as_any(), &["reason"])
+    }
+
     fn __repr__(&self) -> String {
         format!("Stop({:?})", self.reason)
     }
@@ -298,6 +350,15 @@ impl PyDiscard {
         Self
     }
 
+    /// Its fields by name.
+    fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        record::asdict(slf.as_any(), &[])
+    }
+
+    fn __getnewargs_ex__<'py>(slf: &Bound<'py, Self>) -> PyResult<record::State<'py>> {
+        record::state(slf.as_any(), &[])
+    }
+
     fn __repr__(&self) -> &'static str {
         "Discard()"
     }
@@ -313,7 +374,7 @@ pub(crate) fn read(answer: &Bound<'_, PyAny>, hook: &str) -> PyResult<Decision> 
             size: convert.size,
             prefault: convert.prefault,
             keep: !convert.discard,
-            max_shared: None,
+            ..core::Convert::default()
         });
         (decision, convert.remember.as_ref())
     } else if let Ok(deny) = answer.cast::<PyDeny>() {
@@ -325,9 +386,10 @@ pub(crate) fn read(answer: &Bound<'_, PyAny>, hook: &str) -> PyResult<Decision> 
     } else if answer.is_instance_of::<PyDiscard>() {
         (Decision::Discard, None)
     } else {
-        let answer = answer.repr()?;
+        let py = answer.py();
+        let answer = call::repr(answer)?;
         return Err(errors::policy_error(
-            answer.py(),
+            py,
             format!(
                 "{hook} answered {answer}, which is no decision: return Convert(), Deny(), Retry() or Stop(reason)"
             ),

@@ -6,11 +6,13 @@ use std::thread::LocalKey;
 use pagegate_core::errno::{EFAULT, EHWPOISON, Errno};
 use pagegate_core::hypervisor::exit::FLAG_PRIVATE;
 use pagegate_core::memory::address::{PAGE_SIZE, Range, State};
+use pagegate_core::memory::views::Views;
 use pagegate_core::policy::map_gpa_range;
 use pagegate_core::policy::request::{ExplicitRequest, ImplicitRequest};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use super::asker::{self, PyRegisters};
 use crate::interpreter::arguments;
 use crate::interpreter::fields::{Field, RangeState};
 use crate::interpreter::reuse::{HookArgument, Spare};
@@ -42,7 +44,7 @@ fn accessed(private: bool) -> State {
 
 /// An implicit request: the guest accessed a page that is not in the accessed state.
 ///
-/// KVM reports it by KVM_EXIT_MEMORY_FAULT (attributes) or KVM_EXIT_MMIO (memslots).
+/// KVM reports it by KVM_EXIT_MEMORY_FAULT (attributes, traps) or KVM_EXIT_MMIO (memslots).
 ///
 /// One can be made to test a policy: ``flags`` are by default those of the access, ``state`` is the opposite of the
 /// accessed state. ``gpa`` and ``size`` are in bytes, multiples of 4096; ``errno`` is in 1..=4095. Raises ValueError.
@@ -50,7 +52,7 @@ fn accessed(private: bool) -> State {
 pub(crate) struct PyMemoryFault {
     /// Index of the vCPU.
     vcpu: Field<u32>,
-    /// The page's address in bytes, without the shared bit.
+    /// The page's address in bytes, without the view bit.
     gpa: Field<u64>,
     /// Bytes: 4096 on x86.
     size: Field<u64>,
@@ -64,8 +66,13 @@ pub(crate) struct PyMemoryFault {
     errno: Field<i32>,
     /// The page's present state.
     state: Field<RangeState>,
-    /// The guest's instruction pointer.
+    /// The guest's instruction pointer: of the instruction that accessed the page, unless ``executed``.
     rip: Field<u64>,
+    /// Whether KVM has executed the instruction up to this access: under memslots, of a store, a push or a call.
+    ///
+    /// ``rip`` and ``regs`` are then as the instruction leaves them, such as the next one's or a call's target. Nothing
+    /// tells where it began: the same store with a prefix and without leaves the same registers.
+    executed: Field<bool>,
     /// How often this same fault came before, in a row, with no change of its page; 0 for the first one.
     repeats: Field<u32>,
     /// When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
@@ -83,6 +90,7 @@ impl From<&ImplicitRequest> for PyMemoryFault {
             errno: fault.errno.0.into(),
             state: RangeState::from(fault.state).into(),
             rip: fault.rip.into(),
+            executed: fault.executed.into(),
             repeats: fault.repeats.into(),
             time: fault.time.into(),
         }
@@ -105,6 +113,7 @@ impl HookArgument for PyMemoryFault {
         self.errno.set(fault.errno.0);
         self.state.set(fault.state.into());
         self.rip.set(fault.rip);
+        self.executed.set(fault.executed);
         self.repeats.set(fault.repeats);
         self.time.set(fault.time);
     }
@@ -126,9 +135,10 @@ impl PyMemoryFault {
             errno: Errno(self.errno.get()),
             state: self.state.get().state().unwrap_or(State::Shared),
             rip: self.rip.get(),
+            executed: self.executed.get(),
             repeats: self.repeats.get(),
             time: self.time.get(),
-            memory,
+            memory: Views::new(memory, None, None),
         })
     }
 }
@@ -137,21 +147,22 @@ impl PyMemoryFault {
 impl PyMemoryFault {
     #[new]
     #[pyo3(signature = (gpa, *, private = false, vcpu = 0, size = PAGE_SIZE, flags = None, errno = EFAULT,
-                        state = None, rip = 0, repeats = 0, time = 0),
+                        state = None, rip = 0, repeats = 0, time = 0, executed = false),
            text_signature = "(gpa, *, private=False, vcpu=0, size=4096, flags=None, errno=14, state=None, rip=0, \
-                             repeats=0, time=0)")]
+                             repeats=0, time=0, executed=False)")]
     #[expect(clippy::too_many_arguments, reason = "one for each field")]
     fn new(
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
         private: bool,
-        #[pyo3(from_py_with = arguments::integer)] vcpu: u32,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
-        #[pyo3(from_py_with = arguments::optional)] flags: Option<u64>,
-        #[pyo3(from_py_with = arguments::integer)] errno: i32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::flags, _>)] flags: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
         state: Option<&str>,
-        #[pyo3(from_py_with = arguments::integer)] rip: u64,
-        #[pyo3(from_py_with = arguments::integer)] repeats: u32,
-        #[pyo3(from_py_with = arguments::integer)] time: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::rip, _>)] rip: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::repeats, _>)] repeats: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::time, _>)] time: u64,
+        executed: bool,
     ) -> PyResult<Self> {
         let range = pages(gpa, size)?;
         let access = accessed(private);
@@ -165,9 +176,35 @@ impl PyMemoryFault {
             errno: positive(errno)?.0.into(),
             state: RangeState::from(state).into(),
             rip: rip.into(),
+            executed: executed.into(),
             repeats: repeats.into(),
             time: time.into(),
         })
+    }
+
+    /// The general registers of the vCPU, read when this is looked at: in the hook, and in the hook's own thread.
+    ///
+    /// AttributeError anywhere else, PagegateError if KVM_GET_REGS fails.
+    #[getter]
+    fn regs(slf: &Bound<'_, Self>) -> PyResult<PyRegisters> {
+        asker::regs(slf)
+    }
+
+    /// The kernel's function that the vCPU is in, such as "set_memory_decrypted+0x1f"; ``None`` if it is not known.
+    ///
+    /// Of a kernel that ``Vm.boot`` loaded, from the symbols in its image. AttributeError as for ``regs``;
+    /// PagegateError if the run ends while they are read.
+    #[getter]
+    fn symbol(slf: &Bound<'_, Self>) -> PyResult<Option<String>> {
+        asker::symbol(slf)
+    }
+
+    /// The instruction that the vCPU is at; ``None`` if it lies in private memory. AttributeError as for ``regs``.
+    ///
+    /// A kernel's instruction is the one of its image: it patches some of them when it boots.
+    #[getter]
+    fn disassembly(slf: &Bound<'_, Self>) -> PyResult<Option<String>> {
+        asker::disassembly(slf)
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
@@ -180,14 +217,15 @@ impl PyMemoryFault {
             errno,
             state,
             rip,
+            executed,
             repeats,
             time,
         } = slf.get();
         let class = slf.get_type().name()?;
-        let private = if private.get() { "True" } else { "False" };
+        let [private, executed] = [private, executed].map(|field| if field.get() { "True" } else { "False" });
         Ok(format!(
             "{class}(vcpu={}, gpa={:#x}, size={:#x}, private={private}, flags={:#x}, errno={}, state={:?}, rip={:#x}, \
-             repeats={}, time={})",
+             executed={executed}, repeats={}, time={})",
             vcpu.get(),
             gpa.get(),
             size.get(),
@@ -217,31 +255,35 @@ impl PyMemoryPoison {
 impl PyMemoryPoison {
     #[new]
     #[pyo3(signature = (gpa, *, private = false, vcpu = 0, size = PAGE_SIZE, flags = None, errno = EHWPOISON,
-                        state = None, rip = 0, repeats = 0, time = 0),
+                        state = None, rip = 0, repeats = 0, time = 0, executed = false),
            text_signature = "(gpa, *, private=False, vcpu=0, size=4096, flags=None, errno=133, state=None, rip=0, \
-                             repeats=0, time=0)")]
+                             repeats=0, time=0, executed=False)")]
     #[expect(clippy::too_many_arguments, reason = "one for each field")]
     fn new(
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
         private: bool,
-        #[pyo3(from_py_with = arguments::integer)] vcpu: u32,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
-        #[pyo3(from_py_with = arguments::optional)] flags: Option<u64>,
-        #[pyo3(from_py_with = arguments::integer)] errno: i32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::flags, _>)] flags: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
         state: Option<&str>,
-        #[pyo3(from_py_with = arguments::integer)] rip: u64,
-        #[pyo3(from_py_with = arguments::integer)] repeats: u32,
-        #[pyo3(from_py_with = arguments::integer)] time: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::rip, _>)] rip: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::repeats, _>)] repeats: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::time, _>)] time: u64,
+        executed: bool,
     ) -> PyResult<PyClassInitializer<Self>> {
         let state = state.or(Some(accessed(private).as_str()));
-        let fault = PyMemoryFault::new(gpa, private, vcpu, size, flags, errno, state, rip, repeats, time)?;
+        let fault = PyMemoryFault::new(
+            gpa, private, vcpu, size, flags, errno, state, rip, repeats, time, executed,
+        )?;
         Ok(PyClassInitializer::from(fault).add_subclass(Self))
     }
 }
 
 /// An explicit request: a well-formed KVM_HC_MAP_GPA_RANGE, by hypercall or doorbell.
 ///
-/// A malformed one gets EINVAL in RAX and reaches no policy.
+/// A malformed one gets EINVAL in RAX and reaches no policy. Nor does one to share what is no memory, such as a
+/// device's range: it gets 0, and nothing is done.
 ///
 /// One can be made to test a policy: ``raw`` follows from ``to`` and ``page_size`` and must not contradict them;
 /// ``state`` is by default the opposite of ``to``. Raises ValueError.
@@ -249,7 +291,7 @@ impl PyMemoryPoison {
 pub(crate) struct PyMapGpaRange {
     /// Index of the vCPU.
     vcpu: Field<u32>,
-    /// Start in bytes, a multiple of 4096, without the shared bit.
+    /// Start in bytes, a multiple of 4096, without the view bit.
     gpa: Field<u64>,
     /// Length in bytes, a multiple of 4096. The whole range lies in guest memory.
     size: Field<u64>,
@@ -317,7 +359,7 @@ impl PyMapGpaRange {
             raw: self.raw.get(),
             state: self.state.get().state(),
             time: self.time.get(),
-            memory,
+            memory: Views::new(memory, None, None),
         })
     }
 }
@@ -335,14 +377,14 @@ impl PyMapGpaRange {
            text_signature = "(gpa, size=4096, *, to, vcpu=0, page_size=4096, raw=None, state=None, time=0)")]
     #[expect(clippy::too_many_arguments, reason = "one for each field")]
     fn new(
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
         to: &str,
-        #[pyo3(from_py_with = arguments::integer)] vcpu: u32,
-        #[pyo3(from_py_with = arguments::integer)] page_size: u64,
-        #[pyo3(from_py_with = arguments::optional)] raw: Option<u64>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::page_size, _>)] page_size: u64,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::raw, _>)] raw: Option<u64>,
         state: Option<&str>,
-        #[pyo3(from_py_with = arguments::integer)] time: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::time, _>)] time: u64,
     ) -> PyResult<Self> {
         let range = pages(gpa, size)?;
         let to = arguments::state(to, "to")?;
@@ -365,6 +407,37 @@ impl PyMapGpaRange {
             state: state.into(),
             time: time.into(),
         })
+    }
+
+    /// The vCPU's instruction pointer, as ``regs.rip``. AttributeError and PagegateError as for ``regs``.
+    #[getter]
+    fn rip(slf: &Bound<'_, Self>) -> PyResult<u64> {
+        Ok(asker::regs(slf)?.rip)
+    }
+
+    /// The general registers of the vCPU, read when this is looked at: in the hook, and in the hook's own thread.
+    ///
+    /// AttributeError anywhere else, PagegateError if KVM_GET_REGS fails.
+    #[getter]
+    fn regs(slf: &Bound<'_, Self>) -> PyResult<PyRegisters> {
+        asker::regs(slf)
+    }
+
+    /// The kernel's function that the vCPU is in, such as "set_memory_decrypted+0x1f"; ``None`` if it is not known.
+    ///
+    /// Of a kernel that ``Vm.boot`` loaded, from the symbols in its image. AttributeError as for ``regs``;
+    /// PagegateError if the run ends while they are read.
+    #[getter]
+    fn symbol(slf: &Bound<'_, Self>) -> PyResult<Option<String>> {
+        asker::symbol(slf)
+    }
+
+    /// The instruction that the vCPU is at; ``None`` if it lies in private memory. AttributeError as for ``regs``.
+    ///
+    /// A kernel's instruction is the one of its image: it patches some of them when it boots.
+    #[getter]
+    fn disassembly(slf: &Bound<'_, Self>) -> PyResult<Option<String>> {
+        asker::disassembly(slf)
     }
 
     fn __repr__(&self) -> String {

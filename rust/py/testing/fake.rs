@@ -85,6 +85,18 @@ impl PyStep {
         )
     }
 
+    /// RDMSR of an MSR that KVM leaves to user space. Reply: a byte, 1 for #GP, and the eight that were read.
+    #[staticmethod]
+    fn read_msr(index: u32) -> Self {
+        Self(Step::ReadMsr(index))
+    }
+
+    /// WRMSR to such an MSR. Reply: a byte, 1 for #GP.
+    #[staticmethod]
+    fn write_msr(index: u32, data: u64) -> Self {
+        Self(Step::WriteMsr { index, data })
+    }
+
     /// KVM_RUN does not return until the vCPU is kicked.
     #[staticmethod]
     fn block() -> Self {
@@ -177,12 +189,18 @@ fn call(name: &str) -> PyResult<CallName> {
         ("delete_memslot", CallName::DeleteMemslot),
         ("discard", CallName::Discard),
         ("pre_fault", CallName::PreFault),
+        ("other", CallName::Other),
+        ("any", CallName::Any),
     ];
     arguments::choose(name, "call", calls)
 }
 
 #[pymethods]
 impl PyFake {
+    fn __repr__(&self) -> String {
+        format!("<pagegate.testing.Fake with {} memslots>", self.0.slot_count())
+    }
+
     #[new]
     #[pyo3(signature = (*scripts, private_memory = true, memslots = 32764, cycles = 1))]
     fn new(scripts: Vec<Vec<PyStep>>, private_memory: bool, memslots: u32, cycles: u64) -> Self {
@@ -200,6 +218,8 @@ impl PyFake {
 
     /// Makes a call fail with ``errno``, after ``after`` more calls that succeed.
     ///
+    /// ``call``: "other" are those without a name here, which create vCPUs, guest_memfds and interrupt controllers, or
+    /// read and set a vCPU's state; "any" counts all together. KVM_RUN is none of them: see ``Step.fail``.
     /// ``forever``: all later ones fail too. ``half_done``: before it fails it does its work on the first half of its
     /// range.
     #[pyo3(signature = (call, errno, *, after = 0, half_done = false, forever = false))]

@@ -21,11 +21,16 @@ pub(crate) struct PyTrial {
 
 #[pymethods]
 impl PyTrial {
+    fn __repr__(&self) -> String {
+        let (shared, memory) = (self.trial.shared_bytes(), self.trial.memory());
+        format!("<pagegate.testing.Trial: {shared:#x} bytes of {memory:#x} shared>")
+    }
+
     #[new]
     fn new(
         py: Python<'_>,
         policy: Option<&Bound<'_, PyAny>>,
-        #[pyo3(from_py_with = arguments::integer)] memory: u64,
+        #[pyo3(from_py_with = arguments::size::<arguments::named::memory>)] memory: u64,
         initial: &str,
     ) -> PyResult<Self> {
         let judge = Judge::of(policy)?;
@@ -59,8 +64,8 @@ impl PyTrial {
     fn state(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer)] size: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
     ) -> PyResult<&'static str> {
         let state: Result<Option<State>, _> = self.trial.state(gpa, size);
         let state = state.map_err(|error| errors::raise(py, error))?;

@@ -4,22 +4,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use pagegate_core::errno::ETIMEDOUT;
+use pagegate_core::error::Error;
 use pagegate_core::memory::address::{PAGE_SIZE, State};
 use pagegate_core::trace::about::About;
 use pagegate_core::trace::data::{Trace, TraceError};
 use pagegate_core::trace::synthetic::synthetic;
-use pyo3::exceptions::{PyIndexError, PyOSError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
 use crate::events::arrow;
-use crate::events::event::PyEvent;
-use crate::interpreter::arguments;
+use crate::events::event::{self, PyEvent};
+use crate::events::html;
+use crate::interpreter::{arguments, attach, errors};
 
 /// These take some 15 GB.
 const MOST_SYNTHETIC: u64 = 100_000_000;
 
-pub(crate) fn failed(error: TraceError) -> PyErr {
+pub(crate) fn failed(py: Python<'_>, error: TraceError) -> PyErr {
     match error {
         TraceError::File { path, source } => match source.raw_os_error() {
             Some(errno) => PyOSError::new_err((errno, strerror(&source), path)),
@@ -27,6 +30,8 @@ pub(crate) fn failed(error: TraceError) -> PyErr {
         },
         error @ TraceError::Encoding { .. } => PyOSError::new_err(error.to_string()),
         error @ (TraceError::Format(_) | TraceError::Invalid(_)) => PyValueError::new_err(error.to_string()),
+        TraceError::Stalled(path) => PyOSError::new_err((ETIMEDOUT, "nobody reads it", path)),
+        TraceError::Interrupted(failure) => errors::raise(py, Error::Interrupted(failure)),
     }
 }
 
@@ -45,7 +50,7 @@ fn about(memory: Option<u64>, initial: Option<&str>) -> PyResult<Option<About>> 
             .map(Some)
             .ok_or_else(|| {
                 PyValueError::new_err(format!(
-                    "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 4 PiB"
+                    "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 16 TiB"
                 ))
             }),
         (None, Some(_)) => Err(PyValueError::new_err("initial goes with memory: pass both")),
@@ -72,6 +77,12 @@ impl PyTrace {
         self.0.about.shared_bytes()
     }
 
+    /// Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows.
+    #[getter]
+    fn debug_private(&self) -> bool {
+        self.0.about.debug_private()
+    }
+
     /// Whether it was read from an IPC stream that ends in the middle, because its writer was killed.
     #[getter]
     fn truncated(&self) -> bool {
@@ -80,26 +91,23 @@ impl PyTrace {
 
     /// Writes it to a file that ends in .parquet, .arrow (IPC file) or .arrows (IPC stream).
     ///
-    /// Raises OSError, and ValueError for another name.
+    /// Of a pipe the reader is waited for, until Ctrl-C. Raises OSError, and ValueError for another name.
     fn write(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
-        py.detach(|| self.0.write(&path)).map_err(failed)
+        let write = || self.0.write(&path, &mut |_| attach::check_signals());
+        py.detach(write).map_err(|error| failed(py, error))
     }
 
     fn __len__(&self) -> usize {
         self.0.events.len()
     }
 
-    fn __getitem__(&self, index: isize) -> PyResult<PyEvent> {
+    fn __getitem__<'py>(&self, py: Python<'py>, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let events = &self.0.events;
-        let at = if index < 0 {
-            index + events.len() as isize
-        } else {
-            index
-        };
-        let event = usize::try_from(at).ok().and_then(|at| events.get(at));
-        event
-            .map(|event| PyEvent::from(*event))
-            .ok_or_else(|| PyIndexError::new_err("there is no such event"))
+        event::item(py, index, events.len(), |at| events.get(at).copied().map(PyEvent::from))
+    }
+
+    fn _repr_html_(&self, py: Python<'_>) -> PyResult<String> {
+        html::events(py, self.0.events.iter().copied().map(PyEvent::from))
     }
 
     fn __iter__(&self) -> PyTraceIterator {
@@ -140,6 +148,11 @@ pub(crate) struct PyTraceIterator {
 
 #[pymethods]
 impl PyTraceIterator {
+    fn __repr__(&self) -> String {
+        let (next, events) = (self.next.load(Ordering::Relaxed), self.trace.events.len());
+        format!("<pagegate.trace.TraceIterator at event {next} of {events}>")
+    }
+
     fn __iter__(slf: Py<Self>) -> Py<Self> {
         slf
     }
@@ -153,14 +166,15 @@ impl PyTraceIterator {
 /// Reads a trace from a file of any of the formats, ``vm.events``, or any Arrow table with their columns.
 ///
 /// ``memory`` (bytes) and ``initial`` (the state of all pages at first) are for a table whose schema metadata, which
-/// has both, was lost. An IPC stream that ends in the middle is read up to there, and ``truncated`` is set. Raises
-/// OSError, TypeError for another ``source``, and ValueError for what is no trace.
+/// has both, was lost. An IPC stream that ends in the middle is read up to there, and ``truncated`` is set. A file may
+/// be damaged, or made to do harm: whatever it says, reading it takes at most 512 times its size and 64 MiB of memory.
+/// Raises OSError, TypeError for another ``source``, and ValueError for what is no trace.
 #[pyfunction]
 #[pyo3(signature = (source, *, memory = None, initial = None))]
 pub(crate) fn read_trace(
     py: Python<'_>,
     source: &Bound<'_, PyAny>,
-    #[pyo3(from_py_with = arguments::optional)] memory: Option<u64>,
+    #[pyo3(from_py_with = arguments::optional_size::<arguments::named::memory>)] memory: Option<u64>,
     initial: Option<&str>,
 ) -> PyResult<PyTrace> {
     let about = about(memory, initial)?;
@@ -178,12 +192,10 @@ pub(crate) fn read_trace(
     let trace = if source.hasattr("__arrow_c_stream__")? || source.hasattr("__arrow_c_array__")? {
         arrow::trace(source, about)?
     } else {
-        let path: PathBuf = source
-            .extract()
-            .map_err(|_| PyTypeError::new_err("source must be a path, a Trace, vm.events, or an Arrow table"))?;
-        py.detach(|| Trace::read(&path, about))
+        let path = arguments::path(source, "source must be a path, a Trace, vm.events, or an Arrow table")?;
+        py.detach(|| Trace::read(&path, about, &mut attach::check_signals))
     };
-    Ok(PyTrace(Arc::new(trace.map_err(failed)?)))
+    Ok(PyTrace(Arc::new(trace.map_err(|error| failed(py, error))?)))
 }
 
 /// Generates a trace of ``requests`` requests: a busy guest of 1 GiB that starts out private.
@@ -191,14 +203,14 @@ pub(crate) fn read_trace(
 /// Each is converted as asked. The same arguments give the same trace. About 60 of 100 requests share bounce buffers of
 /// 256 KiB or take them back (explicit), 25 touch pages of rings (implicit), 10 touch one of eight pages privately and
 /// shared in turn (implicit), and 5 are for 2 MiB blocks (explicit). ``requests`` is at most 100 million and ``vcpus``
-/// at least 1, else ValueError.
+/// at least 1, else ValueError. MemoryError where there is no memory for it.
 #[pyfunction]
 #[pyo3(signature = (requests = 1_000_000, *, seed = 0, vcpus = 1))]
 pub(crate) fn synthetic_trace(
     py: Python<'_>,
-    #[pyo3(from_py_with = arguments::integer)] requests: u64,
-    #[pyo3(from_py_with = arguments::integer)] seed: u64,
-    #[pyo3(from_py_with = arguments::integer)] vcpus: u32,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::requests, _>)] requests: u64,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::seed, _>)] seed: u64,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpus, _>)] vcpus: u32,
 ) -> PyResult<PyTrace> {
     if vcpus == 0 {
         return Err(PyValueError::new_err("vcpus is 0: it must be at least 1"));
@@ -208,5 +220,6 @@ pub(crate) fn synthetic_trace(
             "requests is {requests}: it must be at most {MOST_SYNTHETIC}, for they are made in memory"
         )));
     }
-    Ok(PyTrace(Arc::new(py.detach(|| synthetic(requests, seed, vcpus)))))
+    let made = py.detach(|| synthetic(requests, seed, vcpus));
+    Ok(PyTrace(Arc::new(made.map_err(|_| PyMemoryError::new_err(()))?)))
 }

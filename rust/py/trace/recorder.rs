@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use pagegate_core::trace::about::About;
 use pagegate_core::trace::recorder::{Recorded, Recorder};
 use pyo3::prelude::*;
 
 use super::recorded::failed;
-use crate::interpreter::arguments;
+use crate::interpreter::{arguments, attach};
 use crate::machine::vm::PyVm;
 
 /// Writes a machine's events to a file while it runs, from now on, in a thread of its own.
@@ -16,7 +17,9 @@ use crate::machine::vm::PyVm;
 /// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
 /// two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
 /// before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
-/// cannot be written, the run in progress ends as "stopped" and ``close`` raises the error.
+/// cannot be written, the run in progress ends as "stopped" and ``close`` raises the error. It may be a pipe: its
+/// reader is waited for here and in ``close``, until Ctrl-C. At the end of a ``with`` by an exception a reader that
+/// has stalled is not waited for.
 ///
 /// Raises OSError, and ValueError for another name.
 #[pyclass(name = "Recorder", module = "pagegate.trace", frozen)]
@@ -29,6 +32,16 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl Drop for PyRecorder {
+    fn drop(&mut self) {
+        let mut recorder = lock(&self.recorder).take();
+        if recorder.is_some() {
+            // Its thread writes what is left, which takes as long as the file takes.
+            Python::try_attach(|py| py.detach(|| drop(recorder.take())));
+        }
+    }
+}
+
 #[pymethods]
 impl PyRecorder {
     #[new]
@@ -37,11 +50,11 @@ impl PyRecorder {
         py: Python<'_>,
         vm: &Bound<'_, PyVm>,
         path: PathBuf,
-        #[pyo3(from_py_with = arguments::optional)] limit: Option<u64>,
+        #[pyo3(from_py_with = arguments::optional::<arguments::named::limit, _>)] limit: Option<u64>,
     ) -> PyResult<Self> {
         let machine = vm.get().0.machine(py)?;
         let start = || {
-            let about = About::now(machine.events(), machine.memory());
+            let about = About::now(machine.events(), machine.memory(), machine.debug_private());
             let running = Arc::downgrade(&machine);
             // Requests from now on would not be recorded.
             let failed = move || {
@@ -55,9 +68,10 @@ impl PyRecorder {
                 &path,
                 limit.unwrap_or(u64::MAX),
                 failed,
+                &mut attach::check_signals,
             )
         };
-        let recorder = py.detach(start).map_err(failed)?;
+        let recorder = py.detach(start).map_err(|error| failed(py, error))?;
         Ok(Self {
             recorder: Mutex::new(Some(recorder)),
             recorded: Mutex::default(),
@@ -77,13 +91,35 @@ impl PyRecorder {
     }
 
     /// Writes the remaining events and closes the file; a second call does nothing. Raises OSError.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
+    ///
+    /// ``timeout``: after so many seconds a pipe's reader that has read nothing for half a second is given up, with
+    /// TimeoutError. ``None``: never.
+    #[pyo3(signature = (*, timeout = None))]
+    fn close(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::timeout)] timeout: Option<Duration>,
+    ) -> PyResult<()> {
         let Some(recorder) = lock(&self.recorder).take() else {
             return Ok(());
         };
-        let recorded = py.detach(|| recorder.finish()).map_err(failed)?;
+        let finish = || recorder.finish(timeout, &mut attach::check_signals);
+        let recorded = py.detach(finish).map_err(|error| failed(py, error))?;
         *lock(&self.recorded) = recorded;
         Ok(())
+    }
+
+    fn __repr__(&self) -> String {
+        match lock(&self.recorder).is_some() {
+            true => "<pagegate.trace.Recorder: open>".to_owned(),
+            false => {
+                let recorded = lock(&self.recorded);
+                format!(
+                    "<pagegate.trace.Recorder: {} written, {} lost>",
+                    recorded.written, recorded.lost
+                )
+            }
+        }
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -97,7 +133,7 @@ impl PyRecorder {
         exc: &Bound<'_, PyAny>,
         traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let _ = (exc_type, exc, traceback);
-        self.close(py)
+        let _ = (exc, traceback);
+        self.close(py, (!exc_type.is_none()).then_some(Duration::ZERO))
     }
 }

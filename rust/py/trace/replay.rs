@@ -10,7 +10,7 @@ use pyo3::types::PyTuple;
 
 use super::recorded::{failed, read_trace};
 use crate::events::event::PyEvent;
-use crate::interpreter::{arguments, errors};
+use crate::interpreter::{arguments, attach, errors};
 use crate::policy::decision;
 use crate::policy::hooks::forget_requests;
 use crate::policy::judge::Judge;
@@ -130,7 +130,8 @@ impl PyReplay {
 /// No KVM is needed, and a chain of built-in policies never enters Python. ``trace`` is a Trace, or what ``read``
 /// takes. ``policies`` are as for ``Vm``; each has page states of its own, and decisions with ``remember=`` are
 /// remembered. ``keep``: how many differences are kept. The requests are always the recorded ones: what the guest would
-/// have asked for after another decision is not known.
+/// have asked for after another decision is not known. Beside the trace it takes at most 64 MiB of memory and 2 KiB for
+/// each request, and 8 MiB for each TiB of guest memory, for each policy and once more.
 ///
 /// Raises what a hook raises, with notes; PolicyError; ValueError for what is no trace.
 #[pyfunction]
@@ -139,7 +140,7 @@ pub(crate) fn replay(
     py: Python<'_>,
     trace: &Bound<'_, PyAny>,
     policies: &Bound<'_, PyTuple>,
-    #[pyo3(from_py_with = arguments::integer)] keep: usize,
+    #[pyo3(from_py_with = arguments::integer::<arguments::named::keep, _>)] keep: usize,
 ) -> PyResult<PyReplay> {
     let trace = read_trace(py, trace, None, None)?.0;
     let judges = policies
@@ -147,11 +148,10 @@ pub(crate) fn replay(
         .map(|policy| Judge::of(Some(&policy)))
         .collect::<PyResult<Vec<_>>>()?;
     let judging: Vec<Arc<dyn Policy>> = judges.iter().map(|judge| judge.policy.clone()).collect();
-    let mut watch = || Python::attach(|py| py.check_signals()).map_err(errors::failure);
-    let found = py.detach(|| core::replay(&trace, &judging, keep, &mut watch));
+    let found = py.detach(|| core::replay(&trace, &judging, keep, &mut attach::check_signals));
     forget_requests(py);
     let found = found.map_err(|error| match error {
-        ReplayError::Trace(error) => failed(error),
+        ReplayError::Trace(error) => failed(py, error),
         ReplayError::Interrupted(failure) => errors::raise(py, Error::Interrupted(failure)),
         ReplayError::Policy {
             policy,

@@ -16,6 +16,18 @@ pub struct Segment<'a> {
     pub zeroes: u64,
 }
 
+impl Segment<'_> {
+    /// How many bytes of memory it takes.
+    pub fn len(&self) -> u64 {
+        (self.bytes.len() as u64).saturating_add(self.zeroes)
+    }
+
+    /// Whether it takes none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// An image: its segments and its entry point.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image<'a> {
@@ -44,7 +56,8 @@ impl<'a> Image<'a> {
     /// The loadable segments of an ELF file for x86-64, at their physical addresses (p_paddr).
     ///
     /// # Errors
-    /// `Invalid` for any other file, or one that is damaged or has no such segment.
+    /// `Invalid` for any other file, or one that is damaged, has no such segment, or has two for the same address: with
+    /// thousands of them, each as large as memory, there would be no end of loading.
     pub fn elf(bytes: &'a [u8]) -> Result<Self, Error> {
         let broken = |error: object::Error| Error::Invalid(format!("not an x86-64 ELF file: {error}"));
         let header = elf::FileHeader64::<object::LittleEndian>::parse(bytes).map_err(broken)?;
@@ -78,6 +91,16 @@ impl<'a> Image<'a> {
         }
         if segments.is_empty() {
             return Err(Error::Invalid("the ELF file has no segments to load".to_owned()));
+        }
+        let mut ranges: Vec<(u64, u64)> = segments.iter().map(|segment| (segment.gpa, segment.len())).collect();
+        ranges.sort_unstable();
+        let overlap = ranges
+            .windows(2)
+            .find(|pair| pair[0].0.saturating_add(pair[0].1) > pair[1].0);
+        if let Some(pair) = overlap {
+            let (first, second) = (pair[0].0, pair[1].0);
+            let message = format!("two ELF segments overlap: those that begin at {first:#x} and {second:#x}");
+            return Err(Error::Invalid(message));
         }
         Ok(Self { segments, entry })
     }

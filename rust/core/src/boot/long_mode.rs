@@ -1,5 +1,6 @@
 //! The page tables and the GDT that a vCPU needs to start in long mode.
 
+use crate::allocation::reserve;
 use crate::error::Error;
 use crate::memory::address::{PAGE_SIZE, State};
 use crate::memory::views::Views;
@@ -12,6 +13,7 @@ const ENTRY_LARGE: u64 = 0b1000_0111;
 const ENTRIES: usize = 512;
 const LARGE_PAGE: u64 = 2 << 20;
 const GIB_SHIFT: u32 = 30;
+const GIB: u64 = 1 << GIB_SHIFT;
 const PML4_SHIFT: u32 = 39;
 /// The highest bit that a gpa may have set to be mapped at the same linear address: above it that is not canonical.
 const HIGHEST_IDENTITY_BIT: u32 = 46;
@@ -21,7 +23,7 @@ const DATA_DESCRIPTOR: u64 = 0x00cf_9300_0000_ffff;
 
 /// The page tables and the GDT of mode "long", to be written to guest memory.
 pub struct Tables {
-    /// The gpa that they are to be at, without the shared bit.
+    /// The gpa that they are to be at, without the view bit.
     pub gpa: u64,
     /// Their bytes: whole pages.
     pub bytes: Vec<u8>,
@@ -54,9 +56,13 @@ impl Builder {
         page
     }
 
-    /// Identity-maps the GiB at `at`.
-    fn map_gib(&mut self, at: u64, next: &mut usize) {
+    /// Identity-maps the GiB at `at`; with `whole` as one page, for which there is no table.
+    fn map_gib(&mut self, at: u64, whole: bool, next: &mut usize) {
         let pdpt = self.child(0, at >> PML4_SHIFT, next);
+        if whole {
+            self.pages[pdpt][(at >> GIB_SHIFT) as usize % ENTRIES] = (at >> GIB_SHIFT << GIB_SHIFT) | ENTRY_LARGE;
+            return;
+        }
         let pd = self.child(pdpt, at >> GIB_SHIFT, next);
         for (i, entry) in self.pages[pd].iter_mut().enumerate() {
             *entry = ((at >> GIB_SHIFT << GIB_SHIFT) + i as u64 * LARGE_PAGE) | ENTRY_LARGE;
@@ -64,46 +70,66 @@ impl Builder {
     }
 }
 
-/// PML4; PDPT and PD of the private views; PDPT and PD of the shared ones; the GDT last.
-const TABLE_PAGES: usize = 6;
+/// PML4; PDPT and PD of one view; PDPT and PD of the other; the GDT last. Also for less, so that small guests find all of
+/// them at the same place.
+const LEAST_PAGES: usize = 6;
 
-/// Builds page tables that identity-map the first GiB of each view, and a GDT. They go to the top of memory.
+/// How many pages the tables of each view take, and the GDT: a PDPT for each 512 GiB, and a PD for each GiB unless it is
+/// one page.
+fn table_pages(gibs: u64, gib_pages: bool, views: Views) -> usize {
+    let pds = if gib_pages { 1 } else { gibs };
+    let of_view = gibs.div_ceil(ENTRIES as u64) + pds;
+    // Two views may have their first table in common.
+    let all = 2 + of_view * if views.split() { 2 } else { 1 };
+    (all as usize).max(LEAST_PAGES)
+}
+
+/// Builds page tables that identity-map all of memory in each view, and a GDT. They go to the top of memory. The first
+/// GiB is mapped by pages of 2 MiB, and so are the others unless there are `gib_pages`.
 ///
 /// # Errors
-/// `Invalid` for memory without room for them, `NotSupported` for a shared bit that long mode cannot map.
-pub fn tables(views: Views) -> Result<Tables, Error> {
-    let bytes = TABLE_PAGES as u64 * PAGE_SIZE;
-    let Some(base) = views.size().checked_sub(bytes) else {
+/// `Invalid` for memory without room for them, `NotSupported` for a view bit that long mode cannot map.
+pub fn tables(views: Views, gib_pages: bool) -> Result<Tables, Error> {
+    let gibs = views.memory_end().div_ceil(GIB);
+    let pages = table_pages(gibs, gib_pages, views);
+    let bytes = pages as u64 * PAGE_SIZE;
+    let Some(base) = views.memory_end().checked_sub(bytes) else {
         let message = format!("mode \"long\" keeps {bytes:#x} bytes of tables at the top of memory; give it more");
         return Err(Error::Invalid(message));
     };
-    if views.shared_mask() >> HIGHEST_IDENTITY_BIT > 1 {
+    if views.mask() >> HIGHEST_IDENTITY_BIT > 1 {
         let message = format!(
-            "mode \"long\" maps the shared views to themselves, so shared_bit is at most {HIGHEST_IDENTITY_BIT}"
+            "mode \"long\" maps both views to themselves, so shared_bit or private_bit is at most {HIGHEST_IDENTITY_BIT}"
         );
         return Err(Error::NotSupported(message));
     }
+    // A guest of TiBs without pages of a GiB has megabytes of them.
+    let mut tables = Vec::new();
+    let what = "build the page tables of mode \"long\"";
+    reserve(&mut tables, pages).map_err(|errno| Error::Host { what, errno })?;
+    tables.resize(pages, [0; ENTRIES]);
     let mut builder = Builder {
-        pages: vec![[0; ENTRIES]; TABLE_PAGES],
+        pages: tables,
         base,
         views,
     };
     let mut next = 1;
-    builder.map_gib(0, &mut next);
-    if views.split() {
-        builder.map_gib(views.shared_mask(), &mut next);
+    for gib in 0..gibs {
+        let whole = gib_pages && gib > 0;
+        builder.map_gib(gib * GIB, whole, &mut next);
+        if views.split() {
+            builder.map_gib(views.mask() | (gib * GIB), whole, &mut next);
+        }
     }
-    let gdt = TABLE_PAGES - 1;
+    let gdt = pages - 1;
     builder.pages[gdt][usize::from(CODE_SELECTOR / 8)] = CODE64_DESCRIPTOR;
     builder.pages[gdt][usize::from(DATA_SELECTOR / 8)] = DATA_DESCRIPTOR;
+    let mut bytes = Vec::new();
+    reserve(&mut bytes, pages * PAGE_SIZE as usize).map_err(|errno| Error::Host { what, errno })?;
+    bytes.extend(builder.pages.iter().flatten().flat_map(|entry| entry.to_le_bytes()));
     Ok(Tables {
         gpa: base,
         gdt: builder.address(gdt),
-        bytes: builder
-            .pages
-            .iter()
-            .flatten()
-            .flat_map(|entry| entry.to_le_bytes())
-            .collect(),
+        bytes,
     })
 }

@@ -2,6 +2,7 @@
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
+use super::linux;
 use super::long_mode::{CODE_SELECTOR, DATA_SELECTOR, Tables};
 use crate::error::Error;
 use crate::memory::address::State;
@@ -18,7 +19,7 @@ pub enum CpuMode {
     Real,
     /// 32 bits, flat segments, no paging.
     Protected,
-    /// 64 bits, with the first GiB of each view identity-mapped.
+    /// 64 bits, with all of memory identity-mapped in each view.
     Long,
 }
 
@@ -76,6 +77,25 @@ pub fn sregs(mode: CpuMode, reset: &kvm_sregs, tables: Option<&Tables>, views: V
             sregs.idt.limit = 0;
         }
     }
+    sregs
+}
+
+/// The special registers to start Linux with, by its 64-bit boot protocol.
+pub(crate) fn linux_sregs(reset: &kvm_sregs, entry: &linux::Entry) -> kvm_sregs {
+    let mut sregs = *reset;
+    set_segments(
+        &mut sregs,
+        linux::tables::CODE_SELECTOR,
+        linux::tables::DATA_SELECTOR,
+        64,
+    );
+    sregs.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_PG;
+    sregs.cr3 = entry.cr3;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA;
+    sregs.gdt.base = entry.gdt;
+    sregs.gdt.limit = linux::tables::GDT_SIZE - 1;
+    sregs.idt.limit = 0;
     sregs
 }
 

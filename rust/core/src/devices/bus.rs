@@ -10,6 +10,7 @@ use parking_lot::RwLock;
 use crate::error::{Error, Failure};
 use crate::hypervisor::exit::{Io, Mmio};
 use crate::hypervisor::hypercall::DOORBELL_PORT;
+use crate::memory::address::{Range, State};
 use crate::memory::views::Views;
 
 /// Answers port IO. Called on vCPU threads, several at once.
@@ -47,7 +48,7 @@ pub(crate) struct Bus {
     ports: RwLock<HashMap<u16, Arc<dyn IoHandler>>>,
     /// Counts changes of `ports`, so that a [`KnownPort`] can tell whether it is out of date.
     version: AtomicU64,
-    /// By the first gpa. No two overlap.
+    /// By the first gpa, without the view bit. No two overlap.
     mmio: RwLock<BTreeMap<u64, MmioRange>>,
 }
 
@@ -73,7 +74,7 @@ impl Bus {
         known.handler.as_deref()
     }
 
-    /// The handler of an access, if one range holds all of it.
+    /// The handler of an access at `gpa`, which has no view bit, if one range holds all of it.
     pub(crate) fn mmio(&self, gpa: u64, len: u64) -> Option<Arc<dyn MmioHandler>> {
         let regions = self.mmio.read();
         let (start, (size, handler)) = regions.range(..=gpa).next_back()?;
@@ -104,27 +105,34 @@ impl Bus {
         handler: Arc<dyn MmioHandler>,
     ) -> Result<(), Error> {
         let invalid = |why: &str| Err(Error::Invalid(format!("MMIO range {gpa:#x} + {size:#x} {why}")));
-        let Some(end) = gpa.checked_add(size).filter(|_| size > 0) else {
+        // A device is reached through either view, so the view bit says nothing here.
+        let start = gpa & !views.mask();
+        let Some(end) = start.checked_add(size).filter(|_| size > 0) else {
             return invalid("is empty or wraps");
         };
-        let shared = views.shared_mask();
-        let overlaps = |start: u64| gpa < start + views.size() && start < end;
-        if overlaps(0) || overlaps(shared) {
+        if ((end - 1) ^ start) & views.mask() != 0 {
+            return invalid("crosses the bit that selects a view");
+        }
+        let views_of = |ram: &Range| [State::Shared, State::Private].map(|state| views.view(*ram, state));
+        let overlaps = |view: Range| start < view.end() && view.gpa() < end;
+        if views.ram().iter().flat_map(views_of).any(overlaps) {
             return invalid("overlaps guest memory; MMIO lies outside memory and its views");
         }
         let mut regions = self.mmio.write();
         let before = regions.range(..end).next_back();
-        if before.is_some_and(|(start, (size, _))| gpa < start + size) {
+        if before.is_some_and(|(other, (size, _))| start < other + size) {
             return invalid("overlaps another handler's");
         }
-        regions.insert(gpa, (size, handler));
+        regions.insert(start, (size, handler));
         Ok(())
     }
 
     /// Removes all handlers.
     pub(crate) fn clear(&self) {
-        self.ports.write().clear();
+        let ports = std::mem::take(&mut *self.ports.write());
         self.version.fetch_add(1, Ordering::Release);
-        self.mmio.write().clear();
+        let mmio = std::mem::take(&mut *self.mmio.write());
+        // Not with a lock held: it may run Python code.
+        drop((ports, mmio));
     }
 }

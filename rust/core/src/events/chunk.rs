@@ -4,7 +4,7 @@
 //! while the rows after it are still being written.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -17,8 +17,9 @@ use super::event::Event;
 use super::table;
 use crate::memory::address::State;
 
-/// Rows of a chunk, the unit in which the log allocates and reuses memory.
-pub(super) const ROWS: usize = 1024;
+/// Rows of a chunk, the unit in which the log allocates and reuses memory. Fewer under Miri, where tests that reuse chunks
+/// would take minutes.
+pub(super) const ROWS: usize = if cfg!(miri) { 64 } else { 1024 };
 
 pub(super) struct Chunk {
     /// How many rows are published.
@@ -37,16 +38,14 @@ struct Columns {
 const LINE: usize = 64;
 
 impl Columns {
-    /// All zero. `alloc_zeroed` gets zeroed pages from the kernel, which need not be written again.
-    fn zeroes() -> Box<Self> {
+    /// All zero; `None` if there is no memory. `alloc_zeroed` gets zeroed pages from the kernel, which need not be written
+    /// again.
+    fn zeroes() -> Option<Box<Self>> {
         let layout = Layout::new::<Self>();
         // SAFETY: the layout's size is not zero.
-        let memory = unsafe { alloc_zeroed(layout) };
-        if memory.is_null() {
-            handle_alloc_error(layout);
-        }
+        let memory = NonNull::new(unsafe { alloc_zeroed(layout) })?;
         // SAFETY: it was just allocated with this layout, and atomics may be all zero.
-        unsafe { Box::from_raw(memory.cast()) }
+        Some(unsafe { Box::from_raw(memory.cast().as_ptr()) })
     }
 }
 
@@ -87,11 +86,12 @@ impl Cells for Draft<'_> {
 }
 
 impl Chunk {
-    pub(super) fn new() -> Self {
-        Self {
+    /// `None` if there is no memory for it.
+    pub(super) fn new() -> Option<Self> {
+        Some(Self {
             len: AtomicUsize::new(0),
-            columns: Columns::zeroes(),
-        }
+            columns: Columns::zeroes()?,
+        })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -143,7 +143,7 @@ impl Chunk {
 
     fn column(self: &Arc<Self>, source: Source, from: usize, to: usize) -> Buffer {
         match source {
-            Source::Word(i) => self.over(&self.columns.words[i][from..to]),
+            Source::Word(i) | Source::Nanoseconds(i) => self.over(&self.columns.words[i][from..to]),
             Source::Half(i) | Source::Signed(i) => self.over(&self.columns.halves[i][from..to]),
             Source::Flag(i) | Source::Code(i, _) => self.over(&self.columns.bytes[i][from..to]),
         }

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, LazyLock};
 
-use arrow_schema::{DataType, Field, Schema, SchemaRef};
+use arrow_schema::{DataType, Field, Schema, SchemaRef, TimeUnit};
 
-use super::event::{Asked, Done, Event, Kind, Outcome, RecordedDecision, Verdict};
+use super::event::{Asked, ByDevice, Done, Event, Kind, Outcome, RecordedDecision, Verdict};
 use crate::memory::address::State;
 
 /// Indices of the 64-bit columns (words).
@@ -31,6 +31,9 @@ pub(super) mod half {
     pub const REPEATS: usize = 4;
     pub const DECISION_ERRNO: usize = 5;
     pub const ERRNO: usize = 6;
+    pub const DEVICE: usize = 7;
+    pub const QUEUE: usize = 8;
+    pub const DESCRIPTOR: usize = 9;
 }
 
 /// Indices of the 8-bit columns (bytes).
@@ -44,11 +47,12 @@ pub(super) mod byte {
     pub const DISCARD: usize = 6;
     pub const OUTCOME: usize = 7;
     pub const DONE_TO: usize = 8;
+    pub const WRITE: usize = 9;
 }
 
 pub(super) const WORDS: usize = word::LATENCY + 1;
-pub(super) const HALVES: usize = half::ERRNO + 1;
-pub(super) const BYTES: usize = byte::DONE_TO + 1;
+pub(super) const HALVES: usize = half::DESCRIPTOR + 1;
+pub(super) const BYTES: usize = byte::WRITE + 1;
 
 /// One event's value in each column.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,6 +66,8 @@ pub(super) struct Row {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Source {
     Word(usize),
+    /// A word that holds nanoseconds.
+    Nanoseconds(usize),
     Half(usize),
     /// A half that holds an i32.
     Signed(usize),
@@ -80,6 +86,8 @@ pub(super) enum Vocabulary {
     Outcomes,
 }
 
+/// In column `descriptor`: none.
+const NO_DESCRIPTOR: u32 = u32::MAX;
 /// In column `state`, the number of a mixed one.
 const MIXED: u8 = 2;
 
@@ -130,16 +138,24 @@ pub(super) static COLUMNS: [(&str, Source); WORDS + HALVES + BYTES] = [
     ("done_to", Source::Code(byte::DONE_TO, Vocabulary::States)),
     ("changed", Source::Word(word::CHANGED)),
     ("errno", Source::Signed(half::ERRNO)),
-    ("latency", Source::Word(word::LATENCY)),
+    ("latency", Source::Nanoseconds(word::LATENCY)),
+    ("device", Source::Half(half::DEVICE)),
+    ("queue", Source::Half(half::QUEUE)),
+    ("descriptor", Source::Half(half::DESCRIPTOR)),
+    ("write", Source::Flag(byte::WRITE)),
 ];
+
+/// The last columns are of devices. A table of a machine without any may lack them.
+pub(super) const OF_DEVICES: usize = 4;
 
 impl Source {
     pub(super) fn data_type(self) -> DataType {
         match self {
             Source::Word(_) => DataType::UInt64,
+            Source::Nanoseconds(_) => DataType::Duration(TimeUnit::Nanosecond),
             Source::Half(_) => DataType::UInt32,
             Source::Signed(_) => DataType::Int32,
-            Source::Flag(_) => DataType::UInt8,
+            Source::Flag(_) => DataType::Boolean,
             Source::Code(..) => DataType::Dictionary(Box::new(DataType::Int8), Box::new(DataType::Utf8)),
         }
     }
@@ -174,6 +190,14 @@ pub(super) trait Cells {
         self.put_half(half::FLAGS, asked.flags);
         self.put_word(word::RIP, asked.rip);
         self.put_half(half::REPEATS, asked.repeats);
+    }
+
+    /// The columns of a device's access. Those of other rows are zeroes, and are not written.
+    fn by_device(&mut self, by: &ByDevice) {
+        self.put_half(half::DEVICE, by.number);
+        self.put_half(half::QUEUE, by.queue.into());
+        self.put_half(half::DESCRIPTOR, by.descriptor.map_or(NO_DESCRIPTOR, u32::from));
+        self.put_byte(byte::WRITE, by.write.into());
     }
 
     #[inline]
@@ -237,6 +261,9 @@ impl From<&Event> for Row {
                 repeats: event.repeats,
             },
         );
+        if let Some(by) = &event.device {
+            row.by_device(by);
+        }
         row.decided(&event.decision);
         let done = Done {
             gpa: event.done_gpa,
@@ -266,7 +293,18 @@ impl Row {
             changed,
             latency,
         ] = self.words;
-        let [vcpu, page_size, raw, flags, repeats, decision_errno, errno] = self.halves;
+        let [
+            vcpu,
+            page_size,
+            raw,
+            flags,
+            repeats,
+            decision_errno,
+            errno,
+            device,
+            queue,
+            descriptor,
+        ] = self.halves;
         let [
             kind,
             to,
@@ -277,11 +315,25 @@ impl Row {
             discard,
             outcome,
             done_to,
+            write,
         ] = self.bytes;
+        let device = match device {
+            0 => None,
+            number => Some(ByDevice {
+                number,
+                queue: u16::try_from(queue).ok()?,
+                descriptor: match descriptor {
+                    NO_DESCRIPTOR => None,
+                    descriptor => Some(u16::try_from(descriptor).ok()?),
+                },
+                write: write != 0,
+            }),
+        };
         Some(Event {
             sequence,
             time,
             vcpu,
+            device,
             kind: *Kind::ALL.get(usize::from(kind))?,
             gpa,
             size,

@@ -1,5 +1,7 @@
 //! An event: what was asked, decided and done for one request.
 
+use rustix::time::{ClockId, clock_gettime};
+
 use crate::errno::Errno;
 use crate::memory::address::{Range, State};
 use crate::policy::decision::{Convert, Decision};
@@ -13,11 +15,24 @@ pub enum Kind {
     Explicit,
     /// The guest touched a poisoned page.
     Poison,
+    /// A page was opened or closed to a vCPU without paging, in a software SEV guest. No policy is asked.
+    Unpaged,
+    /// A device was told to access a page that is not shared, or accessed what is.
+    Device,
+    /// The guest asked for what makes no sense. No policy is asked.
+    Malformed,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 3] = [Kind::Implicit, Kind::Explicit, Kind::Poison];
+    pub const ALL: [Kind; 6] = [
+        Kind::Implicit,
+        Kind::Explicit,
+        Kind::Poison,
+        Kind::Unpaged,
+        Kind::Device,
+        Kind::Malformed,
+    ];
 
     /// Its name in tables and Python.
     pub const fn as_str(self) -> &'static str {
@@ -25,7 +40,15 @@ impl Kind {
             Kind::Implicit => "implicit",
             Kind::Explicit => "explicit",
             Kind::Poison => "poison",
+            Kind::Unpaged => "unpaged",
+            Kind::Device => "device",
+            Kind::Malformed => "malformed",
         }
+    }
+
+    /// Whether a policy is asked about it as a vCPU's request, live and in a replay.
+    pub(crate) const fn is_request(self) -> bool {
+        matches!(self, Kind::Implicit | Kind::Explicit | Kind::Poison)
     }
 }
 
@@ -46,11 +69,19 @@ pub enum Outcome {
     Failed,
     /// The poisoned page was freed.
     Discarded,
+    /// A private page's shared view shows its private bytes from now on.
+    Opened,
+    /// It does no more.
+    Closed,
+    /// A device accessed shared pages, and its accesses are logged.
+    Accessed,
+    /// Refused without asking the policy.
+    Refused,
 }
 
 impl Outcome {
     /// All of them.
-    pub const ALL: [Outcome; 7] = [
+    pub const ALL: [Outcome; 11] = [
         Outcome::Converted,
         Outcome::Denied,
         Outcome::Retried,
@@ -58,6 +89,10 @@ impl Outcome {
         Outcome::Superseded,
         Outcome::Failed,
         Outcome::Discarded,
+        Outcome::Opened,
+        Outcome::Closed,
+        Outcome::Accessed,
+        Outcome::Refused,
     ];
 
     /// Its name in tables and Python.
@@ -70,6 +105,10 @@ impl Outcome {
             Outcome::Superseded => "superseded",
             Outcome::Failed => "failed",
             Outcome::Discarded => "discarded",
+            Outcome::Opened => "opened",
+            Outcome::Closed => "closed",
+            Outcome::Accessed => "accessed",
+            Outcome::Refused => "refused",
         }
     }
 }
@@ -189,6 +228,22 @@ impl RecordedDecision {
     }
 }
 
+/// In place of a vCPU's index, for what no vCPU did.
+pub const NO_VCPU: u32 = u32::MAX;
+
+/// Which device accessed a page that is not shared, for what, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByDevice {
+    /// Its number on the PCI bus, from 1.
+    pub number: u32,
+    /// The index of its queue.
+    pub queue: u16,
+    /// The index of the request's first descriptor; `None` for the queue's rings.
+    pub descriptor: Option<u16>,
+    /// Whether it was to write.
+    pub write: bool,
+}
+
 /// One request, from its exit until the guest resumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -196,11 +251,13 @@ pub struct Event {
     pub sequence: u64,
     /// When its exit was seen, in nanoseconds of CLOCK_MONOTONIC. A replay goes by this order.
     pub time: u64,
-    /// The vCPU's index.
+    /// The vCPU's index; [`NO_VCPU`] for a device's access.
     pub vcpu: u32,
+    /// The device's access.
+    pub device: Option<ByDevice>,
     /// The kind of request.
     pub kind: Kind,
-    /// What was asked for: the first gpa, without the shared bit.
+    /// What was asked for: the first gpa, without the view bit.
     pub gpa: u64,
     /// What was asked for: the size in bytes.
     pub size: u64,
@@ -214,7 +271,8 @@ pub struct Event {
     pub raw: u32,
     /// Implicit: KVM_MEMORY_EXIT_FLAG_*; else 0.
     pub flags: u32,
-    /// Implicit: the guest's instruction pointer; else 0.
+    /// Implicit: the guest's instruction pointer, as [`ImplicitRequest`](crate::policy::request::ImplicitRequest) has it;
+    /// else 0.
     pub rip: u64,
     /// Implicit: how often the same fault came before, with no change of the page in between; else 0.
     pub repeats: u32,
@@ -271,4 +329,11 @@ impl Done {
             changed: 0,
         }
     }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC: the clock of the kernel's traces and of Python's `time.monotonic_ns()`.
+#[inline]
+pub(crate) fn monotonic() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

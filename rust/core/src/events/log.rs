@@ -10,9 +10,12 @@ use parking_lot::Mutex;
 
 use super::chunk::{Chunk, Draft, ROWS};
 use super::columns::Cells;
-use super::event::{Asked, Done, Event, Outcome, RecordedDecision};
+use super::event::{Asked, ByDevice, Done, Event, Kind, NO_VCPU, Outcome, RecordedDecision, Verdict, monotonic};
 use super::table;
 use crate::errno::Errno;
+use crate::memory::address::State;
+use crate::policy::decision::Decision;
+use crate::policy::device_access::DeviceAccess;
 
 /// The events of one vCPU. Shares no cache line with another vCPU's, because each request writes to it.
 #[repr(align(128))]
@@ -28,6 +31,10 @@ const NONE_ARRIVING: u64 = u64::MAX;
 /// The last events of each vCPU. When a ring is full, its oldest are dropped.
 pub struct EventLog {
     rings: Vec<Ring>,
+    /// The events of all devices.
+    of_devices: Ring,
+    /// Theirs is written by whichever device's turn it is.
+    device_writer: Mutex<Writer>,
     /// How many events a ring keeps.
     capacity: usize,
     sequence: Sequence,
@@ -68,22 +75,29 @@ struct Part {
 }
 
 impl EventLog {
-    /// A log of at most `capacity` events of all vCPUs together, 0 for none, and each vCPU's writer.
+    /// A log of at most `capacity` events of all vCPUs together, 0 for none, and each vCPU's writer. The memory for them
+    /// is allocated as they come; events for which there is none are dropped.
     pub(crate) fn new(capacity: usize, vcpus: usize) -> (Self, Vec<Writer>) {
         let capacity = capacity.div_ceil(vcpus.max(1));
-        let ring = |_| Ring {
-            chunks: Mutex::default(),
-            arriving: AtomicU64::new(NONE_ARRIVING),
-        };
         let log = Self {
-            rings: (0..vcpus).map(ring).collect(),
+            rings: (0..vcpus).map(|_| Ring::new()).collect(),
+            of_devices: Ring::new(),
+            device_writer: Mutex::new(Writer {
+                vcpu: NO_VCPU,
+                next: 0,
+                chunk: None,
+                row: 0,
+                stage: Stage::Nothing,
+            }),
             capacity,
             sequence: Sequence::default(),
         };
         let writer = |vcpu| Writer {
             vcpu,
             next: 0,
-            chunk: (capacity > 0).then(|| log.rings[vcpu as usize].open_chunk(capacity)),
+            chunk: (capacity > 0)
+                .then(|| log.rings[vcpu as usize].open_chunk(capacity))
+                .flatten(),
             row: 0,
             stage: Stage::Nothing,
         };
@@ -97,7 +111,7 @@ impl EventLog {
         if writer.stage != Stage::Ended {
             writer.end_early();
         }
-        let ring = &self.rings[writer.vcpu as usize];
+        let ring = self.ring(writer);
         // Before the number is taken: a reader that sees the number counted sees this, too.
         ring.arriving.store(writer.next, Ordering::Release);
         let sequence = self.sequence.0.fetch_add(1, Ordering::AcqRel);
@@ -107,10 +121,81 @@ impl EventLog {
         writer.stage = Stage::Nothing;
     }
 
+    /// Where the writer's events are. Only devices' have no vCPU.
+    #[inline]
+    fn ring(&self, writer: &Writer) -> &Ring {
+        self.rings.get(writer.vcpu as usize).unwrap_or(&self.of_devices)
+    }
+
+    /// Adds the event of a device's access to shared pages, which nobody converts before this returns.
+    pub(crate) fn device_access(&self, by: &ByDevice, gpa: u64, size: u64) {
+        let nothing = RecordedDecision::none(State::Shared);
+        self.by_device(by, (gpa, size), State::Shared, &nothing, (Outcome::Accessed, 0));
+    }
+
+    /// Adds the event of a device's access to what is not shared, and what the policy decided, unless it failed.
+    pub(crate) fn refused_access(&self, access: &DeviceAccess, decision: Option<&Decision>) {
+        let by = ByDevice {
+            number: access.number,
+            queue: access.queue,
+            descriptor: access.descriptor,
+            write: access.write,
+        };
+        let (recorded, outcome, errno) = match decision {
+            Some(Decision::Deny(errno)) => (RecordedDecision::deny(State::Shared, *errno), Outcome::Denied, errno.0),
+            Some(_) => {
+                let stop = RecordedDecision {
+                    verdict: Verdict::Stop,
+                    ..RecordedDecision::none(State::Shared)
+                };
+                (stop, Outcome::Stopped, 0)
+            }
+            None => (RecordedDecision::none(State::Shared), Outcome::Failed, 0),
+        };
+        let bytes = (access.gpa, access.size);
+        self.by_device(&by, bytes, access.state, &recorded, (outcome, errno));
+    }
+
+    fn by_device(
+        &self,
+        by: &ByDevice,
+        (gpa, size): (u64, u64),
+        state: State,
+        decision: &RecordedDecision,
+        (outcome, errno): (Outcome, i32),
+    ) {
+        let mut writer = self.device_writer.lock();
+        if writer.chunk.is_none() && self.capacity > 0 {
+            writer.chunk = self.of_devices.open_chunk(self.capacity);
+        }
+        writer.begin(&Asked {
+            time: monotonic(),
+            kind: Kind::Device,
+            gpa,
+            size,
+            to: State::Shared,
+            state: Some(state),
+            page_size: 0,
+            raw: 0,
+            flags: 0,
+            rip: 0,
+            repeats: 0,
+        });
+        if let Some(mut row) = writer.draft() {
+            row.by_device(by);
+        }
+        writer.decided(decision);
+        writer.ended_with_nothing(outcome, errno);
+        self.publish(&mut writer, 0);
+    }
+
     /// Writes the rest of the row and publishes it.
     #[inline]
     fn put(&self, writer: &mut Writer, sequence: u64, latency: u64) {
         let Some(chunk) = &writer.chunk else {
+            if self.capacity > 0 {
+                self.next_chunk(writer);
+            }
             return;
         };
         chunk.row(writer.row).numbered(sequence, latency);
@@ -121,10 +206,11 @@ impl EventLog {
         }
     }
 
-    /// Goes on with another chunk.
+    /// Goes on with another chunk, if there is one.
     #[cold]
     fn next_chunk(&self, writer: &mut Writer) {
-        writer.chunk = Some(self.rings[writer.vcpu as usize].open_chunk(self.capacity));
+        writer.chunk = None; // so that it can be reused
+        writer.chunk = self.ring(writer).open_chunk(self.capacity);
         writer.row = 0;
     }
 
@@ -155,7 +241,7 @@ impl EventLog {
         let parts = self.parts_since(since);
         let batches = parts.iter().map(|part| part.chunk.batch(part.from, part.to)).collect();
         match self.rings.len() {
-            1 => batches,
+            1 if self.of_devices.chunks.lock().is_empty() => batches,
             _ => table::merge(&batches).into_iter().collect(),
         }
     }
@@ -174,7 +260,7 @@ impl EventLog {
     /// All events with a lower number are published.
     fn horizon(&self) -> u64 {
         let total = self.sequence.0.load(Ordering::Acquire);
-        let arriving = self.rings.iter().map(|ring| ring.arriving.load(Ordering::Acquire));
+        let arriving = self.all_rings().map(|ring| ring.arriving.load(Ordering::Acquire));
         arriving.min().unwrap_or(total).min(total)
     }
 
@@ -187,7 +273,11 @@ impl EventLog {
     }
 
     fn parts(&self) -> impl Iterator<Item = Part> {
-        self.rings.iter().flat_map(|ring| ring.parts(self.capacity))
+        self.all_rings().flat_map(|ring| ring.parts(self.capacity))
+    }
+
+    fn all_rings(&self) -> impl Iterator<Item = &Ring> {
+        self.rings.iter().chain([&self.of_devices])
     }
 
     /// The last `n` events whose request was for the page at `gpa`, among others.
@@ -289,23 +379,27 @@ impl Part {
 }
 
 impl Ring {
-    /// Adds a chunk. Reuses the oldest one, if the others hold enough events and nothing refers to it.
-    fn open_chunk(&self, capacity: usize) -> Arc<Chunk> {
+    fn new() -> Self {
+        Self {
+            chunks: Mutex::default(),
+            arriving: AtomicU64::new(NONE_ARRIVING),
+        }
+    }
+
+    /// Adds a chunk. Reuses the oldest one, if the others hold enough events and nothing refers to it, and also if there is
+    /// no memory for another: then the log keeps fewer events. `None` if that does not help.
+    fn open_chunk(&self, capacity: usize) -> Option<Arc<Chunk>> {
         let mut chunks = self.chunks.lock();
         let held: usize = chunks.iter().map(|chunk| chunk.len()).sum();
         let oldest = chunks.front().map_or(0, |chunk| chunk.len());
-        let surplus = held - oldest >= capacity;
-        let mut spare = surplus.then(|| chunks.pop_front()).flatten();
-        let chunk = match spare.as_mut().and_then(Arc::get_mut) {
-            Some(only) => {
-                only.clear();
-                spare
-            }
-            None => None,
-        };
-        let chunk = chunk.unwrap_or_else(|| Arc::new(Chunk::new()));
+        let mut spare = None;
+        if held - oldest >= capacity {
+            spare = chunks.pop_front().and_then(emptied);
+        }
+        let made = spare.or_else(|| Chunk::new().map(Arc::new));
+        let chunk = made.or_else(|| chunks.pop_front().and_then(emptied))?;
         chunks.push_back(chunk.clone());
-        chunk
+        Some(chunk)
     }
 
     /// The last `capacity` published rows.
@@ -324,3 +418,12 @@ impl Ring {
         parts
     }
 }
+
+/// The chunk without its rows, if nothing else refers to it.
+fn emptied(mut chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
+    Arc::get_mut(&mut chunk)?.clear();
+    Some(chunk)
+}
+
+#[cfg(test)]
+mod tests;

@@ -57,6 +57,9 @@ pub(crate) mod offset {
     pub const MEMORY_FAULT_FLAGS: usize = UNION + offset_of!(exits, memory_fault.flags);
     pub const MEMORY_FAULT_GPA: usize = UNION + offset_of!(exits, memory_fault.gpa);
     pub const MEMORY_FAULT_SIZE: usize = UNION + offset_of!(exits, memory_fault.size);
+    pub const MSR_ERROR: usize = UNION + offset_of!(exits, msr.error);
+    pub const MSR_INDEX: usize = UNION + offset_of!(exits, msr.index);
+    pub const MSR_DATA: usize = UNION + offset_of!(exits, msr.data);
     pub const INTERNAL_SUBERROR: usize = UNION + offset_of!(exits, internal.suberror);
     pub const FAIL_ENTRY_REASON: usize = UNION + offset_of!(exits, fail_entry.hardware_entry_failure_reason);
     pub const SYSTEM_EVENT_TYPE: usize = UNION + offset_of!(exits, system_event.type_);
@@ -89,6 +92,18 @@ pub enum Exit {
     Mmio(Mmio),
     /// A hypercall that exits because KVM_CAP_EXIT_HYPERCALL was enabled for it.
     Hypercall(Hypercall),
+    /// RDMSR of an MSR that is left to user space.
+    ReadMsr {
+        /// ECX.
+        index: u32,
+    },
+    /// WRMSR to such an MSR.
+    WriteMsr {
+        /// ECX.
+        index: u32,
+        /// EDX:EAX.
+        data: u64,
+    },
     /// HLT.
     Halt,
     /// A triple fault.
@@ -121,7 +136,10 @@ pub enum Exit {
 impl Exit {
     /// Whether the next KVM_RUN completes the instruction with an answer from kvm_run, in place of executing it again.
     pub fn awaits_reply(&self) -> bool {
-        matches!(self, Exit::Io(_) | Exit::Mmio(_) | Exit::Hypercall(_))
+        matches!(
+            self,
+            Exit::Io(_) | Exit::Mmio(_) | Exit::Hypercall(_) | Exit::ReadMsr { .. } | Exit::WriteMsr { .. }
+        )
     }
 }
 
@@ -223,6 +241,13 @@ fn dispatch(reason: u32, kvm_run: &[u8]) -> Option<Exit> {
         kvm_bindings::KVM_EXIT_HYPERCALL => Exit::Hypercall(call(kvm_run)?),
         kvm_bindings::KVM_EXIT_IO => Exit::Io(io(kvm_run)?),
         kvm_bindings::KVM_EXIT_MMIO => Exit::Mmio(mmio(kvm_run)?),
+        kvm_bindings::KVM_EXIT_X86_RDMSR => Exit::ReadMsr {
+            index: u32_at(kvm_run, offset::MSR_INDEX)?,
+        },
+        kvm_bindings::KVM_EXIT_X86_WRMSR => Exit::WriteMsr {
+            index: u32_at(kvm_run, offset::MSR_INDEX)?,
+            data: u64_at(kvm_run, offset::MSR_DATA)?,
+        },
         kvm_bindings::KVM_EXIT_HLT => Exit::Halt,
         kvm_bindings::KVM_EXIT_SHUTDOWN => Exit::Shutdown,
         kvm_bindings::KVM_EXIT_SET_TPR => Exit::SetTpr,

@@ -4,13 +4,14 @@ use std::fs::OpenOptions;
 use std::io::ErrorKind;
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_VM_TYPES,
-    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_PRE_FAULT_MEMORY,
+    KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES, KVM_MEMORY_ATTRIBUTE_PRIVATE,
 };
 use kvm_ioctls::Kvm;
 
 use super::hypercall::KVM_HC_MAP_GPA_RANGE;
 use super::kvm::CAP_GUEST_MEMFD_FLAGS;
+use crate::errno::Errno;
 use crate::error::Error;
 
 const DEVICE: &str = "/dev/kvm";
@@ -69,18 +70,25 @@ impl VmType {
 pub enum EnforcementMode {
     /// KVM_SET_MEMORY_ATTRIBUTES, with memslots that have a guest_memfd.
     Attributes,
+    /// KVM_SET_MEMORY_ATTRIBUTES on the view that a page is not in, with a memslot for each view and no guest_memfd.
+    Traps,
     /// The memslot of a page is replaced: one over the shared side's memory by one over the private side's, and back.
     Memslots,
 }
 
 impl EnforcementMode {
     /// All of them.
-    pub const ALL: [EnforcementMode; 2] = [EnforcementMode::Attributes, EnforcementMode::Memslots];
+    pub const ALL: [EnforcementMode; 3] = [
+        EnforcementMode::Attributes,
+        EnforcementMode::Traps,
+        EnforcementMode::Memslots,
+    ];
 
-    /// "attributes" or "memslots".
+    /// "attributes", "traps" or "memslots".
     pub const fn as_str(self) -> &'static str {
         match self {
             EnforcementMode::Attributes => "attributes",
+            EnforcementMode::Traps => "traps",
             EnforcementMode::Memslots => "memslots",
         }
     }
@@ -119,13 +127,13 @@ pub fn open() -> Result<Kvm, Error> {
     // The file first: its error says what is wrong, which kvm-ioctls' does not.
     let opened = OpenOptions::new().read(true).write(true).open(DEVICE);
     let unavailable = |why: String| Err(Error::KvmUnavailable(why));
-    match opened.map_err(|error| (error.kind(), error)) {
-        Ok(_) => match Kvm::new() {
-            Ok(kvm) if kvm.get_api_version() == KVM_API_VERSION => Ok(kvm),
-            _ => unavailable(format!(
-                "{DEVICE} is not KVM, or not API version {KVM_API_VERSION}; {TESTBED}"
-            )),
-        },
+    let opened = opened.map(drop).map_err(|error| (error.kind(), error));
+    match opened.map(|()| Kvm::new()) {
+        Ok(Ok(kvm)) if kvm.get_api_version() == KVM_API_VERSION => Ok(kvm),
+        Ok(Ok(_)) => unavailable(format!(
+            "{DEVICE} is not KVM, or not API version {KVM_API_VERSION}; {TESTBED}"
+        )),
+        Ok(Err(error)) => unavailable(format!("{DEVICE} cannot be opened: {error}")),
         Err((ErrorKind::NotFound, _)) => unavailable(format!(
             "{DEVICE} does not exist: load kvm_intel or kvm_amd and turn virtualisation on in the firmware (in a VM: \
              nested virtualisation), or {TESTBED}"
@@ -133,8 +141,16 @@ pub fn open() -> Result<Kvm, Error> {
         Err((ErrorKind::PermissionDenied, _)) => unavailable(format!(
             "{DEVICE} may not be opened: join its group (`sudo usermod -aG kvm $USER`, then log in again)"
         )),
-        Err((_, error)) => unavailable(format!("{DEVICE} cannot be opened: {error}; {TESTBED}")),
+        Err((_, error)) => unavailable(format!("{DEVICE} cannot be opened: {error}")),
     }
+}
+
+/// KVM_GET_SUPPORTED_CPUID.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, Errno> {
+    Ok(kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)
 }
 
 /// Queries this host. Never fails: what is missing is in `problems`.

@@ -8,18 +8,23 @@ use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES,
-    KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_XSAVE2, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_X86_DEFAULT_VM, Msrs, Xsave, kvm_create_guest_memfd,
-    kvm_debugregs, kvm_enable_cap, kvm_lapic_state, kvm_memory_attributes, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_run, kvm_sregs, kvm_userspace_memory_region, kvm_userspace_memory_region2, kvm_vcpu_events, kvm_xcrs,
+    KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_XSAVE2,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_X86_DEFAULT_VM, Msrs, Xsave, kvm_create_guest_memfd,
+    kvm_debugregs, kvm_enable_cap, kvm_lapic_state, kvm_memory_attributes, kvm_mp_state, kvm_msr_entry, kvm_pit_config,
+    kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region, kvm_userspace_memory_region2, kvm_vcpu_events, kvm_xcrs,
     kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{
+    IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VcpuFd, VmFd,
+};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::exit;
 use super::hypercall::KVM_HC_MAP_GPA_RANGE;
+use super::interrupts::{self, Message};
 use super::raw;
-use super::vm::{Capabilities, FilePart, Hypervisor, ImmediateExit, Memslot, Vcpu};
+use super::vm::{Capabilities, FilePart, Hypervisor, ImmediateExit, Inspect, Memslot, Vcpu};
 use crate::errno::Errno;
 
 /// KVM_CAP_GUEST_MEMFD_FLAGS, not in kvm-bindings yet.
@@ -27,6 +32,12 @@ pub const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 const SYNC_REGS: i32 = kvm_bindings::KVM_SYNC_X86_REGS as i32;
 /// KVM_SET_TSS_ADDR: three pages that Intel CPUs without unrestricted guest need for real mode. The usual address.
 const TSS_ADDRESS: u64 = 0xfffb_d000;
+/// KVM_SET_IDENTITY_MAP_ADDR: a page that they need in protected mode without paging, before the TSS.
+const IDENTITY_MAP: u64 = TSS_ADDRESS - 0x1000;
+/// The addresses of both.
+pub const TSS_AND_IDENTITY_MAP: std::ops::Range<u64> = IDENTITY_MAP..TSS_ADDRESS + 0x3000;
+/// KVM_CAP_X86_USER_SPACE_MSR: why an access to an MSR exits.
+const MSR_EXITS: u64 = (KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER) as u64;
 
 /// The most bytes of one fallocate call: it cannot be interrupted, and every vCPU that faults in its range waits for
 /// it.
@@ -43,12 +54,12 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    /// KVM_CREATE_VM with this type. Enables the exits that the core needs, where KVM has them. `memory_end` is the
-    /// first address past the guest's memory and its views.
+    /// KVM_CREATE_VM with this type. Enables the exits that the core needs, where KVM has them. `with_tss`: the guest
+    /// has no memory at [`TSS_AND_IDENTITY_MAP`].
     ///
     /// # Errors
     /// Those of opening /dev/kvm and of KVM_CREATE_VM: EINVAL for a type that this host does not have.
-    pub fn new(kind: u64, memory_end: u64) -> Result<Self, Errno> {
+    pub fn new(kind: u64, with_tss: bool) -> Result<Self, Errno> {
         let kvm = Kvm::new()?;
         let vm = kvm.create_vm_with_type(kind)?;
         let cap = |number: u32| vm.check_extension_raw(number.into());
@@ -68,7 +79,7 @@ impl KvmVm {
                 ..Default::default()
             })?;
         }
-        if memory_end <= TSS_ADDRESS {
+        if with_tss {
             // Only CPUs without unrestricted guest need it. On others an error does not matter.
             let _ = vm.set_tss_address(TSS_ADDRESS as usize);
         }
@@ -120,6 +131,43 @@ impl KvmVm {
 impl Hypervisor for KvmVm {
     fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    fn create_interrupt_controllers(&self) -> Result<(), Errno> {
+        self.vm.set_identity_map_address(IDENTITY_MAP)?;
+        self.vm.create_irq_chip()?;
+        Ok(self.vm.create_pit2(kvm_pit_config::default())?)
+    }
+
+    fn route_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), Errno> {
+        Ok(self.vm.register_irqfd(event, gsi)?)
+    }
+
+    fn route_messages(&self, messages: &[Option<Message>]) -> Result<(), Errno> {
+        Ok(self.vm.set_gsi_routing(&interrupts::routing(messages)?)?)
+    }
+
+    fn set_doorbell(&self, event: &EventFd, gpa: u64, on: bool) -> Result<(), Errno> {
+        let address = IoEventAddress::Mmio(gpa);
+        Ok(match on {
+            true => self.vm.register_ioevent(event, &address, NoDatamatch),
+            false => self.vm.unregister_ioevent(event, &address, NoDatamatch),
+        }?)
+    }
+
+    fn take_msr(&self, index: u32) -> Result<(), Errno> {
+        self.vm.enable_cap(&kvm_enable_cap {
+            cap: KVM_CAP_X86_USER_SPACE_MSR,
+            args: [MSR_EXITS, 0, 0, 0],
+            ..Default::default()
+        })?;
+        let denied = MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ,
+            base: index,
+            msr_count: 1,
+            bitmap: &[0],
+        };
+        Ok(self.vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[denied])?)
     }
 
     fn supported_cpuid(&self) -> Result<CpuId, Errno> {
@@ -182,7 +230,7 @@ impl Hypervisor for KvmVm {
         // guests (arch_prctl), so the size does not change any more.
         let xsave_size = self.vm.check_extension_raw(KVM_CAP_XSAVE2.into()).max(0);
         Ok(Box::new(KvmVcpu {
-            fd,
+            fd: Arc::new(Registers(fd)),
             kvm_run: Arc::new(kvm_run),
             sync_regs: self.sync_regs,
             xsave_size: xsave_size as usize,
@@ -190,8 +238,47 @@ impl Hypervisor for KvmVm {
     }
 }
 
+/// A vCPU's descriptor.
+struct Registers(VcpuFd);
+
+impl Registers {
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Errno> {
+        let entry = |index: &u32| kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        };
+        let entries: Vec<_> = indices.iter().map(entry).collect();
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Errno(libc::E2BIG))?;
+        // The kernel stops at the first MSR that it does not have, and returns how many it read.
+        match self.0.get_msrs(&mut msrs)? {
+            read if read == indices.len() => Ok(msrs.as_slice().to_vec()),
+            _ => Err(Errno(libc::EINVAL)),
+        }
+    }
+}
+
+impl Inspect for Registers {
+    fn regs(&self) -> Result<kvm_regs, Errno> {
+        Ok(self.0.get_regs()?)
+    }
+
+    fn sregs(&self) -> Result<kvm_sregs, Errno> {
+        Ok(self.0.get_sregs()?)
+    }
+
+    fn msr(&self, index: u32) -> Result<u64, Errno> {
+        let msrs = self.msrs(&[index])?;
+        msrs.first().map(|msr| msr.data).ok_or(Errno(libc::EINVAL))
+    }
+
+    fn translate(&self, linear: u64) -> Option<u64> {
+        let translation = self.0.translate_gva(linear).ok()?;
+        (translation.valid != 0).then_some(translation.physical_address)
+    }
+}
+
 struct KvmVcpu {
-    fd: VcpuFd,
+    fd: Arc<Registers>,
     kvm_run: Arc<KvmRunMapping>,
     sync_regs: bool,
     /// KVM_CAP_XSAVE2: the size of KVM_GET_XSAVE2's buffer in bytes; 0 before Linux 5.17.
@@ -210,7 +297,7 @@ impl Vcpu for KvmVcpu {
     #[inline]
     fn run(&mut self) -> Result<(), Errno> {
         // kvm-ioctls decodes the exit itself and drops the errno, which tells EFAULT from EHWPOISON.
-        raw::kvm_run(&self.fd)
+        raw::kvm_run(&self.fd.0)
     }
 
     #[inline]
@@ -227,62 +314,56 @@ impl Vcpu for KvmVcpu {
         self.kvm_run.clone()
     }
 
+    fn inspect(&self) -> Arc<dyn Inspect> {
+        self.fd.clone()
+    }
+
     fn syncs_regs(&self) -> bool {
         self.sync_regs
     }
 
     fn regs(&self) -> Result<kvm_regs, Errno> {
-        Ok(self.fd.get_regs()?)
+        self.fd.regs()
     }
 
     fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), Errno> {
-        Ok(self.fd.set_regs(regs)?)
+        Ok(self.fd.0.set_regs(regs)?)
     }
 
     fn sregs(&self) -> Result<kvm_sregs, Errno> {
-        Ok(self.fd.get_sregs()?)
+        self.fd.sregs()
     }
 
     fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), Errno> {
-        Ok(self.fd.set_sregs(sregs)?)
+        Ok(self.fd.0.set_sregs(sregs)?)
     }
 
     fn cpuid(&self) -> Result<CpuId, Errno> {
-        Ok(self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES)?)
+        Ok(self.fd.0.get_cpuid2(KVM_MAX_CPUID_ENTRIES)?)
     }
 
     fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), Errno> {
-        Ok(self.fd.set_cpuid2(cpuid)?)
+        Ok(self.fd.0.set_cpuid2(cpuid)?)
     }
 
     fn msrs(&self, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Errno> {
-        let entry = |index: &u32| kvm_msr_entry {
-            index: *index,
-            ..Default::default()
-        };
-        let entries: Vec<_> = indices.iter().map(entry).collect();
-        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Errno(libc::E2BIG))?;
-        // The kernel stops at the first MSR that it does not have, and returns how many it read.
-        match self.fd.get_msrs(&mut msrs)? {
-            read if read == indices.len() => Ok(msrs.as_slice().to_vec()),
-            _ => Err(Errno(libc::EINVAL)),
-        }
+        self.fd.msrs(indices)
     }
 
     fn set_msrs(&mut self, msrs: &[kvm_msr_entry]) -> Result<(), Errno> {
         let entries = Msrs::from_entries(msrs).map_err(|_| Errno(libc::E2BIG))?;
-        match self.fd.set_msrs(&entries)? {
+        match self.fd.0.set_msrs(&entries)? {
             written if written == msrs.len() => Ok(()),
             _ => Err(Errno(libc::EINVAL)),
         }
     }
 
     fn lapic(&self) -> Result<kvm_lapic_state, Errno> {
-        Ok(self.fd.get_lapic()?)
+        Ok(self.fd.0.get_lapic()?)
     }
 
     fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), Errno> {
-        Ok(self.fd.set_lapic(lapic)?)
+        Ok(self.fd.0.set_lapic(lapic)?)
     }
 
     fn xsave(&self) -> Result<Xsave, Errno> {
@@ -290,13 +371,13 @@ impl Vcpu for KvmVcpu {
         if self.xsave_size == 0 {
             // Before Linux 5.17 there is only the fixed part.
             xsave.as_mut_slice().fill(0);
-            let plain = self.fd.get_xsave()?;
+            let plain = self.fd.0.get_xsave()?;
             // SAFETY: only the fixed part is written, so the wrapper's length stays right.
             unsafe { xsave.as_mut_fam_struct() }.xsave = plain;
             return Ok(xsave);
         }
         // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 gave, which does not grow any more (see `create_vcpu`).
-        unsafe { self.fd.get_xsave2(&mut xsave) }?;
+        unsafe { self.fd.0.get_xsave2(&mut xsave) }?;
         Ok(xsave)
     }
 
@@ -306,48 +387,47 @@ impl Vcpu for KvmVcpu {
             return Err(Errno(libc::EINVAL));
         }
         // SAFETY: the buffer has at least the size that KVM reads, which was checked just now.
-        Ok(unsafe { self.fd.set_xsave2(xsave) }?)
+        Ok(unsafe { self.fd.0.set_xsave2(xsave) }?)
     }
 
     fn xcrs(&self) -> Result<kvm_xcrs, Errno> {
-        Ok(self.fd.get_xcrs()?)
+        Ok(self.fd.0.get_xcrs()?)
     }
 
     fn set_xcrs(&mut self, xcrs: &kvm_xcrs) -> Result<(), Errno> {
-        Ok(self.fd.set_xcrs(xcrs)?)
+        Ok(self.fd.0.set_xcrs(xcrs)?)
     }
 
     fn vcpu_events(&self) -> Result<kvm_vcpu_events, Errno> {
-        Ok(self.fd.get_vcpu_events()?)
+        Ok(self.fd.0.get_vcpu_events()?)
     }
 
     fn set_vcpu_events(&mut self, events: &kvm_vcpu_events) -> Result<(), Errno> {
-        Ok(self.fd.set_vcpu_events(events)?)
+        Ok(self.fd.0.set_vcpu_events(events)?)
     }
 
     fn mp_state(&self) -> Result<kvm_mp_state, Errno> {
-        Ok(self.fd.get_mp_state()?)
+        Ok(self.fd.0.get_mp_state()?)
     }
 
     fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), Errno> {
-        Ok(self.fd.set_mp_state(state)?)
+        Ok(self.fd.0.set_mp_state(state)?)
     }
 
     fn debug_regs(&self) -> Result<kvm_debugregs, Errno> {
-        Ok(self.fd.get_debug_regs()?)
+        Ok(self.fd.0.get_debug_regs()?)
     }
 
     fn set_debug_regs(&mut self, debug_regs: &kvm_debugregs) -> Result<(), Errno> {
-        Ok(self.fd.set_debug_regs(debug_regs)?)
+        Ok(self.fd.0.set_debug_regs(debug_regs)?)
     }
 
     fn pre_fault(&mut self, gpa: u64, size: u64) -> Result<u64, Errno> {
-        raw::kvm_pre_fault(&self.fd, gpa, size)
+        raw::kvm_pre_fault(&self.fd.0, gpa, size)
     }
 
     fn translate(&self, linear: u64) -> Option<u64> {
-        let translation = self.fd.translate_gva(linear).ok()?;
-        (translation.valid != 0).then_some(translation.physical_address)
+        self.fd.translate(linear)
     }
 }
 

@@ -3,12 +3,14 @@
 //! - [`vm`]: the traits of a virtual machine and of a vCPU, in KVM's own words
 //! - [`kvm`]: /dev/kvm; [`fake`]: vCPUs that replay scripts, and calls that fail on demand
 //! - [`exit`]: what a return of KVM_RUN means
+//! - [`interrupts`]: interrupts by number
 //! - [`host`]: what this host's KVM offers; [`mapping`]: host memory for memslots
 
 pub mod exit;
 pub mod fake;
 pub mod host;
 pub mod hypercall;
+pub mod interrupts;
 pub mod kvm;
 pub mod mapping;
 pub(crate) mod raw;

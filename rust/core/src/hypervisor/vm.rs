@@ -10,7 +10,12 @@ use kvm_bindings::{
     kvm_xcrs,
 };
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::exit::{self, SENTINEL};
+use super::interrupts::Message;
+#[cfg(doc)]
+use super::interrupts::PINS;
 use super::mapping::{HostAddress, Touched};
 use crate::errno::Errno;
 
@@ -64,6 +69,39 @@ pub struct FilePart<'a> {
 pub trait Hypervisor: Send + Sync {
     /// What KVM offers this VM.
     fn capabilities(&self) -> Capabilities;
+
+    /// KVM_SET_IDENTITY_MAP_ADDR, KVM_CREATE_IRQCHIP and KVM_CREATE_PIT2: interrupt controllers and a timer in the
+    /// kernel. Before the first vCPU is created.
+    ///
+    /// # Errors
+    /// The kernel's: EEXIST if there are vCPUs already.
+    fn create_interrupt_controllers(&self) -> Result<(), Errno>;
+
+    /// KVM_IRQFD: a write to `event` raises this interrupt once, as an edge.
+    ///
+    /// # Errors
+    /// The kernel's: EINVAL without interrupt controllers.
+    fn route_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), Errno>;
+
+    /// KVM_SET_GSI_ROUTING: what each interrupt is from now on. The numbers below [`PINS`] stay those of the interrupt
+    /// controllers' pins; those from [`PINS`] on are messages, in this order, or nothing.
+    ///
+    /// # Errors
+    /// The kernel's: EINVAL without interrupt controllers or for too many, ENOMEM.
+    fn route_messages(&self, messages: &[Option<Message>]) -> Result<(), Errno>;
+
+    /// KVM_IOEVENTFD: a write at `gpa` writes to `event`, and does not exit any more; or it does again.
+    ///
+    /// # Errors
+    /// The kernel's: EEXIST for one that is there, ENOENT for one that is not, ENOSPC for too many.
+    fn set_doorbell(&self, event: &EventFd, gpa: u64, on: bool) -> Result<(), Errno>;
+
+    /// KVM_CAP_X86_USER_SPACE_MSR and KVM_X86_SET_MSR_FILTER: reads of `index`, and accesses to every MSR that KVM
+    /// does not have, exit to user space.
+    ///
+    /// # Errors
+    /// The kernel's: EINVAL before Linux 5.10.
+    fn take_msr(&self, index: u32) -> Result<(), Errno>;
 
     /// KVM_GET_SUPPORTED_CPUID.
     ///
@@ -143,6 +181,9 @@ pub trait Vcpu: Send {
     /// `immediate_exit` of this vCPU, for other threads.
     fn immediate_exit(&self) -> Arc<dyn ImmediateExit>;
 
+    /// Its registers, to look at while it is outside of KVM_RUN.
+    fn inspect(&self) -> Arc<dyn Inspect>;
+
     /// Whether KVM copies the general registers to kvm_run at an exit if `kvm_valid_regs` asks for it
     /// (KVM_CAP_SYNC_REGS).
     fn syncs_regs(&self) -> bool;
@@ -215,6 +256,31 @@ pub trait Vcpu: Send {
     /// EINTR, EAGAIN (a memslot is being deleted), ENOENT (shared, no memslot), EFAULT (private, no memslot or no
     /// guest_memfd), and guest_memfd's own: EHWPOISON, ENOMEM.
     fn pre_fault(&mut self, gpa: u64, size: u64) -> Result<u64, Errno>;
+
+    /// KVM_TRANSLATE: the guest-physical address of a linear address, if the guest's page tables map it.
+    fn translate(&self, linear: u64) -> Option<u64>;
+}
+
+/// What of a vCPU can be read while it is outside of KVM_RUN, also by others than its owner. A call while it is inside
+/// waits until it comes out.
+pub trait Inspect: Send + Sync {
+    /// KVM_GET_REGS.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn regs(&self) -> Result<kvm_regs, Errno>;
+
+    /// KVM_GET_SREGS.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn sregs(&self) -> Result<kvm_sregs, Errno>;
+
+    /// KVM_GET_MSRS of one MSR. EINVAL for one that KVM does not have.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn msr(&self, index: u32) -> Result<u64, Errno>;
 
     /// KVM_TRANSLATE: the guest-physical address of a linear address, if the guest's page tables map it.
     fn translate(&self, linear: u64) -> Option<u64>;

@@ -1,19 +1,27 @@
 //! A virtual machine: memory, vCPUs, devices, the policy in place and the log.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::config::{Config, ThreadWrapper};
+use super::choice::{self, Chosen};
+use super::config::{Config, Platform, ThreadWrapper};
+use super::current::Current;
+use super::pc::Pc;
+use super::report::Report;
 use crate::devices::bus::{Bus, IoHandler, MmioHandler};
+use crate::devices::virtio::device::Device;
+use crate::devices::virtio::run::{Accesses, Run, Spawn};
 use crate::errno::Errno;
-use crate::error::{ConvertError, Error};
+use crate::error::Error;
 use crate::events::log::EventLog;
 use crate::hypervisor::host::EnforcementMode;
+use crate::input::Watch;
 use crate::memory::address::State;
 use crate::memory::backing::Backing;
 use crate::memory::conversion::Converted;
-use crate::memory::guest_memory::{GuestMemory, Layout, Resident};
+use crate::memory::guest_memory::{GuestMemory, Layout, NoAccess, Resident, Seal};
 use crate::memory::listeners::{self, Listener};
 use crate::policy::current::CurrentPolicy;
 use crate::policy::hooks::Policy;
@@ -22,23 +30,36 @@ use crate::vcpu::kick::Kick;
 use crate::vcpu::running::Context;
 use crate::vcpu::state::VcpuState;
 use crate::x86::cpuid;
+use crate::x86::registers::MTRRS_ON;
+use crate::x86::sev::{SEV_STATUS, SoftwareSev};
 
 /// A virtual machine.
 pub struct Machine {
     pub(super) vcpus: Vec<Mutex<VcpuState>>,
     /// One for each vCPU. Not under the vCPU's mutex, which its thread holds for the whole run.
     pub(super) kicks: Vec<Arc<Kick>>,
-    policy: CurrentPolicy,
+    policy: Arc<CurrentPolicy>,
     bus: Bus,
     events: Arc<EventLog>,
     /// The run in progress.
-    pub(super) current: Mutex<Option<Arc<Control>>>,
+    pub(super) current: Arc<Current>,
     /// Called around each vCPU thread's body.
     pub(super) around: Option<ThreadWrapper>,
+    /// Bytes of stack of each vCPU thread.
+    pub(super) stack: Option<usize>,
+    /// Of the last run that failed.
+    pub(super) failed_report: Mutex<Option<Report>>,
+    /// Whether vCPUs can map a GiB as one page.
+    pub(super) gib_pages: bool,
     /// Whether vCPUs have KVM_PRE_FAULT_MEMORY.
     pre_fault: bool,
+    /// The devices of `platform="pc"`.
+    pub(super) pc: Option<Pc>,
+    pub(super) sev: Option<SoftwareSev>,
+    /// Whether the host may read and write private pages.
+    debug_private: bool,
     /// Last, so that it is dropped after the vCPUs: it holds the memory of the VM's memslots.
-    pub(super) memory: GuestMemory,
+    pub(super) memory: Arc<GuestMemory>,
 }
 
 impl Machine {
@@ -47,23 +68,51 @@ impl Machine {
     /// # Errors
     /// `KvmUnavailable`, `NotSupported`, `Invalid` for an argument, `Host` for a system call that failed.
     pub fn new(config: Config) -> Result<Self, Error> {
+        Self::new_watched(config, &mut || Ok(()))
+    }
+
+    /// The same. `watch` is called again and again: with a large memory KVM may take seconds for its memslots.
+    ///
+    /// # Errors
+    /// As [`Machine::new`], and `Interrupted` for a failure of `watch`.
+    pub fn new_watched(config: Config, watch: &mut Watch<'_>) -> Result<Self, Error> {
         let views = config.views()?;
-        let (hypervisor, mode) = config.open(views)?;
+        let chosen = choice::choose(&config, &views)?;
+        let Chosen {
+            hypervisor,
+            mode,
+            cpuid: supported,
+        } = chosen;
+        let sev = config.sev(&views);
+        if config.platform == Platform::Pc {
+            let what = "create the interrupt controllers";
+            let created = hypervisor.create_interrupt_controllers();
+            created.map_err(|errno| Error::Host { what, errno })?;
+        }
+        if sev.is_some() {
+            let what = "have KVM leave the MSR SEV_STATUS to this process";
+            let taken = hypervisor.take_msr(SEV_STATUS);
+            taken.map_err(|errno| Error::Host { what, errno })?;
+        }
         let layout = Layout {
             views,
             initial: config.initial,
             mode,
-            borders: config.borders(mode),
+            borders: config.borders(mode, &views),
+            host_memory: mode == EnforcementMode::Traps || config.platform == Platform::Pc,
             vcpus: config.vcpus as usize,
         };
-        let memory = GuestMemory::new(hypervisor.clone(), layout)?;
+        let memory = GuestMemory::new(hypervisor.clone(), layout, watch)?;
         let (events, writers) = EventLog::new(config.events, config.vcpus as usize);
         let what = "create a vCPU";
         let failed = |errno| Error::Host { what, errno };
-        let supported = hypervisor.supported_cpuid().map_err(failed)?;
+        let cpuid = config.cpuid(supported, sev).map_err(failed)?;
         let vcpu = |(index, log)| -> Result<VcpuState, Errno> {
             let mut hv = hypervisor.create_vcpu(index)?;
-            hv.set_cpuid(&cpuid::of_vcpu(&supported, index))?;
+            hv.set_cpuid(&cpuid::of_vcpu(&cpuid, index))?;
+            if config.platform == Platform::Pc {
+                hv.set_msrs(&[MTRRS_ON])?;
+            }
             VcpuState::new(index, hv, log)
         };
         let vcpus = (0..config.vcpus).zip(writers).map(vcpu);
@@ -74,16 +123,27 @@ impl Machine {
             let kicks = kicks.clone();
             pause.set_kick_all(Box::new(move || kicks.iter().for_each(|kick| kick.kick())));
         }
+        let (bus, current) = (Bus::default(), Arc::new(Current::default()));
+        let pc = match config.platform {
+            Platform::Pc => Some(Pc::new(&hypervisor, &bus, &current)?),
+            Platform::Bare => None,
+        };
         Ok(Self {
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
-            policy: CurrentPolicy::new(config.policy),
-            bus: Bus::default(),
+            policy: Arc::new(CurrentPolicy::new(config.policy)),
+            bus,
             events: Arc::new(events),
-            current: Mutex::new(None),
+            current,
             around: config.around,
+            stack: config.stack,
+            failed_report: Mutex::default(),
+            gib_pages: cpuid::gib_pages(&cpuid),
             pre_fault: hypervisor.capabilities().pre_fault,
-            memory,
+            pc,
+            sev,
+            debug_private: config.debug_private,
+            memory: Arc::new(memory),
         })
     }
 
@@ -122,6 +182,8 @@ impl Machine {
             events: &self.events,
             control,
             pre_fault: self.pre_fault,
+            sev: self.sev,
+            is_pc: self.pc.is_some(),
         }
     }
 
@@ -142,7 +204,61 @@ impl Machine {
     /// # Errors
     /// `Invalid` for a range that is empty, wraps, or overlaps memory, a view or another handler's.
     pub fn on_mmio(&self, gpa: u64, size: u64, handler: Arc<dyn MmioHandler>) -> Result<(), Error> {
-        self.bus.on_mmio(gpa, size, &self.memory.views(), handler)
+        self.bus.on_mmio(gpa, size, self.memory.views(), handler)
+    }
+
+    /// Puts a virtio device on the PCI bus, before the machine boots. `name` is what events and messages call it. With
+    /// `logs_accesses` each of its accesses to memory has an event.
+    ///
+    /// # Errors
+    /// `Busy` on a bare platform, while it runs and once a kernel was booted; `Invalid` for a 32nd device and for queues that cannot be;
+    /// `Host` where the host has no interrupts or descriptors left.
+    pub fn add_device(&self, name: &str, device: Arc<dyn Device>, logs_accesses: bool) -> Result<(), Error> {
+        outside_listeners()?;
+        let pc = self.pc()?;
+        self.current.idle()?;
+        if pc.kernel.lock().is_some() {
+            return Err(Error::Busy(
+                "this machine has booted already: add devices before boot()",
+            ));
+        }
+        if pc.add(name, device, logs_accesses, &self.bus, self.memory.views())? {
+            self.add_listener(pc.in_flight.clone())?;
+        }
+        Ok(())
+    }
+
+    /// Reads the configuration of the devices of this name again, and tells their drivers if it has changed.
+    ///
+    /// # Errors
+    /// `Invalid` if there is none, or what it says is wrong; `Device` for one that raises.
+    pub fn refresh_device(&self, name: &str) -> Result<(), Error> {
+        outside_listeners()?;
+        self.pc()?.refresh(name)
+    }
+
+    /// What the threads of its devices need from it.
+    pub(super) fn devices_run(
+        &self,
+        pc: &Pc,
+        control: Arc<Control>,
+        accesses: &Arc<Accesses>,
+        spawn: Arc<Spawn>,
+    ) -> Run {
+        let is_over = {
+            let control = control.clone();
+            Arc::new(move || control.leaving())
+        };
+        Run {
+            is_over,
+            spawn,
+            memory: self.memory.clone(),
+            policy: self.policy.clone(),
+            events: self.events.clone(),
+            in_flight: pc.in_flight.clone(),
+            accesses: accesses.clone(),
+            end: Arc::new(move |how| control.finish(how)),
+        }
     }
 
     /// Tells a listener the present states, and from then on every conversion.
@@ -151,8 +267,7 @@ impl Machine {
     /// `Busy` when called from a listener; the listener's own failure as `HostConversion`, and then it was not added.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Result<(), Error> {
         outside_listeners()?;
-        let failed = |failure| Error::HostConversion(ConvertError::Listener(failure));
-        self.memory.join(listener).map_err(failed)
+        Ok(self.memory.join(listener)?)
     }
 
     /// Removes a listener. Returns whether it was there.
@@ -169,14 +284,19 @@ impl Machine {
         Ok(self.memory.convert(gpa, size, to, false)?)
     }
 
-    /// Copies bytes out of shared pages.
+    /// Whether the host may read and write private pages, so that what it says of the guest's privacy does not hold.
+    pub fn debug_private(&self) -> bool {
+        self.debug_private
+    }
+
+    /// Copies bytes out of shared pages; with `debug_private` also out of private ones.
     ///
     /// # Errors
     /// `PrivateMemory` with the first private page; `Outside` for bytes outside of memory; `Host` where reading fails,
     /// as it does for a poisoned page; `Busy` when called from a listener.
     pub fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), Error> {
         let len = into.len() as u64;
-        self.touch(gpa, len, "read", |shared, gpa| shared.read(gpa, into))
+        self.touch(gpa, len, "read", |side, gpa, part| side.read(gpa, &mut into[part]))
     }
 
     /// Copies bytes into shared pages.
@@ -185,7 +305,7 @@ impl Machine {
     /// As [`Machine::read`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<(), Error> {
         let len = from.len() as u64;
-        self.touch(gpa, len, "write", |shared, gpa| shared.write(gpa, from))
+        self.touch(gpa, len, "write", |side, gpa, part| side.write(gpa, &from[part]))
     }
 
     fn touch(
@@ -193,23 +313,34 @@ impl Machine {
         gpa: u64,
         len: u64,
         what: &'static str,
-        access: impl FnOnce(&Backing, u64) -> Result<(), Errno>,
+        mut access: impl FnMut(&Backing, u64, Range<usize>) -> Result<(), Errno>,
     ) -> Result<(), Error> {
         outside_listeners()?;
-        let gpa = gpa & !self.memory.views().shared_mask();
+        let gpa = gpa & !self.memory.views().mask();
         if len == 0 {
             return Ok(());
         }
-        let (size, memory) = (len, self.memory.size());
-        let outside = |_| Error::Outside { gpa, size, memory };
-        let done = self.memory.on_shared(gpa, len, |shared| access(shared, gpa));
-        match done.map_err(outside)? {
-            Ok(done) => done.map_err(|errno| Error::Host {
-                what: "access the guest's shared memory",
+        let seal = match self.debug_private {
+            true => Seal::Broken,
+            false => Seal::Whole,
+        };
+        let done = self.memory.on_bytes(gpa, len, seal, &mut access);
+        done.map_err(|failure| match failure {
+            NoAccess::Outside => Error::Outside {
+                gpa,
+                size: len,
+                memory: self.memory.size(),
+            },
+            NoAccess::Private(gpa) if self.debug_private => Error::NotSupported(format!(
+                "page {gpa:#x} is private and in a guest_memfd that the host cannot map: debug_private reaches host memory \
+                 only, as enforcement=\"traps\" has it"
+            )),
+            NoAccess::Private(gpa) => Error::PrivateMemory { gpa, what },
+            NoAccess::Failed(errno) => Error::Host {
+                what: "access the guest's memory",
                 errno,
-            }),
-            Err(gpa) => Err(Error::PrivateMemory { gpa, what }),
-        }
+            },
+        })
     }
 
     /// How much host memory the guest occupies.
@@ -221,10 +352,21 @@ impl Machine {
         self.memory.resident().map_err(|errno| Error::Host { what, errno })
     }
 
-    /// Drops all handlers and listeners: they may hold references to the object that owns this machine.
-    pub fn clear_handlers(&self) {
-        self.memory.clear_listeners();
+    /// Closes it: no run and no conversion begins any more, and all handlers and listeners are dropped, which may hold
+    /// references to the object that owns this machine. Waits for conversions under way; of a large one the parts that
+    /// are left fail.
+    ///
+    /// # Errors
+    /// `Busy` while it runs, and when called from a listener.
+    pub fn close(&self) -> Result<(), Error> {
+        outside_listeners()?;
+        self.current.close()?;
+        self.memory.end_conversions();
         self.bus.clear();
+        if let Some(pc) = &self.pc {
+            pc.close();
+        }
+        Ok(())
     }
 }
 
@@ -232,8 +374,8 @@ impl Machine {
 pub(super) fn outside_listeners() -> Result<(), Error> {
     match listeners::inside() {
         true => Err(Error::Busy(
-            "a listener is called with its pages locked: it must not convert, read or write guest memory, nor run the \
-             machine",
+            "a listener is called with its pages locked: it must not convert, read or write guest memory, nor run or \
+             close the machine",
         )),
         false => Ok(()),
     }

@@ -1,10 +1,18 @@
 //! A virtual machine, assembled from everything below.
 //!
-//! - [`config`]: the parameters, and their checks; [`assembly`]: the machine
-//! - `start`: images and registers before a run; `run`: a run with its threads; [`report`]: what a run did
+//! - [`config`]: the parameters, and their checks; `choice`: what this host gives for them; [`assembly`]: the machine
+//! - `pc`: the devices of a PC; `devices`: their threads during a run; `boot`: Linux before its first run
+//! - `start`: images and registers before a run; `run`: a run with its threads; `entering`: what ends it before they run;
+//!   `current`: the run in progress; [`report`]: what a run did
 
 pub mod assembly;
+mod boot;
+mod choice;
 pub mod config;
+mod current;
+mod devices;
+mod entering;
+mod pc;
 pub mod report;
 mod run;
 mod start;

@@ -3,28 +3,32 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::MutexGuard;
 
 use super::assembly::{Machine, outside_listeners};
+use super::current::Current;
+use super::entering::Entering;
 use super::report::Report;
-use crate::error::{Error, Failure};
+use crate::error::{ConvertError, Error, Failure};
+use crate::memory::guest_memory::LOOK_AGAIN;
+use crate::vcpu::asker::Asker;
 use crate::vcpu::control::Control;
 use crate::vcpu::run_loop;
+use crate::vcpu::signal::Installed;
 use crate::vcpu::state::VcpuState;
 use crate::vcpu::tally::Tally;
 
-const RUNNING: &str =
-    "this machine is running already: run() cannot be called again until it has returned, nor in a hook";
-/// How often a thread that waits for a vCPU to begin a run looks whether there is a run already.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Bytes of a thread's stack where there is no limit to it.
+const STACK: usize = 8 << 20;
 
 impl Machine {
     /// Runs every started vCPU, each in a thread of its own, until something ends the run. `interrupt` is called some
-    /// forty times a second; its failure ends the run.
+    /// forty times a second; its failure ends the run. So does what ends it before a vCPU runs, while listeners are told
+    /// or a vCPU is waited for.
     ///
     /// # Errors
-    /// `Busy` if a run is in progress, no vCPU was started, or a listener calls this; else the first failure of the
-    /// run.
+    /// `Busy` if a run is in progress, no vCPU was started, or a listener calls this; a listener's failure, as
+    /// `HostConversion`, if one that failed before fails again; else the first failure of the run.
     pub fn run(
         &self,
         timeout: Option<Duration>,
@@ -32,23 +36,46 @@ impl Machine {
     ) -> Result<Report, Error> {
         outside_listeners()?;
         /// Clears `current` when the run is over, also after a panic.
-        struct Over<'a>(&'a Mutex<Option<Arc<Control>>>);
+        struct Over<'a>(&'a Current);
         impl Drop for Over<'_> {
             fn drop(&mut self) {
-                *self.0.lock() = None;
+                self.0.over();
             }
         }
         let begun = Instant::now();
-        let (control, vcpus) = self.begin()?;
-        let over = Over(&self.current);
         let deadline = timeout.and_then(|timeout| begun.checked_add(timeout));
-        let mut total = Tally::default();
+        self.current.enter()?;
+        let over = Over(&self.current);
+        // Before anything has begun: there may be no memory for them.
+        let mut total = Tally::new()?;
+        let mut entering = Entering::new(&self.current, deadline, interrupt);
+        let failed = |failure| Error::HostConversion(ConvertError::Listener(failure));
+        let told = self.memory.tell_listeners_again(&mut || entering.goes_on());
+        told.map_err(failed)?;
+        let vcpus = self.vcpus_to_run(&mut entering)?;
+        if let Some(end) = entering.end() {
+            return Ok(Report {
+                reason: end?,
+                at: None,
+                debug_private: self.debug_private(),
+                device_accesses: 0,
+                device_access: None,
+                tally: total,
+                duration: begun.elapsed(),
+            });
+        }
+        let _signal = Installed::install()?;
+        let control = self.begin(&vcpus);
+        let mut tallies = vcpus.iter().map(|_| Tally::new()).collect::<Result<Vec<_>, _>>()?;
+        let stack = self.stack.unwrap_or_else(usual_stack);
+        let accesses = Arc::default();
         std::thread::scope(|scope| {
             let mut threads = Vec::new();
-            for vcpu in vcpus {
+            for (vcpu, tally) in vcpus.into_iter().zip(&mut tallies) {
                 let name = format!("pagegate-vcpu{}", vcpu.index);
-                let body = || self.vcpu_thread(&control, vcpu);
-                match std::thread::Builder::new().name(name).spawn_scoped(scope, body) {
+                let body = || self.vcpu_thread(&control, vcpu, tally);
+                let thread = std::thread::Builder::new().name(name).stack_size(stack);
+                match thread.spawn_scoped(scope, body) {
                     Ok(thread) => threads.push(thread),
                     Err(error) => {
                         control.thread_ended();
@@ -58,53 +85,87 @@ impl Machine {
                     }
                 }
             }
+            let devices = self.start_devices(scope, &control, stack, &accesses);
             control.wait(deadline, interrupt);
+            devices.end(&control, interrupt);
             for thread in threads {
-                match thread.join() {
-                    Ok(tally) => total.add(&tally),
-                    Err(panic) => std::panic::resume_unwind(panic),
+                if let Err(panic) = thread.join() {
+                    std::panic::resume_unwind(panic);
                 }
             }
         });
+        tallies.iter().for_each(|tally| total.add(tally));
         drop(over);
-        Ok(Report {
-            reason: control.take_end()?,
+        let (device_accesses, device_access) = accesses.take();
+        let end = control.take_end();
+        let report = Report {
+            reason: match &end {
+                Ok(reason) => reason.clone(),
+                Err(Error::Livelock { .. }) => "livelock".to_owned(),
+                Err(_) => "failed".to_owned(),
+            },
+            at: control.take_whereabouts(),
+            debug_private: self.debug_private(),
+            device_accesses,
+            device_access,
             tally: total,
             duration: begun.elapsed(),
-        })
+        };
+        match end {
+            Ok(_) => Ok(report),
+            Err(error) => {
+                *self.failed_report.lock() = Some(report);
+                Err(error)
+            }
+        }
     }
 
-    fn begin(&self) -> Result<(Arc<Control>, Vec<MutexGuard<'_, VcpuState>>), Error> {
+    /// The report of the last run that failed after its vCPUs had begun, once: its reason is "livelock" or "failed".
+    pub fn take_failed_report(&self) -> Option<Report> {
+        self.failed_report.lock().take()
+    }
+
+    /// The vCPUs that are to run, locked; none if the run is to end already.
+    fn vcpus_to_run(&self, entering: &mut Entering<'_>) -> Result<Vec<MutexGuard<'_, VcpuState>>, Error> {
         let mut vcpus = Vec::new();
         for vcpu in &self.vcpus {
             // Between runs another thread locks a vCPU to start it or to read its registers, which can take as long as a
             // listener takes. A run holds it until it is over.
             vcpus.push(loop {
-                if self.running() {
-                    return Err(Error::Busy(RUNNING));
+                if entering.has_ended() {
+                    return Ok(Vec::new());
                 }
                 if let Some(vcpu) = vcpu.try_lock_for(LOOK_AGAIN) {
                     break vcpu;
                 }
+                entering.goes_on();
             });
         }
-        let mut current = self.current.lock();
-        if current.is_some() {
-            return Err(Error::Busy(RUNNING));
+        if entering.has_ended() {
+            return Ok(Vec::new());
         }
         vcpus.retain(|vcpu| vcpu.started);
         if vcpus.is_empty() {
             return Err(Error::Busy(
-                "no vCPU is ready to run: call vm.vcpus[0].start(...) first",
+                "no vCPU is ready to run: call vm.boot(...) or vm.vcpus[0].start(...) first",
             ));
         }
-        let kicks = vcpus.iter().map(|vcpu| self.kicks[vcpu.index as usize].clone());
-        let control = Arc::new(Control::new(kicks.collect()));
-        *current = Some(control.clone());
-        Ok((control, vcpus))
+        // After "halt" all of them go on behind their HLT. Else one that halted rests until it is started again.
+        match vcpus.iter().all(|vcpu| vcpu.halted) {
+            true => vcpus.iter_mut().for_each(|vcpu| vcpu.halted = false),
+            false => vcpus.retain(|vcpu| !vcpu.halted),
+        }
+        Ok(vcpus)
     }
 
-    fn vcpu_thread(&self, control: &Control, mut vcpu: MutexGuard<'_, VcpuState>) -> Tally {
+    fn begin(&self, vcpus: &[MutexGuard<'_, VcpuState>]) -> Arc<Control> {
+        let kicks = vcpus.iter().map(|vcpu| self.kicks[vcpu.index as usize].clone());
+        let control = Arc::new(Control::new(kicks.collect(), self.pc.is_some()));
+        self.current.begin(control.clone());
+        control
+    }
+
+    fn vcpu_thread(&self, control: &Arc<Control>, mut vcpu: MutexGuard<'_, VcpuState>, tally: &mut Tally) {
         /// Reports the end of the thread, also after a panic, which stops the run.
         struct Ended<'a>(&'a Control);
         impl Drop for Ended<'_> {
@@ -116,12 +177,16 @@ impl Machine {
             }
         }
         let _ended = Ended(control);
-        let mut tally = Tally::default();
         let kick = self.kick(vcpu.index);
         let mut body = || match kick.attach() {
-            Ok(_attached) => tally = run_loop::run(self.context(control), &mut vcpu, kick),
+            Ok(_attached) => {
+                let run = control.clone();
+                let ending = Arc::new(move || run.leaving());
+                let asker = Asker::new(vcpu.hv.inspect(), self.memory.clone(), self.kernel(), ending);
+                run_loop::run(self.context(control), asker, &mut vcpu, kick, tally);
+            }
             Err(errno) => {
-                let what = "install the signal handler that stops vCPUs";
+                let what = "unblock the signal that stops vCPUs";
                 control.finish(Err(Error::Host { what, errno }));
             }
         };
@@ -129,19 +194,22 @@ impl Machine {
             Some(around) => around(&mut body),
             None => body(),
         }
-        tally
     }
 
-    /// Ends the run in progress, from any thread; without one it does nothing.
+    /// Ends the run in progress, from any thread, also one whose vCPUs have not begun yet; without one it does nothing.
     pub fn stop(&self) {
-        let current = self.current.lock().clone();
-        if let Some(control) = current {
-            control.stop("stopped");
-        }
+        self.current.stop("stopped");
     }
 
     /// Whether a run is in progress.
     pub fn running(&self) -> bool {
-        self.current.lock().is_some()
+        self.current.running()
     }
+}
+
+/// Bytes of stack that a C library gives its threads. Rust's threads have 2 MiB, which recursion in a Python hook
+/// exhausts before Python's own limit ends it.
+fn usual_stack() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Stack).current;
+    limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(STACK)
 }

@@ -1,67 +1,85 @@
 //! What is done before a run: loading images, and setting registers.
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use parking_lot::MutexGuard;
 
 use super::assembly::Machine;
-use crate::boot::image::Image;
+use crate::boot::image::{Image, Segment};
 use crate::boot::long_mode;
 use crate::boot::start::{self, CpuMode};
 use crate::error::Error;
+use crate::input::Watch;
 use crate::memory::address::{PAGE_SIZE, State};
 use crate::memory::views::Views;
 use crate::vcpu::state::VcpuState;
 
 const VCPU_RUNNING: &str = "the vCPU is running: its registers can be read and set between runs only";
 
+/// How much of an image is loaded between two calls of the watch.
+const LOADED_AT_ONCE: u64 = 64 << 20;
+
 impl Machine {
     /// Copies an image into memory and returns its entry point. Its private pages become shared first: the host cannot
-    /// write to them.
+    /// write to them. `watch` is called again and again, for an image can be as large as memory.
     ///
     /// # Errors
-    /// `Invalid` for a segment outside of memory; those of [`Machine::convert`] and [`Machine::write`].
-    pub fn load(&self, image: &Image<'_>) -> Result<u64, Error> {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        for segment in &image.segments {
-            let len = (segment.bytes.len() as u64).saturating_add(segment.zeroes);
-            if len == 0 {
-                continue;
-            }
-            let Some(pages) = self.memory.pages(segment.gpa, len) else {
-                let (gpa, memory) = (segment.gpa, self.memory.size());
+    /// `Invalid` for a segment outside of memory, and then nothing is written; those of [`Machine::convert`] and
+    /// [`Machine::write`]; `Interrupted` for a failure of `watch`, after which a part of the image is in memory.
+    pub fn load(&self, image: &Image<'_>, watch: &mut Watch<'_>) -> Result<u64, Error> {
+        for segment in image.segments.iter().filter(|segment| !segment.is_empty()) {
+            if self.memory.pages(segment.gpa, segment.len()).is_none() {
+                let (gpa, len, memory) = (segment.gpa, segment.len(), self.memory.size());
                 let message = format!("the image's {len:#x} bytes at {gpa:#x} lie outside the guest's {memory:#x}");
                 return Err(Error::Invalid(message));
-            };
-            self.convert(pages.gpa(), pages.size(), State::Shared)?;
-            self.write(segment.gpa, segment.bytes)?;
-            let mut at = segment.gpa + segment.bytes.len() as u64;
-            let end = segment.gpa + len;
-            while at < end {
-                let part = (end - at).min(PAGE_SIZE);
-                self.write(at, &ZEROES[..part as usize])?;
-                at += part;
             }
+        }
+        for segment in &image.segments {
+            self.load_segment(segment, watch)?;
         }
         Ok(image.entry)
     }
 
+    fn load_segment(&self, segment: &Segment<'_>, watch: &mut Watch<'_>) -> Result<(), Error> {
+        static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+        let (mut at, end) = (segment.gpa, segment.gpa + segment.len());
+        let mut rest = segment.bytes;
+        while at < end {
+            watch().map_err(Error::Interrupted)?;
+            let part_end = end.min((at - at % LOADED_AT_ONCE) + LOADED_AT_ONCE);
+            if let Some(pages) = self.memory.pages(at, part_end - at) {
+                self.convert(pages.gpa(), pages.size(), State::Shared)?;
+            }
+            while at < part_end {
+                let len = ((part_end - at).min(ZEROES.len() as u64)) as usize;
+                let part = match rest.is_empty() {
+                    true => &ZEROES[..len],
+                    false => &rest[..len.min(rest.len())],
+                };
+                self.write(at, part)?;
+                rest = &rest[part.len().min(rest.len())..];
+                at += part.len() as u64;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets a vCPU's registers for its next run. If KVM still waits for an answer to the last exit, that is dropped.
     ///
-    /// With a shared bit, `rip` becomes the address of its page in the view that the page is in: a fetch from the other
+    /// With two views, `rip` becomes the address of its page in the view that the page is in: a fetch from the other
     /// view would be a request, and the code would be zeroes after the conversion.
     ///
     /// # Errors
     /// `Invalid` for a register that does not exist or a `rip` that the mode cannot have, `Busy` while the vCPU runs;
     /// those of building and writing the page tables.
     pub fn start(&self, vcpu: usize, mode: CpuMode, given: &[(String, u64)]) -> Result<(), Error> {
-        let mut state = self.idle_vcpu(vcpu)?;
+        let reset_sregs = self.idle_vcpu(vcpu)?.reset_sregs;
         let views = self.memory.views();
         let tables = match mode {
-            CpuMode::Long => Some(long_mode::tables(views)?),
+            CpuMode::Long => Some(long_mode::tables(*views, self.gib_pages)?),
             CpuMode::Real | CpuMode::Protected => None,
         };
-        let stack = tables.as_ref().map_or(0, |tables| stack(tables.gpa, vcpu, views));
-        let mut sregs = start::sregs(mode, &state.reset_sregs, tables.as_ref(), views);
+        let stack = tables.as_ref().map_or(0, |tables| stack(tables.gpa, vcpu, *views));
+        let mut sregs = start::sregs(mode, &reset_sregs, tables.as_ref(), *views);
         let mut regs = start::regs(given, stack, &mut sregs)?;
         if let Some(place) = views.locate(regs.rip)
             && self.memory.state(place.gpa) == State::Shared
@@ -80,11 +98,14 @@ impl Machine {
             self.convert(tables.gpa, tables.bytes.len() as u64, State::Shared)?;
             self.write(tables.gpa, &tables.bytes)?;
         }
+        // Only now: a listener that is told of the conversion may do anything, and run() waits for the vCPU.
+        let mut state = self.idle_vcpu(vcpu)?;
         state.abandon(&self.kicks[vcpu], self.memory.pause());
         let set = state.hv.set_sregs(&sregs).and_then(|()| state.hv.set_regs(&regs));
         let what = "set the vCPU's registers";
         set.map_err(|errno| Error::Host { what, errno })?;
         state.started = true;
+        state.halted = false;
         Ok(())
     }
 
@@ -96,6 +117,16 @@ impl Machine {
         let what = "read the vCPU's registers";
         let state = self.idle_vcpu(vcpu)?;
         state.hv.regs().map_err(|errno| Error::Host { what, errno })
+    }
+
+    /// A vCPU's special registers, between runs (KVM_GET_SREGS).
+    ///
+    /// # Errors
+    /// As [`Machine::regs`].
+    pub fn sregs(&self, vcpu: usize) -> Result<kvm_sregs, Error> {
+        let what = "read the vCPU's registers";
+        let state = self.idle_vcpu(vcpu)?;
+        state.hv.sregs().map_err(|errno| Error::Host { what, errno })
     }
 
     /// A vCPU that no run uses, locked.

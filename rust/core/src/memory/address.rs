@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use crate::allocation::push;
+use crate::errno::Errno;
+
 /// The size of a page in bytes. Each page has a state.
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -149,4 +152,18 @@ pub struct Run {
     pub range: Range,
     /// Their state.
     pub state: State,
+}
+
+impl Run {
+    /// A list of as many runs as a guest has made.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub(crate) fn list(runs: impl Iterator<Item = Run>) -> Result<Vec<Run>, Errno> {
+        let mut list = Vec::new();
+        for run in runs {
+            push(&mut list, run)?;
+        }
+        Ok(list)
+    }
 }

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use rustix::fs::MemfdFlags;
-use vm_memory::VolatileMemory;
+use vm_memory::{VolatileMemory, VolatileSlice};
 
 use super::address::{PAGE_SIZE, Range, State};
 use crate::errno::Errno;
@@ -85,6 +85,21 @@ impl Backing {
         self.kind != BackingKind::GuestMemfd
     }
 
+    /// Has `range` of this side's host mapping show the bytes of another side, or its own again. KVM, whose memslots
+    /// refer to the mapping, follows. Reads and writes by [`read`](Self::read) and [`write`](Self::write) are as before
+    /// where this side is a memfd.
+    ///
+    /// # Errors
+    /// Those of mmap(2), ENOMEM among them.
+    pub(crate) fn show(&self, other: &Backing, range: Range) -> Result<(), Errno> {
+        raw::map_over(&self.mapping, range.gpa(), range.size(), &other.file)
+    }
+
+    /// The file, for a loader that writes a guest's memory before it runs.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
     /// The host address of offset `at`, for a memslot.
     pub(crate) fn host(&self, at: u64) -> HostAddress {
         self.mapping.address(at)
@@ -112,6 +127,14 @@ impl Backing {
             (Err(_), BackingKind::Memfd) => Ok(Some(self.file.metadata()?.blocks() * BLOCK)),
             (Err(_), BackingKind::GuestMemfd | BackingKind::MappedGuestMemfd) => Ok(None),
         }
+    }
+
+    /// The bytes from offset `at` on, in this process. A poisoned page ends the process with SIGBUS when it is touched.
+    /// `None` for a guest_memfd that the host cannot map.
+    pub(crate) fn slice(&self, at: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        self.touched.add(at, len);
+        let reachable = self.is_reachable().then(|| self.mapping.slice(at, len));
+        reachable?.ok()
     }
 
     /// Copies bytes from offset `at` on.
@@ -158,16 +181,17 @@ pub struct Sides {
 }
 
 impl Sides {
-    /// Creates both sides, empty. The private side is a guest_memfd where the VM can have one, else a memfd that the
-    /// core refuses to read or write for the host. On a VM without private attributes KVM's emulation accesses every
-    /// page through a mapping, so there the guest_memfd has the flags MMAP and INIT_SHARED.
-    pub(crate) fn new(size: u64, hypervisor: &dyn Hypervisor) -> Result<Self, Error> {
+    /// Creates both sides, empty, for memory that ends at `size`. The private side is a guest_memfd where the VM can have
+    /// one, unless it is to be `host_memory`: a memfd that the core refuses to read or write for the host. On a VM
+    /// without private attributes KVM's emulation accesses every page through a mapping, so there the guest_memfd has
+    /// the flags MMAP and INIT_SHARED.
+    pub(crate) fn new(size: u64, host_memory: bool, hypervisor: &dyn Hypervisor) -> Result<Self, Error> {
         let can = hypervisor.capabilities();
         let context = |what: &'static str| move |errno| Error::Host { what, errno };
         let mappable = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
         let mapped = !can.private_attribute;
         let usable = !mapped || can.guest_memfd_flags & mappable == mappable;
-        let private = if can.guest_memfd && usable {
+        let private = if can.guest_memfd && usable && !host_memory {
             let flags = if mapped { mappable } else { 0 };
             let fd = hypervisor.create_guest_memfd(size, flags);
             let fd = fd.map_err(context("create a guest_memfd"))?;

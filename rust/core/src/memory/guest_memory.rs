@@ -1,20 +1,27 @@
 //! Guest memory with the state of each page: everything but conversions, which are in `conversion.rs`.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::address::{PAGE_SIZE, Range, Run, State};
 use super::backing::{Backing, Sides};
 pub(crate) use super::enforcement::Pause;
 use super::enforcement::{Enforcement, NotEnforced};
 use super::listeners::{self, Listener, Listeners};
-use super::page_map::Snapshot;
+use super::open_pages::OpenPages;
+use super::page_map::{AttributeMap, Snapshot};
 use super::page_states::{PageStates, Seen, States};
 use super::views::{Place, Views};
+use crate::allocation::check_room;
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure};
 use crate::hypervisor::host::EnforcementMode;
 use crate::hypervisor::vm::Hypervisor;
+use crate::input::Watch;
+
+/// How often a thread that waits to begin a run looks whether the run is to end.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(25);
 
 /// What guest memory is made of.
 pub(crate) struct Layout {
@@ -23,6 +30,8 @@ pub(crate) struct Layout {
     pub mode: EnforcementMode,
     /// No memslot crosses these addresses.
     pub borders: Vec<u64>,
+    /// The private side is host memory, also where the VM can have a guest_memfd.
+    pub host_memory: bool,
     pub vcpus: usize,
 }
 
@@ -36,6 +45,29 @@ pub struct Resident {
     /// Whether `private` was counted. If not, it is an upper bound: the size of all private pages.
     pub exact: bool,
 }
+
+/// Whether the host is kept from private bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seal {
+    /// It is.
+    Whole,
+    /// Somebody wants to look at them, and has said so.
+    Broken,
+}
+
+/// Why the host could not access bytes.
+pub(crate) enum NoAccess {
+    /// They do not all lie in memory.
+    Outside,
+    /// The page at this gpa is private, and the seal whole or the private side out of the host's reach. Nothing was
+    /// copied.
+    Private(u64),
+    /// Copying failed.
+    Failed(Errno),
+}
+
+/// Copies a part of the bytes: the side that they are on, their gpa there, and which they are of all.
+pub(crate) type Copy<'a> = &'a mut dyn FnMut(&Backing, u64, std::ops::Range<usize>) -> Result<(), Errno>;
 
 /// What a vCPU had seen when it entered the guest. It tells whether a fault is spurious.
 #[derive(Clone, Copy, Debug)]
@@ -72,8 +104,13 @@ pub struct GuestMemory {
     pub(super) listeners: Listeners,
     pub(super) enforcement: Enforcement,
     pub(super) hypervisor: Arc<dyn Hypervisor>,
-    /// A conversion failed and could not be undone, so what KVM enforces is unknown.
-    pub(super) broken: AtomicBool,
+    /// What is open for vCPUs without paging.
+    pub(super) unpaged: OpenPages,
+    /// Nothing is converted any more: a conversion failed and could not be undone, so what KVM enforces is unknown, or
+    /// the machine is closed. Read with the pages held.
+    pub(super) frozen: AtomicBool,
+    /// Whether it is the latter.
+    pub(super) closed: AtomicBool,
     /// A conversion kept its old side, so bytes on the shared side of private pages may be wanted and are not freed.
     pub(super) kept: AtomicBool,
     /// The last field, so that it is dropped after the VM, whose memslots point into it.
@@ -81,18 +118,27 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    pub(crate) fn new(hypervisor: Arc<dyn Hypervisor>, layout: Layout) -> Result<Self, Error> {
+    pub(crate) fn new(hypervisor: Arc<dyn Hypervisor>, layout: Layout, watch: &mut Watch<'_>) -> Result<Self, Error> {
         let Layout {
             views, initial, mode, ..
         } = layout;
-        let sides = Arc::new(Sides::new(views.size(), hypervisor.as_ref())?);
+        check_room(AttributeMap::bytes_for(views.memory_end())).map_err(|errno| Error::Host {
+            what: "keep the states of the guest's pages",
+            errno,
+        })?;
+        let sides = Sides::new(views.memory_end(), layout.host_memory, hypervisor.as_ref())?;
+        let sides = Arc::new(sides);
         let enforcement = Enforcement::new(mode, hypervisor.clone(), sides.clone(), views, layout.borders);
-        let all = Range::new(0, views.size()).ok_or(Error::Busy("memory is empty"))?;
-        enforcement.start(all, initial).map_err(not_set_up)?;
+        for ram in views.ram() {
+            let started = enforcement.start(ram, initial, watch);
+            started.map_err(Error::Interrupted)?.map_err(not_set_up)?;
+        }
         Ok(Self {
-            states: PageStates::new(views.size(), initial, layout.vcpus),
+            states: PageStates::new(views, initial, layout.vcpus),
             listeners: Listeners::default(),
-            broken: AtomicBool::new(false),
+            unpaged: OpenPages::default(),
+            frozen: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             kept: AtomicBool::new(false),
             views,
             enforcement,
@@ -103,8 +149,8 @@ impl GuestMemory {
 
     /// The guest-physical addresses of memory.
     #[inline]
-    pub fn views(&self) -> Views {
-        self.views
+    pub fn views(&self) -> &Views {
+        &self.views
     }
 
     /// Bytes of memory.
@@ -123,9 +169,14 @@ impl GuestMemory {
         self.enforcement.pause()
     }
 
+    /// The bytes of both sides.
+    pub(crate) fn sides(&self) -> &Sides {
+        &self.sides
+    }
+
     /// The memslots, for messages.
     pub(crate) fn describe_slots(&self) -> String {
-        let all = Range::new(0, self.size());
+        let all = self.all();
         all.map_or_else(String::new, |all| self.enforcement.describe_slots(all))
     }
 
@@ -156,9 +207,27 @@ impl GuestMemory {
         self.states.lock().changes()
     }
 
-    /// The states as they are now.
+    /// The states as they are now. Addresses in the hole are shared there.
     pub fn snapshot(&self) -> Snapshot {
         self.states.lock().snapshot()
+    }
+
+    /// All of memory as the fewest possible runs, ascending.
+    ///
+    /// # Errors
+    /// ENOMEM: a guest can make as many runs as there are pages.
+    pub fn runs(&self) -> Result<Vec<Run>, Errno> {
+        self.all().map_or_else(|| Ok(Vec::new()), |all| self.runs_in(all))
+    }
+
+    /// The same of what of `range` is memory. From a snapshot, so that no vCPU waits while a long list is made.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::runs`].
+    pub fn runs_in(&self, range: Range) -> Result<Vec<Run>, Errno> {
+        let snapshot = self.snapshot();
+        let ram = self.views.ram().into_iter().filter_map(|ram| ram.intersect(&range));
+        Run::list(ram.flat_map(|ram| snapshot.runs_in(ram)))
     }
 
     /// The states of a range, to tell a policy.
@@ -232,7 +301,7 @@ impl GuestMemory {
         let (_held, states) = self.states.hold_and_access(page);
         let state = states.map().state(page.gpa());
         drop(states);
-        if place.view.is_some_and(|view| view != state) {
+        if place.view.is_some_and(|view| view != state) && !self.unpaged.covers(page) {
             return Ok(false);
         }
         let side = self.sides.of(state);
@@ -243,36 +312,32 @@ impl GuestMemory {
         Ok(true)
     }
 
-    /// Calls `access` on the shared side with the pages of `[gpa, gpa + len)` held, if all are shared. Otherwise
-    /// returns the first private page.
-    pub(crate) fn on_shared<T>(
-        &self,
-        gpa: u64,
-        len: u64,
-        access: impl FnOnce(&Backing) -> T,
-    ) -> Result<Result<T, u64>, ConvertError> {
-        let Some(pages) = self.pages(gpa, len) else {
-            let memory = self.size();
-            return Err(ConvertError::Range { gpa, size: len, memory });
-        };
+    /// Calls `copy` for each run of `[gpa, gpa + len)`, with the pages held.
+    pub(crate) fn on_bytes(&self, gpa: u64, len: u64, seal: Seal, copy: Copy<'_>) -> Result<(), NoAccess> {
+        let pages = self.pages(gpa, len).ok_or(NoAccess::Outside)?;
         let (_held, states) = self.states.hold_and_access(pages);
-        let mut runs = states.map().runs_in(pages);
-        let private = runs.find(|run| run.state == State::Private).map(|run| run.range.gpa());
-        drop(runs);
+        let sealed = seal == Seal::Whole || !self.is_reachable(State::Private);
+        let private = states.map().runs_in(pages).find(|run| run.state == State::Private);
+        let runs = match private {
+            Some(run) if sealed => return Err(NoAccess::Private(run.range.gpa())),
+            _ => Run::list(states.map().runs_in(pages)).map_err(NoAccess::Failed)?,
+        };
         drop(states);
-        Ok(match private {
-            Some(gpa) => Err(gpa),
-            None => Ok(access(&self.sides.shared)),
-        })
+        for run in runs {
+            let (start, end) = (run.range.gpa().max(gpa), run.range.end().min(gpa + len));
+            let part = (start - gpa) as usize..(end - gpa) as usize;
+            copy(self.sides.of(run.state), start, part).map_err(NoAccess::Failed)?;
+        }
+        Ok(())
     }
 
     /// Frees pages, on the side of the state they are in; they read as zeroes then. Poisoned ones can be freed too.
     ///
     /// # Errors
-    /// Those of fallocate(2).
+    /// Those of fallocate(2), and ENOMEM.
     pub(crate) fn discard(&self, range: Range) -> Result<(), Errno> {
         let (_held, states) = self.states.hold_and_access(range);
-        let runs: Vec<Run> = states.runs_in(range);
+        let runs = Run::list(states.map().runs_in(range))?;
         drop(states);
         runs.iter().try_for_each(|run| self.discard_side(run.state, run.range))
     }
@@ -295,11 +360,16 @@ impl GuestMemory {
 
     // ---- ranges
 
+    /// From the first page to the last, with the hole.
+    fn all(&self) -> Option<Range> {
+        Range::new(0, self.views.memory_end())
+    }
+
     /// The pages that hold `[gpa, gpa + len)`, if all of them are memory.
     pub(crate) fn pages(&self, gpa: u64, len: u64) -> Option<Range> {
         let start = gpa - gpa % PAGE_SIZE;
         let end = gpa.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
-        Range::new(start, end.checked_sub(start)?).filter(|range| range.end() <= self.size())
+        Range::new(start, end.checked_sub(start)?).filter(|range| self.views.holds(*range))
     }
 
     /// Validates a range of pages of this guest.
@@ -314,23 +384,49 @@ impl GuestMemory {
     /// Tells a listener the present states and then every change; it misses none.
     ///
     /// # Errors
-    /// The listener's own; then it did not join.
-    pub(crate) fn join(&self, listener: Arc<dyn Listener>) -> Result<(), Failure> {
-        let all = Range::new(0, self.size());
-        let _held = all.map(|all| self.states.hold(all));
-        self.listeners.join(listener, &self.snapshot())
+    /// The listener's own, and `Closed`; then it did not join.
+    pub(crate) fn join(&self, listener: Arc<dyn Listener>) -> Result<(), ConvertError> {
+        let _held = self.all().map(|all| self.states.hold(all));
+        if self.closed.load(Ordering::SeqCst) {
+            return Err(ConvertError::Closed);
+        }
+        let runs = self.runs().map_err(|errno| Failure::from(std::io::Error::from(errno)));
+        let joined = runs.and_then(|runs| self.listeners.join(listener, &runs));
+        joined.map_err(ConvertError::Listener)
+    }
+
+    /// Tells listeners that failed the present states of the pages that they failed for, as long as `go_on` says so, which is
+    /// asked before each of them is told and some forty times a second while pages are waited for.
+    ///
+    /// # Errors
+    /// A listener's own; it is told again later.
+    pub(crate) fn tell_listeners_again(&self, go_on: &mut dyn FnMut() -> bool) -> Result<(), Failure> {
+        self.listeners.untold().ranges().iter().try_for_each(|range| {
+            let range = *range;
+            let Some(_held) = self.states.hold_while(range, LOOK_AGAIN, go_on) else {
+                return Ok(());
+            };
+            let present = |pages| self.states.lock().runs_in(pages);
+            self.listeners.present().tell_again(range, &present)
+        })
     }
 
     /// Removes a listener; returns whether it was there. It is told nothing more, unless it is removed from inside of a
     /// listener: then the conversion under way is still told to its end.
     pub(crate) fn leave(&self, listener: &Arc<dyn Listener>) -> bool {
-        let all = Range::new(0, self.size()).filter(|_| !listeners::inside());
+        let all = self.all().filter(|_| !listeners::inside());
         let _held = all.map(|all| self.states.hold(all));
         self.listeners.leave(listener)
     }
 
-    /// Removes all listeners.
-    pub(crate) fn clear_listeners(&self) {
+    /// Lets no further conversion begin, waits for those under way, and removes all listeners. Must not be called from
+    /// inside of a listener, for whose conversion it would wait.
+    pub(crate) fn end_conversions(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        // A conversion reads this when it has its pages, so those that do not see it are waited for.
+        self.frozen.store(true, Ordering::SeqCst);
+        let held = self.all().map(|all| self.states.hold(all));
+        drop(held);
         self.listeners.clear();
     }
 }

@@ -5,12 +5,14 @@
 //! attributes and memslots one at a time, under the VM's slots_lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::MappedMutexGuard;
 
 use super::address::{PAGE_SIZE, Range, Run, State};
 use super::page_map::{AttributeMap, Snapshot};
 use super::range_lock::{RangeGuard, RangeLocks};
+use super::views::Views;
 
 /// How many of the last changes are kept with their exact ranges: usually more than happen while a vCPU is in the
 /// guest. For older ones the map knows only which 2 MiB blocks changed.
@@ -34,10 +36,12 @@ pub(super) struct States {
     watches: Vec<Watch>,
     /// Whether any vCPU has faulted yet.
     watched: bool,
-    /// How many of the map's generations are changes that were undone.
+    /// How many of the map's generations are no changes: those that were undone, and the hole's.
     undone: u64,
     /// Bytes that conversions in progress under a quota are about to make shared.
     reserved: u64,
+    /// Bytes of memory, without the hole.
+    memory: u64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -80,17 +84,23 @@ pub(super) type Locked<'a> = MappedMutexGuard<'a, States>;
 pub(super) type Held<'a> = RangeGuard<'a, States>;
 
 impl PageStates {
-    pub(super) fn new(memory: u64, initial: State, vcpus: usize) -> Self {
+    pub(super) fn new(views: Views, initial: State, vcpus: usize) -> Self {
+        let mut map = AttributeMap::new(views.memory_end(), initial);
+        if let Some(hole) = views.hole() {
+            // So that it counts for nothing that is private.
+            map.set(hole, State::Shared);
+        }
         #[expect(clippy::expect_used, reason = "a constant range")]
         let page = Range::new(0, PAGE_SIZE).expect("a page");
         Self {
             locks: RangeLocks::new(States {
-                map: AttributeMap::new(memory, initial),
+                undone: map.generation(),
+                map,
                 recent: Box::new([page; REMEMBERED]),
                 watches: vec![Watch::default(); vcpus],
                 watched: false,
-                undone: 0,
                 reserved: 0,
+                memory: views.size(),
             }),
             generation: AtomicU64::new(0),
         }
@@ -113,10 +123,20 @@ impl PageStates {
         self.locks.lock(range)
     }
 
+    /// The same, as long as `go_on` says so, which is asked each `time`.
+    pub(super) fn hold_while(&self, range: Range, time: Duration, go_on: &mut dyn FnMut() -> bool) -> Option<Held<'_>> {
+        self.locks.lock_while(range, time, go_on)
+    }
+
     /// The same, and locks the mutex in the same step.
     #[inline]
     pub(super) fn hold_and_access(&self, range: Range) -> (Held<'_>, Locked<'_>) {
         self.locks.lock_and_access(range)
+    }
+
+    /// The same for several ranges together.
+    pub(super) fn hold_all_and_access(&self, ranges: &[Range]) -> (Held<'_>, Locked<'_>) {
+        self.locks.lock_all_and_access(ranges)
     }
 
     /// Waits until no part of `range` is held, and locks the mutex, without holding the range.
@@ -234,7 +254,7 @@ impl States {
 
     /// Reserves `bytes` that are to become shared, if no more than `max` bytes are shared then, reservations included.
     pub(super) fn reserve(&mut self, bytes: u64, max: u64) -> bool {
-        let shared = self.map.size() - self.map.private_bytes();
+        let shared = self.memory - self.map.private_bytes();
         let fits = shared.saturating_add(self.reserved).saturating_add(bytes) <= max;
         if fits {
             self.reserved += bytes;

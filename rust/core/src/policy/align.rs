@@ -9,8 +9,10 @@ use super::request::Request;
 use crate::error::Failure;
 use crate::memory::address::PAGE_SIZE;
 
-/// Widens what `then` converts to whole blocks of `size` bytes, but not past the end of memory: one exit for a block in
-/// place of one for each page.
+/// Widens what `then` converts to whole blocks of `size` bytes: one exit for a block in place of one for each page.
+///
+/// It only asks for that. When the whole chain has decided, the range is widened as far as memory and the windows in the
+/// chain go, in whatever order the policies are chained; and not at all if a quota or a listener does not allow it.
 pub struct Align {
     size: u64,
     then: Arc<dyn Policy>,
@@ -30,23 +32,12 @@ impl Link for Align {
     }
 
     fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
-        let decision = self.then().judge(request)?;
-        let Decision::Convert(conversion) = decision else {
-            return Ok(decision);
-        };
-        let (start, end, _) = request.target(&conversion);
-        let wide = start - start % self.size;
-        let wide_end = end.checked_next_multiple_of(self.size).unwrap_or(end);
-        // A range that ends outside of memory is left as it is, to be reported as an error of `then`.
-        let wide_end = if end <= request.memory() {
-            wide_end.min(request.memory())
-        } else {
-            end
-        };
-        Ok(Decision::Convert(Convert {
-            gpa: Some(wide),
-            size: Some(wide_end - wide),
-            ..conversion
-        }))
+        Ok(match self.then().judge(request)? {
+            Decision::Convert(conversion) => Decision::Convert(Convert {
+                widen: conversion.widen.max(Some(self.size)),
+                ..conversion
+            }),
+            decision => decision,
+        })
     }
 }

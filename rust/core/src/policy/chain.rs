@@ -1,16 +1,23 @@
 //! What the policies that wrap another one have in common.
 
 use super::decision::Decision;
+use super::device_access::DeviceAccess;
 use super::hooks::Policy;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::error::Failure;
+use crate::memory::address::{Range, State};
 
-/// A policy that wraps another one, treats both kinds of request alike, and leaves poison to the other.
+/// A policy that wraps another one, treats both kinds of request alike, and leaves poison and
+/// devices to the other.
 pub(crate) trait Link: Send + Sync {
     /// The wrapped policy.
     fn then(&self) -> &dyn Policy;
     /// Decides by itself, or asks the wrapped policy and changes its decision. Its Deny is never turned into a Convert.
     fn judge(&self, request: Request<'_>) -> Result<Decision, Failure>;
+    /// As [`Policy::converted`], for this policy alone.
+    fn note_converted(&self, request: Request<'_>, range: Range, to: State) {
+        let _ = (request, range, to);
+    }
 }
 
 impl<T: Link> Policy for T {
@@ -24,5 +31,14 @@ impl<T: Link> Policy for T {
 
     fn memory_poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
         self.then().memory_poison(poison)
+    }
+
+    fn device_access(&self, access: &DeviceAccess) -> Result<Decision, Failure> {
+        self.then().device_access(access)
+    }
+
+    fn converted(&self, request: Request<'_>, range: Range, to: State) {
+        self.note_converted(request, range, to);
+        self.then().converted(request, range, to);
     }
 }

@@ -36,6 +36,11 @@ impl CurrentPolicy {
         }
     }
 
+    /// The present policy, for somebody who seldom asks.
+    pub(crate) fn present(&self) -> Arc<dyn Policy> {
+        self.policy.lock().clone()
+    }
+
     /// The policy for a request that comes now. `known` is the calling vCPU's own; it spares the lock while the policy
     /// stays the same, and keeps the policy alive if it is replaced meanwhile.
     #[inline]

@@ -21,6 +21,11 @@ pub struct Convert {
     pub keep: bool,
     /// Refuse if more bytes than this would be shared after it.
     pub max_shared: Option<u64>,
+    /// Widen the range to whole blocks of this many bytes, a power of two: as far as memory and `within` go, and only
+    /// if `max_shared` and the listeners allow it. Else the range itself is converted.
+    pub widen: Option<u64>,
+    /// The pages that the range must stay in when it is widened. They hold the range.
+    pub within: Option<Range>,
 }
 
 /// What is to be done about a request.
@@ -74,6 +79,8 @@ impl Decision {
             prefault: false,
             keep: false,
             max_shared: None,
+            widen: None,
+            within: None,
         })
     }
 }

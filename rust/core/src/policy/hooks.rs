@@ -1,12 +1,15 @@
 //! The trait that every policy implements.
 
 use super::decision::Decision;
+use super::device_access::DeviceAccess;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
+use crate::errno::Errno;
 use crate::error::Failure;
+use crate::memory::address::{Range, State};
 
 /// Judges requests. Called on vCPU threads, several at once.
 ///
-/// The defaults convert as asked, and end the run at a poisoned page.
+/// The defaults convert as asked, end the run at a poisoned page, and refuse devices what is private.
 pub trait Policy: Send + Sync {
     /// Judges an implicit request.
     ///
@@ -33,6 +36,22 @@ pub trait Policy: Send + Sync {
     fn memory_poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
         let _ = poison;
         Ok(Decision::Stop("poison".to_owned()))
+    }
+
+    /// Judges a device's access to a private page, which is not carried out in any case. Called on the device's thread.
+    /// Deny fails the device's request; Stop ends the run, too.
+    ///
+    /// # Errors
+    /// As above.
+    fn device_access(&self, access: &DeviceAccess) -> Result<Decision, Failure> {
+        let _ = access;
+        Ok(Decision::Deny(Errno(libc::EACCES)))
+    }
+
+    /// Is told what was converted for a request, where that is not what was asked for: widened, other pages, the other
+    /// state. No hook of Python's.
+    fn converted(&self, request: Request<'_>, range: Range, to: State) {
+        let _ = (request, range, to);
     }
 }
 

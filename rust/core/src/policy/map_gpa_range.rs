@@ -15,7 +15,7 @@ use crate::memory::views::Views;
 /// A well-formed explicit request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapGpaRange {
-    /// The pages, without the shared bit.
+    /// The pages, without the view bit.
     pub range: Range,
     /// The state that they are to become.
     pub to: State,
@@ -25,15 +25,16 @@ pub struct MapGpaRange {
     pub raw: u64,
 }
 
-/// Decodes the registers of a request.
+/// Decodes the registers of a request. `None`: it asks to share what is no memory, such as a device's range. Firmware does
+/// that before it accesses a device, and there is nothing to do for it.
 ///
 /// # Errors
-/// EINVAL for an unaligned gpa, no pages, a range that wraps or leaves memory, and unknown attribute bits.
-pub fn parse(call: &Hypercall, views: &Views) -> Result<MapGpaRange, Errno> {
+/// EINVAL for an unaligned gpa, no pages, a range that wraps, that holds memory and something else, or that is no memory
+/// and is to be private, and for unknown attribute bits.
+pub fn parse(call: &Hypercall, views: &Views) -> Result<Option<MapGpaRange>, Errno> {
     let [gpa, pages, raw] = call.args;
     let einval = Errno(libc::EINVAL);
     let size = pages.checked_mul(PAGE_SIZE).ok_or(einval)?;
-    let range = views.range(gpa, size).ok_or(einval)?;
     let page_size = match raw & PAGE_SIZE_HINT {
         0 => PAGE_SIZE,
         1 => 2 << 20,
@@ -47,12 +48,16 @@ pub fn parse(call: &Hypercall, views: &Views) -> Result<MapGpaRange, Errno> {
         0 => State::Shared,
         _ => State::Private,
     };
-    Ok(MapGpaRange {
-        range,
-        to,
-        page_size,
-        raw,
-    })
+    match views.range(gpa, size) {
+        Some(range) => Ok(Some(MapGpaRange {
+            range,
+            to,
+            page_size,
+            raw,
+        })),
+        None if to == State::Shared && views.is_elsewhere(gpa, size) => Ok(None),
+        None => Err(einval),
+    }
 }
 
 /// The attributes (RDX) that ask for this; the inverse of [`parse`]. `None` for a page size without a hint.

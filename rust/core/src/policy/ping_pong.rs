@@ -13,11 +13,12 @@ use super::request::Request;
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
 
-/// Ends the run when the requested state of a page changes more than `limit` times within `window`: a guest bug, or two
-/// vCPUs that want the page in different states. The reason has the page, how often, and in which time.
+/// Ends the run when the state of a page that was requested, or that it was converted to with others, changes more than
+/// `limit` times within `window`: a guest bug, or two vCPUs that want pages in different states. The reason has the page,
+/// how often, and in which time.
 ///
-/// It keeps the last [`RANGES`] ranges that were asked for, so a guest cannot make it grow. A guest that goes round more
-/// ranges than that is not detected.
+/// It keeps the last [`RANGES`] ranges that were asked for or converted, so a guest cannot make it grow. A guest that goes
+/// round more ranges than that is not detected.
 pub struct PingPong {
     limit: usize,
     window: Duration,
@@ -28,10 +29,10 @@ pub struct PingPong {
 /// How many ranges are kept.
 pub const RANGES: usize = 256;
 
-/// A range that was asked for. In the list the latest is first, and no two overlap.
+/// A range that was asked for or converted. In the list the latest is first, and no two overlap.
 struct Recent {
     range: Range,
-    /// The state that was last asked for.
+    /// The state that was last asked for, or that it was last converted to.
     to: State,
     /// When that changed, in nanoseconds. At most the last `limit + 1` times.
     turns: VecDeque<u64>,
@@ -49,7 +50,7 @@ impl PingPong {
     }
 
     /// Notes a request. Returns the reason to end the run, once there is one.
-    fn note(&self, request: Request<'_>) -> Option<String> {
+    fn ask(&self, request: Request<'_>) -> Option<String> {
         let (range, to, now) = (request.range(), request.to(), request.time());
         let mut recent = self.recent.lock();
         let touched = self.take_out(&mut recent, range, to, now);
@@ -67,15 +68,7 @@ impl PingPong {
                 request.vcpu()
             ));
         }
-        let new = uncovered(range, &touched).map(|range| Recent {
-            range,
-            to,
-            turns: VecDeque::new(),
-        });
-        for entry in new.chain(touched) {
-            recent.push_front(entry);
-        }
-        recent.truncate(RANGES);
+        put_back(&mut recent, range, to, touched);
         None
     }
 
@@ -112,6 +105,19 @@ impl PingPong {
     }
 }
 
+/// Adds what was taken out of the list, and the rest of the range.
+fn put_back(recent: &mut VecDeque<Recent>, range: Range, to: State, touched: Vec<Recent>) {
+    let new = uncovered(range, &touched).map(|range| Recent {
+        range,
+        to,
+        turns: VecDeque::new(),
+    });
+    for entry in new.chain(touched) {
+        recent.push_front(entry);
+    }
+    recent.truncate(RANGES);
+}
+
 /// What is left of a range before and after a part of it.
 fn outside(range: Range, part: Range) -> impl Iterator<Item = Range> {
     let before = Range::new(range.gpa(), part.gpa() - range.gpa());
@@ -140,9 +146,16 @@ impl Link for PingPong {
     }
 
     fn judge(&self, request: Request<'_>) -> Result<Decision, Failure> {
-        match self.note(request) {
+        match self.ask(request) {
             Some(reason) => Ok(Decision::Stop(reason)),
             None => self.then().judge(request),
         }
+    }
+
+    fn note_converted(&self, request: Request<'_>, range: Range, to: State) {
+        let mut recent = self.recent.lock();
+        // The next request that touches them is the one to end the run.
+        let touched = self.take_out(&mut recent, range, to, request.time());
+        put_back(&mut recent, range, to, touched);
     }
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::RwLock;
 
 use super::decision::{Convert, Decision, Region, RegionDecision};
+use super::device_access::DeviceAccess;
 use super::hooks::Policy;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::error::Failure;
@@ -65,6 +66,14 @@ impl<P: Policy> Policy for Remember<P> {
             }
             decision => Ok(decision),
         }
+    }
+
+    fn device_access(&self, access: &DeviceAccess) -> Result<Decision, Failure> {
+        self.policy.device_access(access)
+    }
+
+    fn converted(&self, request: Request<'_>, range: Range, to: State) {
+        self.policy.converted(request, range, to);
     }
 }
 
@@ -255,8 +264,8 @@ fn kind(request: Request<'_>) -> usize {
 /// region's.
 fn for_region(request: Request<'_>, decision: &Decision, region: Region) -> Result<Decision, Failure> {
     let Region { range, .. } = region;
-    if range.end() > request.memory() {
-        let (gpa, size, memory) = (range.gpa(), range.size(), request.memory());
+    if !request.memory().holds(range) {
+        let (gpa, size, memory) = (range.gpa(), range.size(), request.memory().size());
         return Err(format!("Region({gpa:#x}, {size:#x}) does not lie in the guest's {memory:#x} bytes").into());
     }
     match decision {
@@ -267,21 +276,21 @@ fn for_region(request: Request<'_>, decision: &Decision, region: Region) -> Resu
         | Decision::Retry => Ok(decision.clone()),
         // The decision names pages, so every request in the region would convert those: its own must be among them.
         Decision::Convert(convert) => {
-            let (start, end, _) = request.target(convert);
-            if range.gpa() < start || end < range.end() {
+            let (target, _) = request.target(convert)?;
+            if target.intersect(&range) != Some(range) {
                 return Err(format!(
                     "remember: {:#x} to {:#x} would be converted for requests from all of {:#x} to {:#x}, but do not \
                      hold them",
-                    start,
-                    end,
+                    target.gpa(),
+                    target.end(),
                     range.gpa(),
                     range.end()
                 )
                 .into());
             }
             Ok(Decision::Convert(Convert {
-                gpa: Some(start),
-                size: Some(end - start),
+                gpa: Some(target.gpa()),
+                size: Some(target.size()),
                 ..*convert
             }))
         }

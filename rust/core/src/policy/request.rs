@@ -2,7 +2,9 @@
 
 use super::decision::Convert;
 use crate::errno::Errno;
+use crate::error::{ConvertError, Failure};
 use crate::memory::address::{Range, State};
+use crate::memory::views::Views;
 
 /// An implicit request: an access to a page in the wrong state. Also what a policy gets
 /// for an access to a poisoned page.
@@ -10,7 +12,7 @@ use crate::memory::address::{Range, State};
 pub struct ImplicitRequest {
     /// The vCPU's index.
     pub vcpu: u32,
-    /// The page or pages, without the shared bit.
+    /// The page or pages, without the view bit.
     pub range: Range,
     /// The state that the access needs.
     pub access: State,
@@ -20,14 +22,18 @@ pub struct ImplicitRequest {
     pub errno: Errno,
     /// The page's state.
     pub state: State,
-    /// The guest's instruction pointer.
+    /// The guest's instruction pointer: of the instruction that accessed the page, unless `executed`.
     pub rip: u64,
+    /// Under memslots, of a store: KVM has executed the instruction, up to the store itself, so that RIP and the other
+    /// registers are as it leaves them. Nothing tells where it began: the same store with a prefix and without, for
+    /// instance, leaves the same registers.
+    pub executed: bool,
     /// How often the same fault came before, with no change of the page in between.
     pub repeats: u32,
     /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
-    /// Bytes of guest memory.
-    pub memory: u64,
+    /// Where memory is.
+    pub memory: Views,
 }
 
 /// An explicit request: KVM_HC_MAP_GPA_RANGE, well-formed.
@@ -35,7 +41,7 @@ pub struct ImplicitRequest {
 pub struct ExplicitRequest {
     /// The vCPU's index.
     pub vcpu: u32,
-    /// The pages, without the shared bit.
+    /// The pages, without the view bit.
     pub range: Range,
     /// The state that they are to become.
     pub to: State,
@@ -47,8 +53,8 @@ pub struct ExplicitRequest {
     pub state: Option<State>,
     /// When it came: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
-    /// Bytes of guest memory.
-    pub memory: u64,
+    /// Where memory is.
+    pub memory: Views,
 }
 
 /// Either kind of request, for policies that treat them alike.
@@ -77,10 +83,11 @@ impl Request<'_> {
         }
     }
 
-    pub(crate) fn memory(self) -> u64 {
+    /// Where memory is.
+    pub(crate) fn memory(&self) -> &Views {
         match self {
-            Request::Implicit(fault) => fault.memory,
-            Request::Explicit(call) => call.memory,
+            Request::Implicit(fault) => &fault.memory,
+            Request::Explicit(call) => &call.memory,
         }
     }
 
@@ -100,11 +107,54 @@ impl Request<'_> {
         }
     }
 
-    /// What a decision converts for this request: first address, end, and state. The end saturates; a range that wraps
-    /// is an error later.
-    pub(crate) fn target(self, convert: &Convert) -> (u64, u64, State) {
-        let start = convert.gpa.unwrap_or(self.range().gpa());
-        let size = convert.size.unwrap_or(self.range().size());
-        (start, start.saturating_add(size), convert.to.unwrap_or(self.to()))
+    /// What a decision converts for this request, without being widened.
+    ///
+    /// # Errors
+    /// If that is not a page-aligned part of memory: then it is no decision.
+    pub(crate) fn target(self, convert: &Convert) -> Result<(Range, State), Failure> {
+        let (asked, to) = (self.range(), convert.to.unwrap_or(self.to()));
+        match (convert.gpa, convert.size) {
+            (None, None) => Ok((asked, to)),
+            (gpa, size) => {
+                let range = self.named(gpa, size)?;
+                Ok((range, to))
+            }
+        }
+    }
+
+    #[cold]
+    fn named(self, given_gpa: Option<u64>, given_size: Option<u64>) -> Result<Range, Failure> {
+        let (memory, asked) = (self.memory(), self.range());
+        let (gpa, size) = (given_gpa.unwrap_or(asked.gpa()), given_size.unwrap_or(asked.size()));
+        let error = ConvertError::Range {
+            gpa,
+            size,
+            memory: memory.size(),
+        };
+        let range = memory.range(gpa, size);
+        range.ok_or_else(|| {
+            let default = match (given_gpa, given_size) {
+                (Some(_), None) => "; no size is named, so it is the request's",
+                (None, Some(_)) => "; no gpa is named, so it is the request's",
+                _ => "",
+            };
+            format!("Convert: {error}{default}").into()
+        })
+    }
+
+    /// What a decision converts at most: its `range`, widened as far as that can be told without the pages' states.
+    pub(crate) fn widened(self, convert: &Convert, range: Range) -> Range {
+        match convert.widen {
+            None => range,
+            Some(block) => self.to_blocks(block, convert.within, range),
+        }
+    }
+
+    fn to_blocks(self, block: u64, within: Option<Range>, range: Range) -> Range {
+        let start = range.gpa() - range.gpa().checked_rem(block).unwrap_or_default();
+        let end = range.end().checked_next_multiple_of(block).unwrap_or(range.end());
+        let wide = Range::new(start, end - start).unwrap_or(range);
+        let limits = self.memory().around(range).into_iter().chain(within);
+        limits.fold(wide, |wide, limit| wide.intersect(&limit).unwrap_or(range))
     }
 }

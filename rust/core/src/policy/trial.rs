@@ -12,8 +12,8 @@ use crate::error::{Error, Failure, Site};
 use crate::memory::address::{PAGE_SIZE, Range, Run, State};
 use crate::memory::page_map::AttributeMap;
 
-/// The most memory of a trial: 4 PiB.
-const MAX_MEMORY: u64 = 1 << 52;
+/// The most memory of a trial: more than a host maps for one process. Its states take 4 MiB for each TiB.
+pub(crate) const MAX_MEMORY: u64 = 16 << 40;
 
 /// What a policy can be asked about.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +45,7 @@ impl Question {
             gpa: Some(self.range().gpa()),
             state: Some(state.map_or("mixed", State::as_str)),
             rip,
+            symbol: None,
         }
     }
 }
@@ -60,11 +61,11 @@ impl Trial {
     /// A trial of `policy` for `memory` bytes of memory, all of it in state `initial`.
     ///
     /// # Errors
-    /// `Invalid` for a size that is no positive multiple of 4096, or above 4 PiB.
+    /// `Invalid` for a size that is no positive multiple of 4096, or above 16 TiB.
     pub fn new(policy: Arc<dyn Policy>, memory: u64, initial: State) -> Result<Self, Error> {
         if Range::new(0, memory).is_none() || memory > MAX_MEMORY {
             return Err(Error::Invalid(format!(
-                "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 4 PiB"
+                "memory is {memory:#x}: it must be a positive multiple of {PAGE_SIZE}, at most 16 TiB"
             )));
         }
         Ok(Self::of(policy, Model::new(memory, initial)))
@@ -106,10 +107,16 @@ impl Trial {
             Question::Explicit(call) => Request::Explicit(call),
         };
         let decision = self.policy.judge(request)?;
-        match carry_out {
-            true => self.model.lock().carry_out(request, decision),
-            false => Ok(Carried::nothing(decision)),
+        if !carry_out {
+            return Ok(Carried::nothing(decision));
         }
+        let carried = self.model.lock().carry_out(request, decision)?;
+        if let Some((range, to)) = carried.done
+            && (range, to) != (request.range(), request.to())
+        {
+            self.policy.converted(request, range, to);
+        }
+        Ok(carried)
     }
 
     fn poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
@@ -205,18 +212,23 @@ impl Model {
             Decision::Remember(_) => return Err(NOT_REMEMBERED_HERE.into()),
             decision => return Ok(Carried::nothing(decision)),
         };
-        let (start, end, to) = request.target(&convert);
-        let size = end - start;
-        let range = self.range(start, size).ok_or_else(|| {
-            let memory = self.map.size();
-            format!("Convert: {start:#x} + {size:#x} is no page-aligned part of {memory:#x} bytes of memory")
-        })?;
-        if self.above_quota(range, to, &convert) {
+        let (least, to) = request.target(&convert)?;
+        let wide = request.widened(&convert, least);
+        // A range that was widened is not if that takes it above the quota.
+        let fits = |range: &Range| !self.above_quota(*range, to, &convert);
+        let Some(range) = [wide, least].into_iter().find(fits) else {
             return Ok(Carried::nothing(Decision::Deny(Errno(EINVAL))));
-        }
+        };
         Ok(Carried {
             changed: self.set(range, to),
-            decision: Decision::Convert(convert),
+            decision: Decision::Convert(match range == least {
+                true => convert,
+                false => Convert {
+                    gpa: Some(range.gpa()),
+                    size: Some(range.size()),
+                    ..convert
+                },
+            }),
             done: Some((range, to)),
         })
     }

@@ -9,30 +9,31 @@ use crate::events::log::EventLog;
 use crate::events::table;
 use crate::memory::address::{PAGE_SIZE, Range, State};
 use crate::memory::guest_memory::GuestMemory;
-use crate::policy::trial::Model;
+use crate::policy::trial::{MAX_MEMORY, Model};
 
 /// The most ranges that the metadata lists.
 const MAX_RANGES: usize = 4096;
-const MAX_MEMORY: u64 = 1 << 52;
 
 const MEMORY: &str = "pagegate.memory";
 const INITIAL: &str = "pagegate.initial";
 const OTHERS: &str = "pagegate.others";
 const FIRST: &str = "pagegate.first";
+const DEBUG_PRIVATE: &str = "pagegate.debug_private";
 
 /// A machine's memory, with the states of its pages when the trace begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct About {
     memory: u64,
     initial: State,
-    /// The pages that are in the other state.
+    /// The pages that are in the other state: ascending, no page twice.
     others: Vec<Range>,
     /// The sequence number of the first event, if none is missing.
     first: u64,
+    debug_private: bool,
 }
 
 impl About {
-    /// All of memory in one state. `None` unless `memory` is a positive multiple of 4096, at most 4 PiB.
+    /// All of memory in one state. `None` unless `memory` is a positive multiple of 4096, at most 16 TiB.
     pub fn new(memory: u64, initial: State) -> Option<Self> {
         let valid = memory > 0 && memory.is_multiple_of(PAGE_SIZE) && memory <= MAX_MEMORY;
         valid.then(|| Self::whole(memory, initial))
@@ -45,24 +46,31 @@ impl About {
             initial,
             others: Vec::new(),
             first: 0,
+            debug_private: false,
         }
     }
 
     /// A machine as it is now. With more ranges in the other state than the metadata can list, none is listed.
-    pub fn now(events: &EventLog, memory: &GuestMemory) -> Self {
+    pub fn now(events: &EventLog, memory: &GuestMemory, debug_private: bool) -> Self {
         let first = events.total();
         let map = memory.snapshot();
         let initial = match map.private_bytes() > map.size() / 2 {
             true => State::Private,
             false => State::Shared,
         };
-        let others = map.runs().filter(|run| run.state != initial).map(|run| run.range);
-        let others: Vec<Range> = others.take(MAX_RANGES + 1).collect();
+        // The hole counts as private: it is no memory that is shared.
+        let hole = memory.views().hole().filter(|_| initial == State::Shared);
+        let ram = memory.views().ram().into_iter();
+        let runs = ram.flat_map(|ram| map.runs_in(ram)).filter(|run| run.state != initial);
+        let others = runs.map(|run| run.range).chain(hole);
+        let mut others: Vec<Range> = others.take(MAX_RANGES + 1).collect();
+        others.sort_by_key(Range::gpa);
         Self {
             memory: map.size(),
             initial,
             others: if others.len() > MAX_RANGES { Vec::new() } else { others },
             first,
+            debug_private,
         }
     }
 
@@ -81,9 +89,18 @@ impl About {
         self.first
     }
 
+    /// Whether the host could read and write private pages.
+    pub fn debug_private(&self) -> bool {
+        self.debug_private
+    }
+
     /// Bytes that are shared when the trace begins.
     pub fn shared_bytes(&self) -> u64 {
-        self.model().shared_bytes()
+        let others: u64 = self.others.iter().map(Range::size).sum();
+        match self.initial {
+            State::Shared => self.memory - others,
+            State::Private => others,
+        }
     }
 
     /// The states of all pages when the trace begins.
@@ -107,6 +124,7 @@ impl About {
             (INITIAL, self.initial.as_str().to_owned()),
             (OTHERS, others.join(" ")),
             (FIRST, self.first.to_string()),
+            (DEBUG_PRIVATE, self.debug_private.to_string()),
         ];
         let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
         let fields = table::schema().fields().clone();
@@ -131,9 +149,16 @@ impl About {
             .and_then(|(memory, initial)| Self::new(memory, initial))
             .ok_or_else(|| wrong(MEMORY))?;
         about.first = value(FIRST).map_or(Ok(0), str::parse).map_err(|_| wrong(FIRST))?;
+        // Traces of earlier versions do not say.
+        let debug_private = value(DEBUG_PRIVATE).map_or(Ok(false), str::parse);
+        about.debug_private = debug_private.map_err(|_| wrong(DEBUG_PRIVATE))?;
         for range in value(OTHERS).unwrap_or_default().split_whitespace() {
-            let range = parse(range).filter(|range| range.end() <= about.memory);
+            let range = parse(range).filter(|range| range.end() <= about.memory && about.others.len() < MAX_RANGES);
             about.others.push(range.ok_or_else(|| wrong(OTHERS))?);
+        }
+        about.others.sort_by_key(Range::gpa);
+        if about.others.windows(2).any(|pair| pair[0].overlaps(&pair[1])) {
+            return Err(wrong(OTHERS));
         }
         Ok(Some(about))
     }

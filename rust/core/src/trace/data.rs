@@ -1,6 +1,7 @@
 //! A trace in memory, and the errors of traces.
 
 use super::about::About;
+use crate::error::Failure;
 use crate::events::event::Event;
 
 /// Recorded requests, and the machine that they are from.
@@ -31,6 +32,12 @@ pub enum TraceError {
     /// The file or table is not a trace.
     #[error("{0}")]
     Invalid(String),
+    /// It is a pipe whose reader has stalled, or never came.
+    #[error("{0}: nobody reads it")]
+    Stalled(String),
+    /// The watch of what takes long failed: the caller wants no more of it.
+    #[error("{0}")]
+    Interrupted(Failure),
     /// The events could not be encoded.
     #[error("{path}: {what}")]
     Encoding {

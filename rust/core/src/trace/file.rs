@@ -1,22 +1,19 @@
-//! Traces in files: Parquet, and both kinds of Arrow IPC.
+//! Writing traces to files: Parquet, and both kinds of Arrow IPC.
 
-use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use arrow_array::RecordBatch;
-use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_ipc::writer::{FileWriter, StreamWriter};
-use arrow_schema::{ArrowError, Schema, SchemaRef};
+use arrow_schema::{ArrowError, SchemaRef};
 use parquet::arrow::ArrowWriter;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::properties::WriterProperties;
 
 use super::about::About;
 use super::data::{Trace, TraceError};
-use crate::events::event::Event;
+use super::sink::{GivenUp, Sink, Stalled, Waiting};
 use crate::events::table;
 
 /// The most rows of a Parquet row group, which is kept in memory until it is complete, and of a batch.
@@ -48,24 +45,24 @@ impl Format {
     }
 }
 
-enum Writer {
-    Parquet(Box<ArrowWriter<BufWriter<File>>>),
-    IpcFile(FileWriter<BufWriter<File>>),
-    IpcStream(StreamWriter<BufWriter<File>>),
+enum Writer<'a> {
+    Parquet(Box<ArrowWriter<BufWriter<Sink<'a>>>>),
+    IpcFile(FileWriter<BufWriter<Sink<'a>>>),
+    IpcStream(StreamWriter<BufWriter<Sink<'a>>>),
 }
 
 /// A trace file that is being written.
-pub(super) struct Output {
+pub(super) struct Output<'a> {
     path: PathBuf,
     schema: SchemaRef,
-    writer: Writer,
+    writer: Writer<'a>,
 }
 
-impl Output {
-    /// Creates or truncates the file.
-    pub(super) fn create(path: &Path, about: &About) -> Result<Self, TraceError> {
+impl<'a> Output<'a> {
+    /// Creates or truncates the file. A pipe's reader is waited for, here and when it is written to.
+    pub(super) fn create(path: &Path, about: &About, waiting: Box<Waiting<'a>>) -> Result<Self, TraceError> {
         let format = Format::of(path)?;
-        let file = BufWriter::new(File::create(path).map_err(|error| failed(path, error))?);
+        let file = BufWriter::new(Sink::create(path, waiting).map_err(|error| failed(path, error))?);
         let schema = about.schema();
         let writer = match format {
             Format::Parquet => {
@@ -124,86 +121,17 @@ impl Output {
 }
 
 impl Trace {
-    /// Writes it to a file, in the format that the extension stands for.
+    /// Writes it to a file, in the format that the extension stands for. `waiting` is called while a pipe's reader is
+    /// waited for.
     ///
     /// # Errors
-    /// Those of creating and writing the file.
-    pub fn write(&self, path: &Path) -> Result<(), TraceError> {
-        let mut output = Output::create(path, &self.about)?;
+    /// Those of creating and writing the file, and the failure of `waiting`.
+    pub fn write(&self, path: &Path, waiting: &mut Waiting<'_>) -> Result<(), TraceError> {
+        let mut output = Output::create(path, &self.about, Box::new(waiting))?;
         for part in self.events.chunks(ROW_GROUP) {
             output.write(&table::batch(part))?;
         }
         output.close()
-    }
-
-    /// Reads a file of any of the formats, whatever its name is. An IPC stream that ends in the middle is read up to
-    /// there. `about` takes the place of the file's own metadata.
-    ///
-    /// # Errors
-    /// Those of reading the file, and `Invalid` for one that is not a trace.
-    pub fn read(path: &Path, about: Option<About>) -> Result<Self, TraceError> {
-        // The readers panic on some damaged files.
-        let read = std::panic::catch_unwind(|| Self::read_whole(path, about));
-        read.unwrap_or_else(|_| {
-            Err(TraceError::Invalid(format!(
-                "{} is no trace: it is damaged",
-                path.display()
-            )))
-        })
-    }
-
-    fn read_whole(path: &Path, about: Option<About>) -> Result<Self, TraceError> {
-        let mut file = File::open(path).map_err(|error| failed(path, error))?;
-        let (magic, tail) = ends(&mut file).map_err(|error| failed(path, error))?;
-        let invalid = |error: ArrowError| TraceError::Invalid(format!("{} is no trace: {error}", path.display()));
-        let mut reader = Reader {
-            name: path.display().to_string(),
-            events: Vec::new(),
-            truncated: false,
-        };
-        let schema = if magic.starts_with(b"PAR1") {
-            let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| invalid(error.into()))?;
-            let schema = builder.schema().clone();
-            let batches = builder.build().map_err(|error| invalid(error.into()))?;
-            reader.take_all(batches.map(|batch| batch.map_err(invalid)))?;
-            schema
-        } else if magic.starts_with(b"ARROW1") {
-            let batches = FileReader::try_new_buffered(file, None).map_err(invalid)?;
-            let schema = batches.schema();
-            reader.take_all(batches.map(|batch| batch.map_err(invalid)))?;
-            schema
-        } else {
-            let batches = StreamReader::try_new_buffered(file, None).map_err(invalid)?;
-            let schema = batches.schema();
-            // Its writer may have been killed while it wrote a batch.
-            let mut cut_off = false;
-            let whole = batches.map_while(|batch| {
-                cut_off = batch.as_ref().is_err_and(is_end);
-                (!cut_off).then_some(batch)
-            });
-            reader.take_all(whole.map(|batch| batch.map_err(invalid)))?;
-            reader.truncated = cut_off || tail != END_OF_STREAM;
-            schema
-        };
-        reader.finish(&schema, about)
-    }
-
-    /// Makes a trace of batches that were not read by [`Trace::read`].
-    ///
-    /// # Errors
-    /// `Invalid` for batches that are not a trace.
-    pub fn collect(
-        schema: SchemaRef,
-        batches: impl Iterator<Item = Result<RecordBatch, ArrowError>>,
-        about: Option<About>,
-    ) -> Result<Self, TraceError> {
-        let mut reader = Reader {
-            name: "this table".to_owned(),
-            events: Vec::new(),
-            truncated: false,
-        };
-        reader.take_all(batches.map(|batch| batch.map_err(|error| TraceError::Invalid(error.to_string()))))?;
-        reader.finish(&schema, about)
     }
 
     /// As record batches.
@@ -212,73 +140,12 @@ impl Trace {
     }
 }
 
-/// Collects the events of batches.
-struct Reader {
-    /// The file's name, for errors.
-    name: String,
-    events: Vec<Event>,
-    truncated: bool,
-}
-
-impl Reader {
-    fn take_all(&mut self, batches: impl Iterator<Item = Result<RecordBatch, TraceError>>) -> Result<(), TraceError> {
-        for batch in batches {
-            let events = table::events(&batch?);
-            let no_trace = |what| TraceError::Invalid(format!("{} is no trace: {what}", self.name));
-            self.events.append(&mut events.map_err(no_trace)?);
-        }
-        Ok(())
-    }
-
-    fn finish(self, schema: &Schema, given: Option<About>) -> Result<Trace, TraceError> {
-        let Self {
-            name,
-            mut events,
-            truncated,
-        } = self;
-        let own = About::of(schema).map_err(|what| TraceError::Invalid(format!("{name} is no trace: {what}")))?;
-        let about = given.or(own).ok_or_else(|| {
-            TraceError::Invalid(format!(
-                "{name} does not say how much memory its guest had, nor in which state: tell memory and initial to whoever \
-                 reads it"
-            ))
-        })?;
-        // The batches of several vCPUs take turns, and a table may be sorted by another column.
-        events.sort_by_key(|event| event.sequence);
-        Ok(Trace {
-            about,
-            events,
-            truncated,
-        })
-    }
-}
-
-/// The end mark of an IPC stream.
-const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
-
-/// The first and the last bytes of a file. Leaves its position at the beginning.
-fn ends(file: &mut File) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
-    let (mut head, mut tail) = (Vec::new(), Vec::new());
-    let len = file.metadata()?.len();
-    Read::take(&mut *file, 6).read_to_end(&mut head)?;
-    file.seek(SeekFrom::Start(len.saturating_sub(END_OF_STREAM.len() as u64)))?;
-    file.read_to_end(&mut tail)?;
-    file.rewind()?;
-    Ok((head, tail))
-}
-
-/// Whether the error is an unexpected end of the file.
-fn is_end(error: &ArrowError) -> bool {
-    match error {
-        ArrowError::IoError(_, source) => source.kind() == ErrorKind::UnexpectedEof,
-        _ => false,
-    }
-}
-
 fn failed(path: &Path, source: std::io::Error) -> TraceError {
-    TraceError::File {
-        path: path.display().to_string(),
-        source,
+    let path = path.display().to_string();
+    match source.downcast() {
+        Ok(GivenUp(failure)) if failure.is::<Stalled>() => TraceError::Stalled(path),
+        Ok(GivenUp(failure)) => TraceError::Interrupted(failure),
+        Err(source) => TraceError::File { path, source },
     }
 }
 

@@ -6,13 +6,17 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use arrow_array::RecordBatch;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::about::About;
 use super::data::TraceError;
 use super::file::Output;
+use super::sink::Stalled;
+use crate::error::Failure;
 use crate::events::log::EventLog;
 use crate::events::table;
+use crate::input::Watch;
+use crate::process::Process;
 
 /// How often events are taken from the log. In between, its rings keep them.
 const POLL: Duration = Duration::from_millis(10);
@@ -20,6 +24,11 @@ const POLL: Duration = Duration::from_millis(10);
 const FLUSH_AFTER: Duration = Duration::from_secs(1);
 /// Or as soon as there are this many.
 const FLUSH_ROWS: u64 = 4096;
+
+/// How often the watch is called while the thread is waited for.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// How long a reader may read nothing once the recorder is to hurry.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// How many events were written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,44 +41,63 @@ pub struct Recorded {
 
 /// Writes every event from its start on, in a thread of its own. No vCPU waits for it.
 pub struct Recorder {
-    stop: Arc<Stop>,
+    progress: Arc<Progress>,
+    /// The process that has the thread.
+    process: Process,
     thread: Option<JoinHandle<Result<Recorded, TraceError>>>,
 }
 
-/// Tells the thread to end.
+/// How far the thread is, and what it is told.
 #[derive(Default)]
-struct Stop {
-    wanted: Mutex<bool>,
+struct Progress {
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The file is open, and its beginning written.
+    open: bool,
+    /// The thread is to end.
+    wanted: bool,
+    over: bool,
+    /// From when on a reader that has stalled is not waited for.
+    hurry: Option<Instant>,
 }
 
 impl Recorder {
     /// Creates or truncates the file and starts the thread. At most `limit` events are written, because a guest can
-    /// make any number of requests. `failed` is called, once, if writing fails before [`finish`](Self::finish).
+    /// make any number of requests. `failed` is called, once, if writing fails before [`finish`](Self::finish). `watch`
+    /// is called, again and again, while the reader of a pipe is waited for.
     ///
     /// # Errors
-    /// Those of creating the file and the thread.
+    /// Those of creating the file and the thread, and the watch's failure.
     pub fn start(
         log: Arc<EventLog>,
         about: &About,
         path: &Path,
         limit: u64,
         failed: impl FnOnce() + Send + 'static,
+        watch: &mut Watch<'_>,
     ) -> Result<Self, TraceError> {
-        let mut writing = Writing {
-            next: about.first(),
-            log,
-            output: Output::create(path, about)?,
-            limit,
-            pending: Vec::new(),
-            rows: 0,
-            since: Instant::now(),
-            recorded: Recorded::default(),
-        };
-        let stop = Arc::new(Stop::default());
-        let thread_stop = stop.clone();
+        let progress = Arc::new(Progress::default());
+        let (of_thread, of_sink) = (progress.clone(), progress.clone());
+        let (name, about) = (path.to_owned(), about.clone());
         let body = move || -> Result<Recorded, TraceError> {
-            while !thread_stop.wait() {
+            let _over = Over(&of_thread);
+            let waiting = move |stalled| of_sink.goes_on(stalled);
+            let mut writing = Writing {
+                next: about.first(),
+                log,
+                output: Output::create(&name, &about, Box::new(waiting))?,
+                limit,
+                pending: Vec::new(),
+                rows: 0,
+                since: Instant::now(),
+                recorded: Recorded::default(),
+            };
+            of_thread.set(|state| state.open = true);
+            while !of_thread.is_wanted() {
                 if let Err(error) = writing.take() {
                     failed();
                     return Err(error);
@@ -84,45 +112,110 @@ impl Recorder {
             path: path.display().to_string(),
             source,
         })?;
-        Ok(Self {
-            stop,
+        let mut recorder = Self {
+            progress,
+            process: Process::default(),
             thread: Some(thread),
-        })
+        };
+        let waited = recorder.progress.wait(|state| state.open || state.over, watch);
+        if waited.is_err() || recorder.progress.state.lock().over {
+            recorder.progress.set(|state| state.wanted = true);
+            // Before it ended it may have written what there was.
+            let recorded = recorder.join();
+            waited.map_err(TraceError::Interrupted)?;
+            recorded?;
+        }
+        Ok(recorder)
     }
 
-    /// Writes the events that there are and closes the file.
+    /// Writes the events that there are and closes the file. A pipe's reader is waited for as long as it reads; if it has
+    /// stalled, until `watch` fails, which is called again and again, or until after `patience`.
     ///
     /// # Errors
-    /// The first failure to write. Events after it are not in the file.
-    pub fn finish(mut self) -> Result<Recorded, TraceError> {
-        match self.join() {
-            Some(Ok(result)) => result,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => Ok(Recorded::default()),
+    /// The first failure to write. Events after it are not in the file. Else the watch's failure.
+    pub fn finish(mut self, patience: Option<Duration>, watch: &mut Watch<'_>) -> Result<Recorded, TraceError> {
+        // In a child that was forked the thread's locks may be held by nobody.
+        if self.process.is_present() {
+            let hurry = patience.and_then(|patience| Instant::now().checked_add(patience));
+            self.progress.set(|state| (state.wanted, state.hurry) = (true, hurry));
+            self.progress
+                .wait(|state| state.over, watch)
+                .map_err(TraceError::Interrupted)?;
         }
+        self.join()
     }
 
-    fn join(&mut self) -> Option<std::thread::Result<Result<Recorded, TraceError>>> {
-        *self.stop.wanted.lock() = true;
-        self.stop.changed.notify_all();
-        Some(self.thread.take()?.join())
+    /// Waits for the thread, which has been told to end.
+    fn join(&mut self) -> Result<Recorded, TraceError> {
+        let Some(thread) = self.thread.take() else {
+            return Ok(Recorded::default());
+        };
+        if !self.process.is_present() {
+            // The handle's thread is the parent's.
+            std::mem::forget(thread);
+            return Ok(Recorded::default());
+        }
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        self.join();
+        if self.thread.is_some() && self.process.is_present() {
+            let now = Some(Instant::now());
+            self.progress.set(|state| (state.wanted, state.hurry) = (true, now));
+        }
+        let _ = self.join();
     }
 }
 
-impl Stop {
+/// The thread does no more, also after a panic.
+struct Over<'a>(&'a Progress);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.set(|state| state.over = true);
+    }
+}
+
+impl Progress {
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock());
+        self.changed.notify_all();
+    }
+
     /// Waits for [`POLL`], or until the thread is to end. Returns whether it is to end.
-    fn wait(&self) -> bool {
-        let mut wanted = self.wanted.lock();
-        if !*wanted {
-            self.changed.wait_for(&mut wanted, POLL);
+    fn is_wanted(&self) -> bool {
+        let mut state = self.state.lock();
+        if !state.wanted {
+            self.changed.wait_for(&mut state, POLL);
         }
-        *wanted
+        state.wanted
+    }
+
+    /// Waits until the thread has got there. Once the watch fails, the thread waits for no reader that has stalled.
+    fn wait(&self, there: impl Fn(&State) -> bool, watch: &mut Watch<'_>) -> Result<(), Failure> {
+        let mut failure = Ok(());
+        let mut state = self.state.lock();
+        while !there(&state) {
+            self.changed.wait_for(&mut state, LOOK_AGAIN);
+            if failure.is_ok() {
+                failure = MutexGuard::unlocked(&mut state, &mut *watch);
+                if failure.is_err() {
+                    state.hurry = Some(Instant::now());
+                }
+            }
+        }
+        failure
+    }
+
+    /// Whether a reader is waited for which has read nothing for so long.
+    fn goes_on(&self, stalled: Duration) -> Result<(), Failure> {
+        let hurry = self.state.lock().hurry;
+        match stalled >= PATIENCE && hurry.is_some_and(|hurry| hurry <= Instant::now()) {
+            true => Err(Box::new(Stalled)),
+            false => Ok(()),
+        }
     }
 }
 
@@ -130,7 +223,7 @@ struct Writing {
     log: Arc<EventLog>,
     /// The sequence number to go on with.
     next: u64,
-    output: Output,
+    output: Output<'static>,
     limit: u64,
     /// Batches that are not in the file yet, and their rows.
     pending: Vec<RecordBatch>,

@@ -9,6 +9,7 @@ use crate::error::{Failure, Site};
 use crate::events::event::{Event, Kind, Outcome, RecordedDecision, Verdict};
 use crate::memory::address::{Range, State};
 use crate::memory::page_map::AttributeMap;
+use crate::memory::views::Views;
 use crate::policy::decision::Decision;
 use crate::policy::hooks::Policy;
 use crate::policy::request::{ExplicitRequest, ImplicitRequest};
@@ -16,6 +17,10 @@ use crate::policy::trial::{Question, Trial};
 
 /// How many requests are replayed between two calls of `watch`.
 const WATCH_EVERY: usize = 4096;
+/// The most bytes of a page map: some, and so many for each request. A request that touches memory far from all others
+/// takes 4 KiB, which no guest does for long.
+const SOME_BYTES: u64 = 32 << 20;
+const BYTES_OF_REQUEST: u64 = 1024;
 
 /// What one policy decided on all requests, and what came of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -147,8 +152,8 @@ impl Timeline {
             return;
         }
         match to {
-            State::Private => self.judged.bytes_to_private += changed,
-            State::Shared => self.judged.bytes_to_shared += changed,
+            State::Private => add(&mut self.judged.bytes_to_private, changed),
+            State::Shared => add(&mut self.judged.bytes_to_shared, changed),
         }
         self.judged.peak_shared = self.judged.peak_shared.max(shared_bytes);
         let before = self.touched.uniform(range) != Some(State::Shared);
@@ -157,7 +162,12 @@ impl Timeline {
     }
 }
 
-/// The request as a machine would put it to a policy; `None` if it is not a part of memory.
+/// What a trace says was changed can be any number.
+fn add(sum: &mut u64, changed: u64) {
+    *sum = sum.saturating_add(changed);
+}
+
+/// The request as a machine would put it to a policy; `None` if it is not a part of memory, or no policy is asked.
 fn question(event: &Event, memory: u64) -> Option<Question> {
     let range = Range::new(event.gpa, event.size).filter(|range| range.end() <= memory)?;
     let implicit = |errno| ImplicitRequest {
@@ -168,12 +178,15 @@ fn question(event: &Event, memory: u64) -> Option<Question> {
         errno: Errno(errno),
         state: event.state.unwrap_or(event.to.other()),
         rip: event.rip,
+        // Not recorded.
+        executed: false,
         repeats: event.repeats,
         time: event.time,
-        memory,
+        memory: Views::new(memory, None, None),
     };
     Some(match event.kind {
         Kind::Implicit => Question::Implicit(implicit(libc::EFAULT)),
+        Kind::Unpaged | Kind::Device | Kind::Malformed => return None,
         Kind::Poison => Question::Poison(implicit(libc::EHWPOISON)),
         Kind::Explicit => Question::Explicit(ExplicitRequest {
             vcpu: event.vcpu,
@@ -183,7 +196,7 @@ fn question(event: &Event, memory: u64) -> Option<Question> {
             raw: event.raw.into(),
             state: event.state,
             time: event.time,
-            memory,
+            memory: Views::new(memory, None, None),
         }),
     })
 }
@@ -196,6 +209,9 @@ fn question(event: &Event, memory: u64) -> Option<Question> {
 /// the same pages at once, conversions may have been carried out in another order than they were decided in, so a quota
 /// may be reached a little earlier or later than it was.
 ///
+/// Takes at most 64 MiB and 2 KiB for each request of memory, and 8 MiB for each TiB of guest memory, for each policy and
+/// once more.
+///
 /// # Errors
 /// See [`ReplayError`].
 pub fn replay(
@@ -205,7 +221,11 @@ pub fn replay(
     watch: &mut dyn FnMut() -> Result<(), Failure>,
 ) -> Result<Replay, ReplayError> {
     let memory = trace.about.memory();
-    let mut order: Vec<&Event> = trace.events.iter().collect();
+    // A map has some bytes for each block, whether it is touched or not.
+    let at_first = trace.about.model().map().memory() as u64;
+    let most = at_first + SOME_BYTES + trace.events.len() as u64 * BYTES_OF_REQUEST;
+    let judged = |event: &&Event| event.kind.is_request();
+    let mut order: Vec<&Event> = trace.events.iter().filter(judged).collect();
     order.sort_by_key(|event| (event.time, event.sequence));
     let mut states = trace.about.model();
     let timeline = || Timeline::new(&trace.about, trace.about.model().shared_bytes());
@@ -216,6 +236,13 @@ pub fn replay(
     for (number, event) in order.iter().enumerate() {
         if number % WATCH_EVERY == 0 {
             watch().map_err(ReplayError::Interrupted)?;
+            let maps = [states.map(), &recorded.touched];
+            let maps = maps
+                .into_iter()
+                .chain(trials.iter().map(|(_, timeline)| &timeline.touched));
+            if maps.map(AttributeMap::memory).any(|bytes| bytes as u64 > most) {
+                return Err(scattered(event));
+            }
         }
         let question = question(event, memory).ok_or_else(|| outside(event, memory))?;
         let range = question.range();
@@ -266,7 +293,7 @@ pub fn replay(
     let span = last.map_or(0, |last| last.saturating_sub(trace.about.first()).saturating_add(1));
     Ok(Replay {
         requests: order.len() as u64,
-        missing: span.saturating_sub(order.len() as u64),
+        missing: span.saturating_sub(trace.events.len() as u64),
         recorded: recorded.judged,
         policies: trials.into_iter().map(|(_, timeline)| timeline.judged).collect(),
         differences,
@@ -290,7 +317,15 @@ fn site(event: &Event) -> Site {
         gpa: Some(event.gpa),
         state: Some(event.state.map_or("mixed", State::as_str)),
         rip: event.rip,
+        symbol: None,
     }
+}
+
+fn scattered(event: &Event) -> ReplayError {
+    ReplayError::Trace(TraceError::Invalid(format!(
+        "event {}: the requests of this trace are scattered over more memory than a replay can keep the states of",
+        event.sequence
+    )))
 }
 
 fn outside(event: &Event, memory: u64) -> ReplayError {

@@ -4,6 +4,8 @@ use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
 
 use super::about::About;
 use super::data::Trace;
+use crate::allocation::reserve;
+use crate::errno::Errno;
 use crate::events::event::{Event, Kind, Outcome, RecordedDecision};
 use crate::memory::address::{PAGE_SIZE, Range, State};
 use crate::policy::decision::Decision;
@@ -24,7 +26,10 @@ const BALLOON: (u64, u64) = (512 << 20, 256 << 20);
 /// arguments give the same trace. Of 100 requests about 60 convert bounce buffers (explicit), 25 touch pages of rings
 /// (implicit), ten touch the same few pages as private and as shared (implicit), and five convert whole 2 MiB blocks
 /// (explicit).
-pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
+///
+/// # Errors
+/// ENOMEM.
+pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Result<Trace, Errno> {
     let about = About::whole(MEMORY, State::Private);
     let mut model = about.model();
     let mut random = Random(seed);
@@ -53,15 +58,18 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Trace {
             },
         )
     };
-    let events = (0..requests).map(event).collect();
-    Trace {
+    let mut events = Vec::new();
+    reserve(&mut events, usize::try_from(requests).unwrap_or(usize::MAX))?;
+    events.extend((0..requests).map(event));
+    Ok(Trace {
         about,
         events,
         truncated: false,
-    }
+    })
 }
 
 const BLANK: Event = Event {
+    device: None,
     sequence: 0,
     time: 0,
     vcpu: 0,

@@ -26,6 +26,11 @@ pub(super) fn mmio(vcpu: &mut RunningVcpu<'_>, mmio: &Mmio) -> Result<(), Error>
     vcpu.state.reply_due = true;
     let len = usize::from(mmio.len);
     let mut data = mmio.data;
+    // A device is reached through either view.
+    let mmio = &Mmio {
+        gpa: mmio.gpa & !vcpu.context.memory.views().mask(),
+        ..*mmio
+    };
     match vcpu.context.bus.mmio(mmio.gpa, mmio.len.into()) {
         Some(handler) => {
             if let Err(failure) = handler.mmio(vcpu.state.index, mmio, &mut data[..len]) {

@@ -2,15 +2,16 @@
 
 use super::request::conversion_failed;
 use super::running::{RunningVcpu, hook_failed};
+use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::event::{Asked, Kind, Outcome};
 use crate::hypervisor::exit::{Hypercall, offset, put};
-use crate::hypervisor::hypercall::{KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE};
-use crate::memory::address::State;
-use crate::memory::conversion::{Condition, Converted};
+use crate::hypervisor::hypercall::{KVM_ENOSYS, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED};
+use crate::memory::address::{PAGE_SIZE, State};
+use crate::memory::conversion::{Condition, Converted, Order, Progress};
 use crate::policy::decision::Decision;
 use crate::policy::map_gpa_range::{MapGpaRange, parse};
-use crate::policy::request::ExplicitRequest;
+use crate::policy::request::{ExplicitRequest, Request};
 use crate::policy::trial::DISCARD_IS_FOR_POISON;
 
 /// How often the policy is asked again at most when the pages of its request change while it decides.
@@ -46,10 +47,11 @@ fn request(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<i64, Error> {
         vcpu.tally.malformed += 1;
         return Ok(-KVM_ENOSYS);
     }
-    let wanted = match parse(call, &vcpu.context.memory.views()) {
-        Ok(wanted) => wanted,
+    let wanted = match parse(call, vcpu.context.memory.views()) {
+        Ok(Some(wanted)) => wanted,
+        Ok(None) => return Ok(0),
         Err(errno) => {
-            vcpu.tally.malformed += 1;
+            malformed(vcpu, call, errno);
             return Ok(errno.0.into());
         }
     };
@@ -72,6 +74,35 @@ fn request(vcpu: &mut RunningVcpu<'_>, call: &Hypercall) -> Result<i64, Error> {
     Ok(libc::EAGAIN.into())
 }
 
+/// Counts and logs a request that reaches no policy. Its row has what the guest gave, as far as the columns hold it.
+#[cold]
+fn malformed(vcpu: &mut RunningVcpu<'_>, call: &Hypercall, errno: Errno) {
+    vcpu.tally.malformed += 1;
+    let [gpa, pages, raw] = call.args;
+    let to = match raw & KVM_MAP_GPA_RANGE_ENCRYPTED {
+        0 => State::Shared,
+        _ => State::Private,
+    };
+    let rip = if vcpu.context.is_pc { vcpu.rip() } else { 0 };
+    vcpu.record_other(
+        &Asked {
+            time: vcpu.exited,
+            kind: Kind::Malformed,
+            gpa,
+            size: pages.saturating_mul(PAGE_SIZE),
+            to,
+            state: None,
+            page_size: 0,
+            raw: u32::try_from(raw).unwrap_or(u32::MAX),
+            flags: 0,
+            rip,
+            repeats: 0,
+        },
+        Outcome::Refused,
+        errno.0,
+    );
+}
+
 /// The errno for the guest, 0 for success; `None` if the pages are no longer in the states that the policy was told.
 #[inline]
 fn judge(vcpu: &mut RunningVcpu<'_>, wanted: &MapGpaRange) -> Result<Option<i32>, Error> {
@@ -84,23 +115,25 @@ fn judge(vcpu: &mut RunningVcpu<'_>, wanted: &MapGpaRange) -> Result<Option<i32>
         raw: wanted.raw,
         state: seen.state,
         time: vcpu.exited,
-        memory: vcpu.context.memory.size(),
+        memory: *vcpu.context.memory.views(),
     };
-    vcpu.open_request(&about(&request));
-    let convert = match vcpu.context.policy.get(&mut vcpu.policy).map_gpa_range(&request) {
-        Ok(Decision::Convert(convert)) => convert,
-        decision => return not_converted(vcpu, decision, &request).map(Some),
+    let rip = if vcpu.context.is_pc { vcpu.rip() } else { 0 };
+    vcpu.open_request(&about(&request, rip));
+    let decision = vcpu.context.policy.get(&mut vcpu.policy).map_gpa_range(&request);
+    // By reference: a copy of it is some of what a request costs.
+    let Ok(Decision::Convert(convert)) = &decision else {
+        return not_converted(vcpu, decision, &request).map(Some);
     };
-    let order = match vcpu.order(&convert, request.range, request.to) {
+    let (mut order, as_asked) = match vcpu.order(convert, Request::Explicit(&request)) {
         Ok(order) => order,
         Err(failure) => return Err(hook_failed(site(vcpu, &request), failure)),
     };
-    let control = vcpu.context.control;
-    let converted = vcpu
-        .context
-        .memory
-        .convert_if(&order, Condition::AsTold(&seen), &|| control.leaving());
-    match converted {
+    match vcpu.carry_out(
+        convert,
+        (&mut order, as_asked),
+        Condition::AsTold(&seen),
+        Request::Explicit(&request),
+    ) {
         Ok(Converted::Superseded) => Ok(None),
         Ok(converted) => {
             let errno = vcpu.converted(&order, converted);
@@ -109,7 +142,7 @@ fn judge(vcpu: &mut RunningVcpu<'_>, wanted: &MapGpaRange) -> Result<Option<i32>
             }
             Ok(Some(errno))
         }
-        Err(source) => refused(vcpu, source, &request).map(Some),
+        Err(source) => refused(vcpu, source, &request, &order).map(Some),
     }
 }
 
@@ -133,7 +166,7 @@ fn not_converted(
         // Nothing was converted: EAGAIN makes a guest that is resumed later ask again.
         Decision::Stop(reason) => {
             vcpu.close_as(Outcome::Stopped, libc::EAGAIN);
-            vcpu.context.control.finish(Ok(reason));
+            vcpu.context.control.finish_at(reason, vcpu.whereabouts());
             Ok(libc::EAGAIN)
         }
         Decision::Discard | Decision::Convert(_) | Decision::Remember(_) => {
@@ -144,13 +177,25 @@ fn not_converted(
 
 /// A conversion that failed: the errno for the guest, or an error if the run cannot go on.
 #[cold]
-fn refused(vcpu: &mut RunningVcpu<'_>, source: ConvertError, request: &ExplicitRequest) -> Result<i32, Error> {
+fn refused(
+    vcpu: &mut RunningVcpu<'_>,
+    source: ConvertError,
+    request: &ExplicitRequest,
+    order: &Order,
+) -> Result<i32, Error> {
     if matches!(source, ConvertError::OverQuota { .. }) {
         vcpu.over_quota();
         return Ok(libc::EINVAL);
     }
-    let errno = source.guest_errno();
-    vcpu.close_as(Outcome::Failed, errno.map_or(0, |errno| errno.0));
+    let (progress, errno) = (Progress::before(&source), source.guest_errno());
+    let outcome = match (&source, errno) {
+        (ConvertError::Partly { .. }, Some(_)) => {
+            vcpu.tally.retries += 1;
+            Outcome::Retried
+        }
+        _ => Outcome::Failed,
+    };
+    vcpu.close_with(order, progress, outcome, errno.map_or(0, |errno| errno.0));
     match errno {
         Some(errno) => Ok(errno.0),
         None => Err(conversion_failed(site(vcpu, request), source)),
@@ -164,12 +209,13 @@ fn site(vcpu: &mut RunningVcpu<'_>, request: &ExplicitRequest) -> Site {
         gpa: Some(request.range.gpa()),
         state: Some(request.state.map_or("mixed", State::as_str)),
         rip: vcpu.rip(),
+        symbol: None,
     }
 }
 
 /// The request as it is logged.
 #[inline]
-fn about(request: &ExplicitRequest) -> Asked {
+fn about(request: &ExplicitRequest, rip: u64) -> Asked {
     Asked {
         time: request.time,
         kind: Kind::Explicit,
@@ -181,7 +227,7 @@ fn about(request: &ExplicitRequest) -> Asked {
         page_size: request.page_size as u32,
         raw: request.raw as u32,
         flags: 0,
-        rip: 0,
+        rip,
         repeats: 0,
     }
 }

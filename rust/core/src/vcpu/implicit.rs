@@ -6,19 +6,21 @@
 
 use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 
+use super::read_back;
 use super::request::conversion_failed;
 use super::running::{Flow, LIVELOCK_BOUND, RunningVcpu, hook_failed};
+use super::unpaged::{self, Unpaged};
 use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::event::{Asked, Kind, Outcome};
 use crate::hypervisor::exit::{Exit, FLAG_PRIVATE, MemoryFault, Mmio, offset, put};
 use crate::hypervisor::host::EnforcementMode;
 use crate::memory::address::{PAGE_SIZE, Range, State};
-use crate::memory::conversion::{Condition, Converted};
+use crate::memory::conversion::{Condition, Converted, Progress};
 use crate::memory::guest_memory::{FaultStatus, FaultingAccess};
 use crate::memory::views::Place;
 use crate::policy::decision::{Convert, Decision};
-use crate::policy::request::ImplicitRequest;
+use crate::policy::request::{ImplicitRequest, Request};
 use crate::policy::trial::DISCARD_IS_FOR_POISON;
 
 /// Bytes of the longest x86 instruction.
@@ -36,7 +38,7 @@ enum Next {
 pub(super) fn memory_fault(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result<Flow, Error> {
     vcpu.note_time();
     let (page, access) = faulted(vcpu, fault)?;
-    resume(judge(vcpu, page, access, fault.flags)?)
+    resume(judge(vcpu, page, access, fault.flags, false)?)
 }
 
 /// The view and the page of an access that has no memslot; `None` if its address is not in guest memory (a device's).
@@ -60,13 +62,20 @@ pub(super) fn emulated_access(
             place.gpa
         )));
     }
+    if !mmio.write && vcpu.taken_back.is_some() {
+        let access = place.view.unwrap_or_else(|| vcpu.context.memory.state(place.gpa));
+        read_back::begin(vcpu, mmio, page, access)?;
+    }
     loop {
         // Each pass may be a request of its own, with its own time.
         vcpu.note_time();
         if complete(vcpu, mmio, place, page)? {
+            if !mmio.write {
+                read_back::finish(vcpu, mmio)?;
+            }
             return Ok(Flow::Resume);
         }
-        if let Next::Leave(reason) = judge(vcpu, page, access, implied_flags(access))? {
+        if let Next::Leave(reason) = judge(vcpu, page, access, implied_flags(access), mmio.write)? {
             return Ok(Flow::Leave(reason, Some(Exit::Mmio(*mmio))));
         }
         if vcpu.context.control.leaving() {
@@ -105,7 +114,7 @@ pub(super) fn internal_error(vcpu: &mut RunningVcpu<'_>, suberror: u32) -> Resul
         KVM_INTERNAL_ERROR_EMULATION => {
             if let Some((page, access)) = unfetchable(vcpu) {
                 vcpu.note_time();
-                return resume(judge(vcpu, page, access, implied_flags(access))?);
+                return resume(judge(vcpu, page, access, implied_flags(access), false)?);
             }
             "KVM could not emulate the guest's instruction there".to_owned()
         }
@@ -124,13 +133,13 @@ fn resume(judged: Next) -> Result<Flow, Error> {
 /// The instruction's first or last page, whichever is not in the state of the view it is fetched through; and that
 /// state.
 fn unfetchable(vcpu: &mut RunningVcpu<'_>) -> Option<(Range, State)> {
-    let rip = vcpu.rip();
+    let first = vcpu.linear_rip()?;
     let memory = vcpu.context.memory;
-    let ends = [rip, rip.saturating_add(LONGEST_INSTRUCTION - 1)];
+    let ends = [first, first.saturating_add(LONGEST_INSTRUCTION - 1)];
     ends.into_iter().find_map(|linear| {
         let place = memory.views().locate(vcpu.state.hv.translate(linear)?)?;
         let (page, view) = (Range::new(place.page(), PAGE_SIZE)?, place.view?);
-        (memory.state(place.gpa) != view).then_some((page, view))
+        (memory.state(place.gpa) != view && !memory.is_open(page)).then_some((page, view))
     })
 }
 
@@ -151,7 +160,7 @@ pub(super) fn faulted(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result
     let access = place
         .view
         .unwrap_or_else(|| match (fault.flags & FLAG_PRIVATE, memory.mode()) {
-            (0, EnforcementMode::Attributes) => State::Shared,
+            (0, EnforcementMode::Attributes | EnforcementMode::Traps) => State::Shared,
             // Memslots with one view: KVM knows no states, so the accessed state is the one that the page is in.
             (0, EnforcementMode::Memslots) => memory.state(place.gpa),
             _ => State::Private,
@@ -159,8 +168,9 @@ pub(super) fn faulted(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result
     Ok((page, access))
 }
 
-/// Asks the policy about one fault and converts, if the page still is not in the accessed state.
-fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64) -> Result<Next, Error> {
+/// Asks the policy about one fault and converts, if the page still is not in the accessed state. `executed`: see
+/// [`ImplicitRequest`].
+fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64, executed: bool) -> Result<Next, Error> {
     let fault = FaultingAccess {
         page,
         access,
@@ -171,7 +181,22 @@ fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64) -> 
         vcpu.tally.stale += 1;
         return Ok(Next::LookAgain);
     }
+    let opened = match (status, access) {
+        (FaultStatus::Request, State::Shared) => unpaged::open(vcpu, page)?,
+        _ => Unpaged::No,
+    };
+    if matches!(opened, Unpaged::Opened) {
+        return Ok(Next::LookAgain);
+    }
     let repeats = vcpu.repeats(page, access, changes);
+    if matches!(opened, Unpaged::WasOpen) {
+        // Another vCPU's access may have opened it meanwhile.
+        vcpu.back_off(repeats);
+        return match repeats < LIVELOCK_BOUND {
+            true => Ok(Next::LookAgain),
+            false => Ok(Next::Leave("livelock".to_owned())),
+        };
+    }
     if status == FaultStatus::Unexplained && repeats >= LIVELOCK_BOUND {
         return Err(vcpu.livelock(page, access, repeats));
     }
@@ -190,15 +215,17 @@ fn judge(vcpu: &mut RunningVcpu<'_>, page: Range, access: State, flags: u64) -> 
         errno: Errno(libc::EFAULT),
         state: access.other(),
         rip: vcpu.rip(),
+        executed,
         repeats,
         time: vcpu.exited,
-        memory: vcpu.context.memory.size(),
+        memory: *vcpu.context.memory.views(),
     };
     vcpu.tally.faults += 1;
     vcpu.open_request(&about(&request, Kind::Implicit));
-    match vcpu.context.policy.get(&mut vcpu.policy).memory_fault(&request) {
-        Ok(Decision::Convert(convert)) => carry_out(vcpu, &convert, fault, &request),
-        decision => not_converted(vcpu, decision, &request),
+    let decision = vcpu.context.policy.get(&mut vcpu.policy).memory_fault(&request);
+    match &decision {
+        Ok(Decision::Convert(convert)) => carry_out(vcpu, convert, fault, &request),
+        _ => not_converted(vcpu, decision, &request),
     }
 }
 
@@ -208,14 +235,16 @@ fn carry_out(
     fault: FaultingAccess,
     request: &ImplicitRequest,
 ) -> Result<Next, Error> {
-    let order = match vcpu.order(convert, request.range, request.access) {
+    let (mut order, as_asked) = match vcpu.order(convert, Request::Implicit(request)) {
         Ok(order) => order,
         Err(failure) => return Err(hook_failed(site(request), failure)),
     };
-    let control = vcpu.context.control;
-    let condition = Condition::StillFaulting(fault);
-    let converted = vcpu.context.memory.convert_if(&order, condition, &|| control.leaving());
-    match converted {
+    match vcpu.carry_out(
+        convert,
+        (&mut order, as_asked),
+        Condition::StillFaulting(fault),
+        Request::Implicit(request),
+    ) {
         Ok(converted) => {
             vcpu.converted(&order, converted);
             if convert.prefault && converted != Converted::Superseded {
@@ -227,13 +256,13 @@ fn carry_out(
             vcpu.over_quota();
             Ok(Next::Leave("denied".to_owned()))
         }
-        Err(ConvertError::Refused { .. }) => {
+        Err(source) if source.is_refusal() => {
             vcpu.tally.retries += 1;
-            vcpu.close_as(Outcome::Retried, 0);
+            vcpu.close_with(&order, Progress::before(&source), Outcome::Retried, 0);
             Ok(Next::LookAgain)
         }
         Err(source) => {
-            vcpu.close_as(Outcome::Failed, 0);
+            vcpu.close_with(&order, Progress::before(&source), Outcome::Failed, 0);
             Err(conversion_failed(site(request), source))
         }
     }
@@ -280,6 +309,7 @@ fn site(request: &ImplicitRequest) -> Site {
         gpa: Some(request.range.gpa()),
         state: Some(request.state.as_str()),
         rip: request.rip,
+        symbol: None,
     }
 }
 

@@ -1,10 +1,11 @@
 //! Bringing a vCPU out of KVM_RUN, from any thread.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering, fence};
 
 use parking_lot::Mutex;
 
+use super::signal;
 use crate::errno::Errno;
 use crate::hypervisor::raw;
 use crate::hypervisor::vm::ImmediateExit;
@@ -18,6 +19,10 @@ pub struct Kick {
     thread: Mutex<Option<libc::pid_t>>,
     /// Set from just before KVM_RUN to just after it: a signal at any other time would interrupt a hook's system calls.
     inside: AtomicBool,
+    /// How often it was kicked since it went into KVM_RUN.
+    times: AtomicU32,
+    /// The vCPU wants to leave KVM_RUN from time to time.
+    nudged: AtomicBool,
 }
 
 impl Kick {
@@ -26,18 +31,42 @@ impl Kick {
             immediate_exit,
             thread: Mutex::new(None),
             inside: AtomicBool::new(false),
+            times: AtomicU32::new(0),
+            nudged: AtomicBool::new(false),
         }
     }
 
     /// Makes the vCPU leave KVM_RUN, now or as soon as it enters.
+    ///
+    /// It may be kicked again and again while the kernel does not let it go. Each real-time signal waits in a queue that all
+    /// of the user's processes share, so only the first few kicks of one stay send it, and then ever fewer.
     pub fn kick(&self) {
+        if self.set_immediate_exit()
+            && let Some(thread) = *self.thread.lock()
+            && sends(self.times.fetch_add(1, Ordering::Relaxed))
+            && !raw::signal_thread(thread, signal::number())
+        {
+            // The queue is full; the next kick tries it again.
+            self.times.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns whether the vCPU may be in KVM_RUN already, which only the signal ends.
+    fn set_immediate_exit(&self) -> bool {
         self.immediate_exit.byte().store(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        if !self.inside.load(Ordering::SeqCst) {
-            return;
-        }
-        if let Some(thread) = *self.thread.lock() {
-            raw::signal_thread(thread, signal_number());
+        self.inside.load(Ordering::SeqCst)
+    }
+
+    /// Says whether [`nudge`](Self::nudge) is to kick this vCPU.
+    pub(crate) fn set_nudged(&self, wanted: bool) {
+        self.nudged.store(wanted, Ordering::SeqCst);
+    }
+
+    /// Kicks the vCPU if it wants to be.
+    pub(crate) fn nudge(&self) {
+        if self.nudged.load(Ordering::SeqCst) {
+            self.kick();
         }
     }
 
@@ -54,17 +83,18 @@ impl Kick {
     /// Calls `run`, which enters KVM_RUN. A kick during it sends the signal.
     #[inline]
     pub(crate) fn inside<T>(&self, run: impl FnOnce() -> T) -> T {
+        self.times.store(0, Ordering::Relaxed);
         self.inside.store(true, Ordering::SeqCst);
         let result = run();
         self.inside.store(false, Ordering::Relaxed);
         result
     }
 
-    /// The calling thread runs this vCPU until the guard drops.
+    /// The calling thread runs this vCPU until the guard drops. The signal is [`Installed`](signal::Installed)
+    /// meanwhile.
     pub(crate) fn attach(&self) -> Result<Attached<'_>, Errno> {
-        install_handler()?;
         // The thread inherits the signal mask of the thread that created it, which may block this signal.
-        vmm_sys_util::signal::unblock_signal(signal_number()).map_err(|_| Errno(libc::EINVAL))?;
+        vmm_sys_util::signal::unblock_signal(signal::number()).map_err(|_| Errno(libc::EINVAL))?;
         *self.thread.lock() = Some(raw::thread_id());
         Ok(Attached(self))
     }
@@ -82,6 +112,11 @@ pub(crate) fn kicked(immediate_exit: &AtomicU8) -> bool {
     kicked
 }
 
+/// Whether the kick after so many others sends the signal.
+fn sends(before: u32) -> bool {
+    before < 8 || before.is_power_of_two()
+}
+
 pub(crate) struct Attached<'a>(&'a Kick);
 
 impl Drop for Attached<'_> {
@@ -90,19 +125,5 @@ impl Drop for Attached<'_> {
     }
 }
 
-fn signal_number() -> libc::c_int {
-    // Not one of the first real-time signals, which libraries often use.
-    vmm_sys_util::signal::SIGRTMIN() + 9
-}
-
-extern "C" fn do_nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
-fn install_handler() -> Result<(), Errno> {
-    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
-    INSTALLED
-        .get_or_init(|| {
-            // Without SA_RESTART, so that the ioctl returns EINTR.
-            vmm_sys_util::signal::register_signal_handler(signal_number(), do_nothing).map_err(|error| error.errno())
-        })
-        .map_err(Errno)
-}
+#[cfg(test)]
+mod tests;

@@ -24,9 +24,10 @@ pub(super) fn poison(vcpu: &mut RunningVcpu<'_>, fault: &MemoryFault) -> Result<
         errno: Errno(libc::EHWPOISON),
         state: memory.state(page.gpa()),
         rip: vcpu.rip(),
+        executed: false,
         repeats,
         time: vcpu.exited,
-        memory: memory.size(),
+        memory: *memory.views(),
     };
     vcpu.tally.poisons += 1;
     vcpu.open_request(&about(&poison, Kind::Poison));

@@ -5,8 +5,9 @@ use crate::errno::Errno;
 use crate::error::{ConvertError, Error, Failure, Site};
 use crate::events::event::{Done, Outcome, RecordedDecision};
 use crate::memory::address::{Range, State};
-use crate::memory::conversion::{Converted, Order};
+use crate::memory::conversion::{Condition, Converted, Order, Progress};
 use crate::policy::decision::{Convert, Decision};
+use crate::policy::request::Request;
 use crate::policy::trial::NOT_REMEMBERED_HERE;
 
 /// Bytes of one KVM_PRE_FAULT_MEMORY call at most, so that ending a run does not have to wait long for it.
@@ -16,27 +17,105 @@ const PREFAULT_CHUNK: u64 = 2 << 20;
 const PREFAULT_BOUND: u32 = 1000;
 
 impl RunningVcpu<'_> {
-    /// Logs a Convert and makes an order of it: the policy may have chosen another range or state than was asked for.
-    #[inline]
-    pub(super) fn order(&mut self, convert: &Convert, asked: Range, to: State) -> Result<Order, Failure> {
+    /// Logs a Convert and makes an order of it: the policy may have chosen another range or state than was asked for. Returns
+    /// whether it is as asked, too.
+    #[inline(always)]
+    pub(super) fn order(&mut self, convert: &Convert, request: Request<'_>) -> Result<(Order, bool), Failure> {
+        let (asked, to) = (request.range(), request.to());
         let decision = RecordedDecision::convert(convert, asked, to);
         self.state.log.decided(&decision);
-        let range = match (decision.gpa, decision.size) == (asked.gpa(), asked.size()) {
-            true => asked,
-            false => self.other_range(decision.gpa, decision.size)?,
+        let (range, least, as_asked) = match (convert.gpa, convert.size, convert.widen) {
+            (None, None, None) => (asked, asked, decision.to == to),
+            _ => {
+                let (range, least) = self.other_range(convert, request)?;
+                (range, least, false)
+            }
         };
-        Ok(Order {
+        let order = Order {
             range,
+            least,
             to: decision.to,
             keep: convert.keep,
             max_shared: convert.max_shared,
-        })
+        };
+        Ok((order, as_asked))
+    }
+
+    /// What is converted if that is not what was asked for, and the least of it.
+    #[inline(never)]
+    fn other_range(&mut self, convert: &Convert, request: Request<'_>) -> Result<(Range, Range), Failure> {
+        let (least, to) = request.target(convert)?;
+        let range = request.widened(convert, least);
+        if range != least {
+            self.log_other_range(convert, range, to);
+        }
+        Ok((range, least))
+    }
+
+    /// Logs a Convert whose range is not the one that the policy named.
+    fn log_other_range(&mut self, convert: &Convert, range: Range, to: State) {
+        self.state.log.decided(&RecordedDecision {
+            gpa: range.gpa(),
+            size: range.size(),
+            ..RecordedDecision::convert(convert, range, to)
+        });
+    }
+
+    /// Carries out the order that was made of `convert`. If it was widened and a quota or a listener refuses that, only
+    /// what it was before is converted.
+    #[inline(always)]
+    pub(super) fn carry_out(
+        &mut self,
+        convert: &Convert,
+        (order, as_asked): (&mut Order, bool),
+        condition: Condition<'_>,
+        request: Request<'_>,
+    ) -> Result<Converted, ConvertError> {
+        let control = self.context.control;
+        let mut converted = self.context.memory.convert_if(order, condition, &|| control.leaving());
+        if converted.is_err() {
+            self.carry_out_least(convert, order, condition, &mut converted);
+        }
+        if !as_asked {
+            self.tell_policy(order, &converted, request);
+        }
+        converted
+    }
+
+    /// Tells the policy what was converted, where that is not what was asked for.
+    #[cold]
+    fn tell_policy(&mut self, order: &Order, converted: &Result<Converted, ConvertError>, request: Request<'_>) {
+        let size = match converted {
+            Ok(Converted::Done { .. }) => order.range.size(),
+            Ok(Converted::Interrupted(progress)) => progress.size,
+            Ok(Converted::Superseded) => 0,
+            Err(source) => Progress::before(source).size,
+        };
+        let done = Range::new(order.range.gpa(), size);
+        if let Some(range) = done.filter(|range| (*range, order.to) != (request.range(), request.to())) {
+            let policy = self.context.policy.get(&mut self.policy);
+            policy.converted(request, range, order.to);
+        }
     }
 
     #[cold]
-    fn other_range(&self, gpa: u64, size: u64) -> Result<Range, Failure> {
-        let range = self.context.memory.range(gpa, size);
-        Ok(range.map_err(|error| format!("Convert: {error}"))?)
+    fn carry_out_least(
+        &mut self,
+        convert: &Convert,
+        order: &mut Order,
+        condition: Condition<'_>,
+        converted: &mut Result<Converted, ConvertError>,
+    ) {
+        let refused = matches!(
+            converted,
+            Err(ConvertError::OverQuota { .. } | ConvertError::Refused { .. })
+        );
+        if refused && order.range != order.least {
+            order.range = order.least;
+            self.log_other_range(convert, order.range, order.to);
+            let control = self.context.control;
+            *converted = self.context.memory.convert_if(order, condition, &|| control.leaving());
+        }
     }
 
     /// Logs any decision but Convert. A Remember that reaches this point, or a hook that failed, is an error.
@@ -67,15 +146,15 @@ impl RunningVcpu<'_> {
     /// Logs and counts what was done. Returns the errno for an explicit request: 0 if all of the range was converted.
     #[inline]
     pub(super) fn converted(&mut self, order: &Order, converted: Converted) -> i32 {
-        let Order { range, to, .. } = *order;
-        let (changed, size, outcome, errno) = match converted {
+        let size = order.range.size();
+        let (progress, outcome, errno) = match converted {
             Converted::Done { changed } => {
                 self.tally.conversions += 1;
-                (changed, range.size(), Outcome::Converted, 0)
+                (Progress { size, changed }, Outcome::Converted, 0)
             }
-            Converted::Interrupted { changed, size } => {
+            Converted::Interrupted(progress) => {
                 self.tally.retries += 1;
-                (changed, size, Outcome::Retried, libc::EAGAIN)
+                (progress, Outcome::Retried, libc::EAGAIN)
             }
             Converted::Superseded => {
                 self.tally.stale += 1;
@@ -83,6 +162,15 @@ impl RunningVcpu<'_> {
                 return 0;
             }
         };
+        self.close_with(order, progress, outcome, errno);
+        errno
+    }
+
+    /// Logs and counts what was converted.
+    #[inline]
+    pub(super) fn close_with(&mut self, order: &Order, progress: Progress, outcome: Outcome, errno: i32) {
+        let Order { range, to, .. } = *order;
+        let Progress { size, changed } = progress;
         match to {
             State::Private => self.tally.bytes_to_private += changed,
             State::Shared => self.tally.bytes_to_shared += changed,
@@ -94,7 +182,6 @@ impl RunningVcpu<'_> {
             changed,
         };
         self.state.log.ended(outcome, errno, &done);
-        errno
     }
 
     /// Has KVM map what was just converted. Pages that it cannot map are faulted in by the guest, as without this.

@@ -1,11 +1,12 @@
 //! The loop of a vCPU: enter the guest, dispatch the exit, resume.
 
+use super::asker::{self, Asker};
 use super::frequent::{self, Left};
 use super::kick::Kick;
-use super::running::{Context, Flow, RunningVcpu};
+use super::running::{Context, Flow, LONGEST_WAIT, RunningVcpu};
 use super::state::VcpuState;
 use super::tally::Tally;
-use super::{device_io, explicit, implicit, poison};
+use super::{device_io, explicit, halted, implicit, msr, poison, unpaged};
 use crate::errno::Errno;
 use crate::error::Error;
 use crate::hypervisor::exit::{Exit, SENTINEL};
@@ -14,9 +15,10 @@ use crate::hypervisor::hypercall::DOORBELL_PORT;
 /// The run fails after this many EAGAIN or ENOMEM in a row from KVM_RUN.
 const KVM_RUN_BOUND: u32 = 1000;
 
-/// Runs one vCPU until it or the run ends.
-pub(crate) fn run(context: Context<'_>, state: &mut VcpuState, kick: &Kick) -> Tally {
-    let mut vcpu = RunningVcpu::new(context, state, kick);
+/// Runs one vCPU until it or the run ends, and adds to its counts.
+pub(crate) fn run(context: Context<'_>, asker: Asker, state: &mut VcpuState, kick: &Kick, tally: &mut Tally) {
+    let _asks = asker::runs(asker);
+    let mut vcpu = RunningVcpu::new(context, state, kick, tally);
     let mut refused = 0;
     while !vcpu.must_leave() {
         let left = match vcpu.state.pending.take() {
@@ -37,7 +39,6 @@ pub(crate) fn run(context: Context<'_>, state: &mut VcpuState, kick: &Kick) -> T
     }
     vcpu.close_request();
     vcpu.state.settle(kick, context.memory.pause());
-    vcpu.tally
 }
 
 /// `refused`: how often KVM_RUN failed with EAGAIN or ENOMEM in a row.
@@ -45,6 +46,9 @@ fn dispatch(vcpu: &mut RunningVcpu<'_>, exit: &Exit, refused: &mut u32) -> Resul
     match exit {
         Exit::TryAgain | Exit::OutOfMemory => *refused += 1,
         _ => *refused = 0,
+    }
+    if vcpu.state.unpaged {
+        unpaged::close_if_paged(vcpu)?;
     }
     match exit {
         Exit::Hypercall(call) => explicit::hypercall(vcpu, call).map(|()| Flow::Resume),
@@ -59,11 +63,32 @@ fn dispatch(vcpu: &mut RunningVcpu<'_>, exit: &Exit, refused: &mut u32) -> Resul
         Exit::MemoryFault(fault) => implicit::memory_fault(vcpu, fault),
         Exit::Poison(fault) => poison::poison(vcpu, fault),
         Exit::InternalError { suberror } => implicit::internal_error(vcpu, *suberror),
-        Exit::Interrupted | Exit::SetTpr => Ok(Flow::Resume),
+        Exit::ReadMsr { index } => {
+            msr::read(vcpu, *index);
+            Ok(Flow::Resume)
+        }
+        Exit::WriteMsr { index, .. } => {
+            msr::write(vcpu, *index);
+            Ok(Flow::Resume)
+        }
+        Exit::Interrupted => {
+            halted::look(vcpu);
+            Ok(Flow::Resume)
+        }
+        Exit::SetTpr => Ok(Flow::Resume),
+        Exit::TryAgain if vcpu.waits_for_init() => {
+            // A guest's SIPI or NMI to a vCPU that had no INIT: not an error, however often it comes.
+            *refused = 0;
+            vcpu.context.control.pause(LONGEST_WAIT);
+            Ok(Flow::Resume)
+        }
         Exit::TryAgain => try_again(vcpu, Errno(libc::EAGAIN), *refused),
         Exit::OutOfMemory => try_again(vcpu, Errno(libc::ENOMEM), *refused),
         Exit::Halt => Ok(Flow::Halt),
-        Exit::Shutdown => Ok(Flow::Shutdown),
+        Exit::Shutdown => {
+            unpaged::close(vcpu)?;
+            Ok(Flow::Shutdown)
+        }
         Exit::BadBacking => Err(bad_backing(vcpu)),
         Exit::Failed(errno) => Err(vcpu.failed(format!("KVM_RUN failed with {errno}"))),
         Exit::FailEntry { reason } => Err(vcpu.failed(format!(
@@ -82,18 +107,23 @@ fn resume(vcpu: &mut RunningVcpu<'_>, exit: &Exit, handled: Result<Flow, Error>)
         Ok(Flow::Resume) => {}
         Ok(Flow::Postpone(exit)) => vcpu.state.pending = Some(exit),
         Ok(Flow::Leave(reason, pending)) => {
+            let at = vcpu.whereabouts();
             vcpu.state.pending = pending;
-            control.finish(Ok(reason));
+            control.finish_at(reason, at);
         }
         Ok(Flow::Halt) => {
+            vcpu.state.halted = true;
             control.halted();
             return false;
         }
         Ok(Flow::Shutdown) => {
             vcpu.state.started = false;
-            control.stop("shutdown");
+            control.finish_at("shutdown".to_owned(), vcpu.whereabouts());
         }
-        Err(error) => {
+        Err(mut error) => {
+            if let Some(site) = error.site_mut() {
+                site.symbol = asker::asker().and_then(|asker| asker.symbol(&mut || Ok(())).unwrap_or_default());
+            }
             if exit.awaits_reply() {
                 // It was not answered, so the next run starts with it.
                 vcpu.state.pending = Some(*exit);

@@ -3,27 +3,29 @@
 use std::sync::atomic::AtomicU8;
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
 
+use super::asker::{Whereabouts, asker, linear};
 use super::control::Control;
 use super::kick::{Kick, kicked};
 use super::state::VcpuState;
 use super::tally::Tally;
 use crate::devices::bus::{Bus, KnownPort};
 use crate::errno::Errno;
-use crate::error::{Error, Failure, Site};
-use crate::events::event::{Asked, Event, Outcome};
+use crate::error::{Error, Executing, Failure, Site};
+use crate::events::event::{Asked, Done, Event, Outcome, RecordedDecision, monotonic};
 use crate::events::log::EventLog;
-use crate::hypervisor::exit::Exit;
+use crate::hypervisor::exit::{Exit, Mmio};
 use crate::memory::address::{Range, State};
 use crate::memory::guest_memory::{Entry, GuestMemory};
 use crate::policy::current::{CurrentPolicy, KnownPolicy};
+use crate::x86::sev::SoftwareSev;
 
 /// Identical faults in a row, without a change of the page in between, that count as a livelock.
 pub const LIVELOCK_BOUND: u32 = 1000;
 /// Repeats without a wait in between; later ones wait longer each time.
 const EAGER_REPEATS: u32 = 16;
-const LONGEST_WAIT: Duration = Duration::from_millis(1);
+pub(super) const LONGEST_WAIT: Duration = Duration::from_millis(1);
 
 /// The parts of a machine that its vCPUs' loops need.
 #[derive(Clone, Copy)]
@@ -35,6 +37,11 @@ pub(crate) struct Context<'a> {
     pub control: &'a Control,
     /// Whether KVM has KVM_PRE_FAULT_MEMORY.
     pub pre_fault: bool,
+    /// The profile of a software SEV guest.
+    pub sev: Option<SoftwareSev>,
+    /// The machine is a PC: a halted vCPU sleeps in the kernel without an exit, and explicit requests are logged with
+    /// their RIP, too.
+    pub is_pc: bool,
 }
 
 /// What to do after an exit was handled.
@@ -69,9 +76,11 @@ pub(crate) struct RunningVcpu<'a> {
     /// What it had seen when it last entered the guest.
     pub entry: Entry,
     repeats: Repeats,
+    /// What the instruction read that was taken back last.
+    pub(super) taken_back: Option<Mmio>,
     pub policy: KnownPolicy,
     pub port: KnownPort,
-    pub tally: Tally,
+    pub tally: &'a mut Tally,
     /// The time of the exit that is being handled, in nanoseconds of CLOCK_MONOTONIC; set only if it can be a request.
     pub exited: u64,
     /// The time of the open request's exit.
@@ -79,7 +88,7 @@ pub(crate) struct RunningVcpu<'a> {
 }
 
 impl<'a> RunningVcpu<'a> {
-    pub(crate) fn new(context: Context<'a>, state: &'a mut VcpuState, kick: &'a Kick) -> Self {
+    pub(crate) fn new(context: Context<'a>, state: &'a mut VcpuState, kick: &'a Kick, tally: &'a mut Tally) -> Self {
         state.log.forget();
         Self {
             context,
@@ -88,9 +97,10 @@ impl<'a> RunningVcpu<'a> {
             immediate_exit: kick.immediate_exit(),
             entry: context.memory.entry(),
             repeats: Repeats::default(),
+            taken_back: None,
             policy: context.policy.known(),
             port: KnownPort::default(),
-            tally: Tally::default(),
+            tally,
             exited: 0,
             since: 0,
         }
@@ -102,8 +112,30 @@ impl<'a> RunningVcpu<'a> {
         kicked(self.immediate_exit) && self.context.control.leaving()
     }
 
+    /// Notes whether pages are open for this vCPU because it has no paging. If so, it is kicked from time to time.
+    pub(super) fn set_unpaged(&mut self, unpaged: bool) {
+        self.state.unpaged = unpaged;
+        self.kick.set_nudged(unpaged);
+    }
+
     pub(crate) fn rip(&mut self) -> u64 {
         self.state.rip()
+    }
+
+    /// The linear address of the instruction.
+    pub(crate) fn linear_rip(&mut self) -> Option<u64> {
+        Some(linear(&self.state.regs().ok()?, &self.state.hv.sregs().ok()?))
+    }
+
+    /// Where it is, for the report or an error.
+    pub(crate) fn whereabouts(&self) -> Option<Whereabouts> {
+        asker()?.whereabouts(self.state.index)
+    }
+
+    /// Whether it has never been started by another vCPU of a PC.
+    pub(crate) fn waits_for_init(&self) -> bool {
+        let state = self.state.hv.mp_state();
+        self.context.is_pc && state.is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED)
     }
 
     // ---- the record of a request
@@ -140,6 +172,16 @@ impl<'a> RunningVcpu<'a> {
         self.context.events.publish(&mut self.state.log, latency);
     }
 
+    /// Logs what no policy was asked about. It is no request: its time counts for nothing.
+    pub(super) fn record_other(&mut self, asked: &Asked, outcome: Outcome, errno: i32) {
+        self.close_request();
+        let log = &mut self.state.log;
+        log.begin(asked);
+        log.decided(&RecordedDecision::none(asked.to));
+        log.ended(outcome, errno, &Done::nothing(asked.gpa, asked.to));
+        self.context.events.publish(log, 0);
+    }
+
     // ---- trying again
 
     /// How often the same fault came before this one in a row, without a change of its page.
@@ -174,6 +216,7 @@ impl<'a> RunningVcpu<'a> {
             gpa: pages.map(|range| range.gpa()),
             state: pages.map(|range| self.context.memory.describe(range)),
             rip: self.rip(),
+            symbol: None,
         }
     }
 
@@ -197,13 +240,18 @@ impl<'a> RunningVcpu<'a> {
             )
         };
         let lines: String = events.iter().map(line).collect();
+        let at = self.whereabouts();
         Error::Livelock {
             site: self.site(Some(page)),
+            executing: Box::new(Executing {
+                cr2: at.as_ref().map(|at| at.cr2),
+                instruction: at.and_then(|at| at.instruction),
+            }),
             access: access.as_str(),
             repeats,
             history: match lines.is_empty() {
-                true => "; no earlier request was about this page".to_owned(),
-                false => format!("; the last requests about this page:{lines}"),
+                true => "; no earlier request was about this page".into(),
+                false => format!("; the last requests about this page:{lines}").into(),
             },
         }
     }
@@ -211,11 +259,4 @@ impl<'a> RunningVcpu<'a> {
 
 pub(crate) fn hook_failed(site: Site, failure: Failure) -> Error {
     Error::Hook { site, failure }
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC: the clock of the kernel's traces and of Python's `time.monotonic_ns()`.
-#[inline]
-fn monotonic() -> u64 {
-    let time = clock_gettime(ClockId::Monotonic);
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

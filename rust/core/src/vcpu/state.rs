@@ -5,14 +5,21 @@ use kvm_bindings::{KVM_SYNC_X86_REGS, kvm_regs, kvm_sregs};
 use super::kick::Kick;
 use crate::errno::Errno;
 use crate::events::log::Writer;
-use crate::hypervisor::exit::{Exit, decode, offset, put, u64_at};
+use crate::hypervisor::exit::{Exit, Mmio, decode, offset, put, u64_at};
 use crate::hypervisor::vm::Vcpu;
 use crate::memory::guest_memory::Pause;
 
 /// Entries for which KVM copies the registers into kvm_run after an exit needed them.
 const SYNC_FOR: u8 = 8;
-/// Entries that `abandon` makes at most: KVM exits once for each fragment of an access, and the longest has this many.
-const FRAGMENTS: usize = 16;
+/// KVM exits once for each fragment of an access, and the longest has this many.
+pub(super) const FRAGMENTS: usize = 16;
+
+/// Memory that KVM reads for an instruction, an exit for each fragment.
+pub(super) struct Reading {
+    pub first: Mmio,
+    /// The registers before the instruction.
+    pub regs: kvm_regs,
+}
 
 pub(crate) struct VcpuState {
     pub index: u32,
@@ -21,10 +28,18 @@ pub(crate) struct VcpuState {
     pub log: Writer,
     /// `start` was called, and the vCPU has not triple-faulted since.
     pub started: bool,
+    /// It executed HLT, with no interrupt controller that could wake it.
+    pub halted: bool,
     /// An exit that was not answered yet.
     pub pending: Option<Exit>,
     /// The answer is in kvm_run, and KVM takes it at the next KVM_RUN.
     pub reply_due: bool,
+    /// What `pending` goes on to read.
+    pub(super) reading: Option<Reading>,
+    /// Pages are open for it because it had no paging.
+    pub unpaged: bool,
+    /// How many rows of the log are about that.
+    pub unpaged_rows: u32,
     /// Whether KVM can copy the general registers to and from kvm_run (KVM_CAP_SYNC_REGS).
     can_sync: bool,
     /// Whether kvm_run has the registers of the last exit. KVM would copy them at every exit, so this is on only while
@@ -47,8 +62,12 @@ impl VcpuState {
             hv,
             log,
             started: false,
+            halted: false,
             pending: None,
             reply_due: false,
+            reading: None,
+            unpaged: false,
+            unpaged_rows: 0,
         })
     }
 
@@ -93,6 +112,7 @@ impl VcpuState {
 
     /// Completes any access that KVM waits for with whatever is in kvm_run, for a vCPU that is started anew.
     pub(crate) fn abandon(&mut self, kick: &Kick, pause: Option<&Pause>) {
+        self.reading = None;
         self.reply_due |= self.pending.take().is_some();
         for _ in 0..FRAGMENTS {
             self.settle(kick, pause);

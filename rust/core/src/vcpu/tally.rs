@@ -2,19 +2,31 @@
 
 use histogram::Histogram;
 
+use crate::allocation::reserve;
+use crate::error::Error;
+
 /// The histogram's resolution is one part in 1,024: three decimal digits.
 const GROUPING_POWER: u8 = 10;
 /// Latencies of 2^36 ns (69 seconds) or more are counted as 2^36 - 1.
 const MAX_VALUE_POWER: u8 = 36;
+/// How many buckets that takes: 216 KiB.
+const BUCKETS: usize = (MAX_VALUE_POWER - GROUPING_POWER + 1) as usize * (1 << GROUPING_POWER);
 
 /// How long requests took, exit to resume, in nanoseconds.
 #[derive(Clone, Debug)]
 pub struct Latencies(Histogram);
 
 impl Latencies {
-    fn new() -> Self {
+    fn new() -> Result<Self, Error> {
+        let mut buckets = Vec::new();
+        reserve(&mut buckets, BUCKETS).map_err(|errno| Error::Host {
+            what: "count how long requests take",
+            errno,
+        })?;
+        buckets.resize(BUCKETS, 0);
         #[expect(clippy::expect_used, reason = "constant parameters that the crate accepts")]
-        Self(Histogram::new(GROUPING_POWER, MAX_VALUE_POWER).expect("valid parameters"))
+        let histogram = Histogram::from_buckets(GROUPING_POWER, MAX_VALUE_POWER, buckets).expect("valid parameters");
+        Ok(Self(histogram))
     }
 
     #[inline]
@@ -65,6 +77,8 @@ pub struct Tally {
     pub malformed: u64,
     /// Spurious faults, and requests that were superseded.
     pub stale: u64,
+    /// How often pages were opened to a vCPU without paging.
+    pub opened: u64,
     /// Bytes that KVM_PRE_FAULT_MEMORY mapped.
     pub bytes_prefaulted: u64,
     /// Bytes that became private.
@@ -75,9 +89,13 @@ pub struct Tally {
     pub latency: Latencies,
 }
 
-impl Default for Tally {
-    fn default() -> Self {
-        Self {
+impl Tally {
+    /// Counts of nothing.
+    ///
+    /// # Errors
+    /// `Host` if there is no memory for them.
+    pub(crate) fn new() -> Result<Self, Error> {
+        Ok(Self {
             faults: 0,
             hypercalls: 0,
             poisons: 0,
@@ -86,15 +104,14 @@ impl Default for Tally {
             retries: 0,
             malformed: 0,
             stale: 0,
+            opened: 0,
             bytes_prefaulted: 0,
             bytes_to_private: 0,
             bytes_to_shared: 0,
-            latency: Latencies::new(),
-        }
+            latency: Latencies::new()?,
+        })
     }
-}
 
-impl Tally {
     /// Requests that reached the policy.
     pub fn requests(&self) -> u64 {
         self.faults + self.hypercalls
@@ -110,6 +127,7 @@ impl Tally {
         self.retries += other.retries;
         self.malformed += other.malformed;
         self.stale += other.stale;
+        self.opened += other.opened;
         self.bytes_prefaulted += other.bytes_prefaulted;
         self.bytes_to_private += other.bytes_to_private;
         self.bytes_to_shared += other.bytes_to_shared;

@@ -1,6 +1,6 @@
-//! Registers by name, and the bits of control registers that start-up code sets.
+//! Registers by name, and the bits of registers that start-up code sets.
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 
 pub(crate) const CR0_PE: u64 = 1;
 pub(crate) const CR0_MP: u64 = 1 << 1;
@@ -13,6 +13,15 @@ pub(crate) const CR4_OSXMMEXCPT: u64 = 1 << 10;
 pub(crate) const EFER_LME: u64 = 1 << 8;
 pub(crate) const EFER_LMA: u64 = 1 << 10;
 pub(crate) const RFLAGS_FIXED: u64 = 1 << 1;
+pub(crate) const RFLAGS_IF: u64 = 1 << 9;
+
+/// IA32_MTRR_DEF_TYPE: on, and memory is write-back. Firmware does this; without it Linux leaves the PAT alone, and its
+/// first early conversion ends in a BUG().
+pub(crate) const MTRRS_ON: kvm_msr_entry = kvm_msr_entry {
+    index: 0x2ff,
+    reserved: 0,
+    data: 0x806,
+};
 
 /// The general registers, RIP and RFLAGS: the names that [`register`] takes.
 pub const REGISTERS: [&str; 18] = [
@@ -27,7 +36,7 @@ pub const SYSTEM_REGISTERS: [&str; 14] = [
 ];
 
 /// The register of this name among [`SYSTEM_REGISTERS`], but for the segment registers.
-pub(crate) fn system_register<'a>(sregs: &'a mut kvm_sregs, name: &str) -> Option<&'a mut u64> {
+pub fn system_register<'a>(sregs: &'a mut kvm_sregs, name: &str) -> Option<&'a mut u64> {
     Some(match name {
         "cr0" => &mut sregs.cr0,
         "cr2" => &mut sregs.cr2,

@@ -15,7 +15,7 @@ pub const BIT: u32 = 40;
 /// A host that has what this way of enforcement needs.
 pub fn limits(mode: EnforcementMode, memslots: u32) -> Capabilities {
     match mode {
-        EnforcementMode::Attributes => FakeVm::protected(memslots),
+        EnforcementMode::Attributes | EnforcementMode::Traps => FakeVm::protected(memslots),
         EnforcementMode::Memslots => FakeVm::plain(memslots),
     }
 }
@@ -31,6 +31,8 @@ fn told(mode: EnforcementMode, split: bool, gpa: u64, state: State) -> Vec<(u64,
             (gpa, private.then_some(true), true),
             (shared_view, Some(false), private),
         ],
+        // Whether there is one view or two: traps need two.
+        (EnforcementMode::Traps, _) => vec![(gpa, Some(false), !private), (shared_view, Some(false), private)],
         (EnforcementMode::Memslots, false) => vec![(gpa, Some(private), false)],
         (EnforcementMode::Memslots, true) => vec![
             (gpa, private.then_some(true), false),

@@ -69,7 +69,19 @@ fn each_call_that_fails_is_undone() {
                         let (old, generation) = (states(&machine), machine.memory().generation());
                         let failed = error(machine.convert(0x4000, 0x20000, to));
                         if call == CallName::Discard {
-                            assert!(matches!(failed, ConvertError::Discard { .. }), "{failed:?}");
+                            let ConvertError::Partly {
+                                gpa,
+                                size,
+                                changed,
+                                source,
+                            } = failed
+                            else {
+                                panic!("{failed:?}");
+                            };
+                            let differ = old.iter().zip(states(&machine)).filter(|(old, new)| **old != *new);
+                            assert_eq!((gpa, size), (0x4000, 0x20000));
+                            assert_eq!(changed, differ.count() as u64 * PAGE_SIZE);
+                            assert!(matches!(*source, ConvertError::Discard { .. }), "{source:?}");
                             assert_eq!(machine.memory().generation(), generation + 1);
                         } else {
                             assert!(matches!(failed, ConvertError::Undone { .. }), "{failed:?}");
@@ -95,7 +107,7 @@ fn after_an_undo_that_failed_nothing_is_converted_any_more() {
         let (fake, machine) = setup.machine();
         machine.convert(0x8000, 0x4000, setup.initial.other()).unwrap();
         let call = match setup.mode {
-            EnforcementMode::Attributes => CallName::SetAttributes,
+            EnforcementMode::Attributes | EnforcementMode::Traps => CallName::SetAttributes,
             EnforcementMode::Memslots => CallName::CreateMemslot,
         };
         fake.inject(Injection {

@@ -5,6 +5,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod model;
+#[path = "../common/random.rs"]
+mod random;
 mod setup;
 
 mod bytes;

@@ -77,9 +77,18 @@ impl Model {
                 assert_eq!(changed, differ.len() as u64 * PAGE_SIZE);
                 self.take_over(wanted, range, to, (!keep).then_some(true));
             }
-            Err(ConvertError::Discard { gpa, size, errno }) => {
+            Err(ConvertError::Partly {
+                gpa,
+                size,
+                changed,
+                source,
+            }) => {
+                let ConvertError::Discard { errno, .. } = *source else {
+                    panic!("{source:?}");
+                };
                 assert!(discard_failed && errnos.contains(&errno.0));
                 assert_eq!((gpa, size), (range.gpa(), range.size()));
+                assert_eq!(changed, differ.len() as u64 * PAGE_SIZE);
                 assert!(!keep);
                 self.take_over(wanted, range, to, Some(false));
             }
@@ -95,9 +104,13 @@ impl Model {
                 assert_eq!(errnos, [0_i32; 0]);
             }
             Err(ConvertError::Undone { gpa, size, errno }) => {
-                // Bytes that KVM's emulation left on the shared side of a private page are discarded first, before
+                // Bytes that KVM's emulation left on the side that a page was not on are discarded first, before
                 // anything changes.
-                let cleaned = to == State::Shared && self.setup.mode == EnforcementMode::Attributes;
+                let cleaned = match self.setup.mode {
+                    EnforcementMode::Attributes => to == State::Shared,
+                    EnforcementMode::Traps => true,
+                    EnforcementMode::Memslots => false,
+                };
                 assert!(
                     (cleaned || !discard_failed) && errnos.contains(&errno.0),
                     "{errno} is none of {errnos:?}"

@@ -82,14 +82,15 @@ fn ops(memory: u64) -> impl Strategy<Value = Op> {
 }
 
 fn setups() -> impl Strategy<Value = Setup> {
-    let mode = prop::sample::select(vec![EnforcementMode::Attributes, EnforcementMode::Memslots]);
+    let mode = prop::sample::select(EnforcementMode::ALL.to_vec());
     // The larger sizes take more than one KVM_SET_MEMORY_ATTRIBUTES.
     let pages = prop_oneof![9 => 3..40_u64, 1 => 500..700_u64];
     let room = prop_oneof![2 => 6..14_u32, 3 => Just(5000_u32)];
     (mode, any::<bool>(), pages, 1..=3_u32, room, 1..=2_u32, sides()).prop_map(
         |(mode, split, pages, parts, memslots, vcpus, initial)| Setup {
             mode,
-            split,
+            // Traps need two views.
+            split: split || mode == EnforcementMode::Traps,
             pages,
             parts,
             memslots,

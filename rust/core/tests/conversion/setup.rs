@@ -37,17 +37,14 @@ impl Setup {
     pub fn machine(&self) -> (Arc<FakeVm>, Machine) {
         let fake = Arc::new(FakeVm::new(limits(self.mode, self.memslots), Vec::new(), 1));
         let config = Config {
-            memory: self.pages * PAGE_SIZE,
             vcpus: self.vcpus,
-            vm_type: None,
             enforcement: Some(self.mode),
             shared_bit: self.split.then_some(BIT),
             initial: self.initial,
             events: 16,
             memslots: self.parts,
-            policy: Arc::new(Allow),
-            around: None,
             hypervisor: Some(fake.clone()),
+            ..Config::new(self.pages * PAGE_SIZE, Arc::new(Allow))
         };
         (fake, Machine::new(config).unwrap())
     }
@@ -68,6 +65,7 @@ impl Setup {
         match (self.mode, self.split) {
             (EnforcementMode::Attributes, false) => all,
             (EnforcementMode::Attributes, true) => all + private,
+            (EnforcementMode::Traps, _) => 2 * all,
             (EnforcementMode::Memslots, _) => private + shared,
         }
     }
@@ -101,8 +99,12 @@ pub fn calls(fake: &FakeVm) -> Calls {
 
 pub fn every_setup() -> Vec<Setup> {
     let mut setups = Vec::new();
-    for mode in [EnforcementMode::Attributes, EnforcementMode::Memslots] {
-        for split in [false, true] {
+    for mode in EnforcementMode::ALL {
+        let splits = match mode {
+            EnforcementMode::Traps => vec![true],
+            EnforcementMode::Attributes | EnforcementMode::Memslots => vec![false, true],
+        };
+        for split in splits {
             for initial in [State::Shared, State::Private] {
                 setups.push(Setup {
                     mode,

@@ -8,19 +8,8 @@ use pagegate_core::memory::address::{PAGE_SIZE, State};
 use pagegate_core::memory::conversion::Converted;
 
 use crate::common::within_patience;
+use crate::random::Random;
 use crate::setup::{Setup, every_setup, states};
-
-/// Xorshift: the same numbers in each run of the test.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 /// Sets the flag when it drops, also in a panic.
 struct Over<'a>(&'a AtomicBool);

@@ -125,6 +125,10 @@ pub const PLAIN: Setup = Setup {
     memslots: 512,
 };
 pub const SPLIT: Setup = Setup { split: true, ..PLAIN };
+pub const TRAPS: Setup = Setup {
+    mode: EnforcementMode::Traps,
+    ..SPLIT
+};
 pub const MEMSLOTS: Setup = Setup {
     mode: EnforcementMode::Memslots,
     ..SPLIT
@@ -136,17 +140,13 @@ impl Setup {
         let fake = Arc::new(FakeVm::new(limits(self.mode, self.memslots), scripts, self.cycles));
         let judge = Arc::new(judge);
         let config = Config {
-            memory: PAGES * PAGE_SIZE,
             vcpus,
-            vm_type: None,
             enforcement: Some(self.mode),
             shared_bit: self.split.then_some(BIT),
             initial: self.initial,
             events: self.events,
-            memslots: 1,
-            policy: judge.clone(),
-            around: None,
             hypervisor: Some(fake.clone()),
+            ..Config::new(PAGES * PAGE_SIZE, judge.clone())
         };
         let guest = Guest {
             fake,

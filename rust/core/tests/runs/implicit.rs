@@ -16,7 +16,7 @@ use crate::guest::*;
 
 #[test]
 fn an_access_through_the_other_view_is_a_request_in_both_directions() {
-    for setup in [SPLIT, MEMSLOTS] {
+    for setup in [SPLIT, TRAPS, MEMSLOTS] {
         let script = vec![
             private_view(0x5008, true),
             private_view(0x5010, true),
@@ -121,7 +121,7 @@ fn discarded_pages_read_as_zeroes() {
 
 #[test]
 fn a_denied_access_ends_the_run_and_is_asked_again_by_the_next() {
-    for setup in [SPLIT, MEMSLOTS] {
+    for setup in [SPLIT, TRAPS, MEMSLOTS] {
         let judge = Judge::faults(once(Ok(Decision::Deny(Errno(libc::EPERM)))));
         let guest = setup.clone().guest(vec![vec![private_view(0x5000, false)]], judge);
         let report = guest.run();
@@ -144,7 +144,7 @@ fn a_denied_access_ends_the_run_and_is_asked_again_by_the_next() {
 
 #[test]
 fn a_retried_access_is_asked_again_and_says_how_often() {
-    for setup in [SPLIT, MEMSLOTS] {
+    for setup in [SPLIT, TRAPS, MEMSLOTS] {
         let judge = Judge::faults(|fault| match fault.repeats {
             5 => Ok(Decision::as_asked()),
             _ => Ok(Decision::Retry),
@@ -166,7 +166,7 @@ fn a_retried_access_is_asked_again_and_says_how_often() {
 
 #[test]
 fn retrying_for_ever_is_a_livelock() {
-    for setup in [SPLIT, MEMSLOTS] {
+    for setup in [SPLIT, TRAPS, MEMSLOTS] {
         let judge = Judge::faults(|_| Ok(Decision::Retry));
         let guest = setup.guest(vec![vec![private_view(0x5000, false)]], judge);
         let report = guest.run();
@@ -204,7 +204,7 @@ fn a_fault_that_repeats_though_the_page_is_as_accessed_is_a_livelock_error() {
 
 #[test]
 fn a_policy_that_stops_the_run_gives_the_reason() {
-    for setup in [SPLIT, MEMSLOTS] {
+    for setup in [SPLIT, TRAPS, MEMSLOTS] {
         let judge = Judge::faults(once(Ok(Decision::Stop("enough".to_owned()))));
         let guest = setup.guest(vec![vec![private_view(0x5000, false)]], judge);
         assert_eq!(guest.run().reason, "enough");
@@ -217,7 +217,7 @@ fn a_policy_that_stops_the_run_gives_the_reason() {
 
 #[test]
 fn a_conversion_wider_than_asked_is_recorded_as_done() {
-    for setup in [SPLIT, MEMSLOTS] {
+    for setup in [SPLIT, TRAPS, MEMSLOTS] {
         let judge = Judge::faults(|_| Ok(convert_at(0x4000, 0x4000)));
         let script = vec![private_view(0x5000, false), private_view(0x7000, false)];
         let guest = setup.clone().guest(vec![script], judge);

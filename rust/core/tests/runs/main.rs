@@ -13,4 +13,5 @@ mod implicit;
 mod kvm_run;
 mod poison;
 mod policies;
+mod read_back;
 mod vcpus;

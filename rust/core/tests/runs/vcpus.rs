@@ -15,7 +15,7 @@ use crate::guest::*;
 
 #[test]
 fn vcpus_that_convert_the_same_pages_leave_kvm_and_the_map_in_agreement() {
-    for setup in [PLAIN, SPLIT, MEMSLOTS] {
+    for setup in [PLAIN, SPLIT, TRAPS, MEMSLOTS] {
         within_patience(move || {
             let setup = Setup { cycles: 20, ..setup };
             let script = |vcpu: u64| {
@@ -78,17 +78,10 @@ fn vcpus_that_were_not_started_do_not_run() {
         1,
     ));
     let config = Config {
-        memory: PAGES * PAGE_SIZE,
         vcpus: 2,
-        vm_type: None,
-        enforcement: None,
-        shared_bit: None,
-        initial: State::Shared,
         events: 10,
-        memslots: 1,
-        policy: Arc::new(Judge::allow()),
-        around: None,
         hypervisor: Some(fake),
+        ..Config::new(PAGES * PAGE_SIZE, Arc::new(Judge::allow()))
     };
     let machine = Machine::new(config).unwrap();
     assert!(matches!(machine.run(None, &mut || Ok(())), Err(Error::Busy(_))));

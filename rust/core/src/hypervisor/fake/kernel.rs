@@ -1,11 +1,13 @@
-//! The fake's kernel state: memslots, attributes, and which calls are to fail.
+//! The fake's kernel state: memslots, attributes, eventfds of interrupts and doorbells, and which calls are to fail.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use parking_lot::Mutex;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::errno::Errno;
+use crate::hypervisor::interrupts::Message;
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -22,9 +24,14 @@ pub enum CallName {
     Discard,
     /// KVM_PRE_FAULT_MEMORY. The fake's maps one page a call.
     PreFault,
+    /// One that has no name here: those that create vCPUs, guest_memfds and interrupt controllers, or read and set a
+    /// vCPU's state.
+    Other,
+    /// Whichever is the next.
+    Any,
 }
 
-const CALL_NAMES: usize = CallName::PreFault as usize + 1;
+const CALL_NAMES: usize = CallName::Any as usize + 1;
 
 /// Makes a system call fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +78,12 @@ struct State {
     slots: BTreeMap<u32, Slot>,
     /// Pages that carry PRIVATE.
     private: BTreeSet<u64>,
+    /// The irqfds, by interrupt number.
+    interrupts: BTreeMap<u32, EventFd>,
+    /// What each interrupt is that is no pin.
+    messages: Vec<Option<Message>>,
+    /// The ioeventfds, by address.
+    doorbells: BTreeMap<u64, EventFd>,
     /// How many calls there were, by name.
     calls: [u64; CALL_NAMES],
     injections: Vec<Injection>,
@@ -87,11 +100,13 @@ impl Kernel {
     /// Counts a call and says whether it is to fail.
     pub(super) fn count(&self, call: CallName) -> Fate {
         let mut state = self.0.lock();
-        let number = state.calls[call as usize];
-        state.calls[call as usize] += 1;
+        let numbers = [call, CallName::Any].map(|name| (name, state.calls[name as usize]));
+        for (name, _) in numbers {
+            state.calls[name as usize] += 1;
+        }
         let hit = |injection: &&Injection| {
-            let now = injection.after == number || injection.forever && injection.after < number;
-            injection.call == call && now
+            let mut numbers = numbers.iter().filter(|(name, _)| *name == injection.call);
+            numbers.any(|(_, number)| injection.after == *number || injection.forever && injection.after < *number)
         };
         match state.injections.iter().find(hit) {
             Some(injection) => Fate::Fail {
@@ -149,5 +164,47 @@ impl Kernel {
 
     pub(super) fn slot_count(&self) -> usize {
         self.0.lock().slots.len()
+    }
+
+    pub(super) fn route_interrupt(&self, gsi: u32, event: EventFd) {
+        self.0.lock().interrupts.insert(gsi, event);
+    }
+
+    /// How often an interrupt was raised since this was last asked.
+    pub(super) fn raised(&self, gsi: u32) -> u64 {
+        // The eventfd does not block: it cannot be read if it is 0.
+        let read = |event: &EventFd| event.read().unwrap_or_default();
+        self.0.lock().interrupts.get(&gsi).map_or(0, read)
+    }
+
+    pub(super) fn route_messages(&self, messages: &[Option<Message>]) {
+        self.0.lock().messages = messages.to_vec();
+    }
+
+    pub(super) fn messages(&self) -> Vec<Option<Message>> {
+        self.0.lock().messages.clone()
+    }
+
+    /// Fails as KVM does: EEXIST for an address that has a doorbell, ENOENT for one that does not have it.
+    pub(super) fn set_doorbell(&self, gpa: u64, event: Option<EventFd>) -> Result<(), Errno> {
+        let doorbells = &mut self.0.lock().doorbells;
+        match event {
+            Some(_) if doorbells.contains_key(&gpa) => return Err(Errno(libc::EEXIST)),
+            Some(event) => drop(doorbells.insert(gpa, event)),
+            None => drop(doorbells.remove(&gpa).ok_or(Errno(libc::ENOENT))?),
+        }
+        Ok(())
+    }
+
+    /// A store. Whether it was one to a doorbell, which has no exit.
+    pub(super) fn ring_doorbell(&self, gpa: u64) -> bool {
+        let state = self.0.lock();
+        // A counter that is full has been rung.
+        state.doorbells.get(&gpa).map(|event| event.write(1)).is_some()
+    }
+
+    /// The addresses of doorbells.
+    pub(super) fn doorbells(&self) -> Vec<u64> {
+        self.0.lock().doorbells.keys().copied().collect()
     }
 }

@@ -4,6 +4,7 @@
 //! would enforce with the core's page map.
 
 mod kernel;
+mod registers;
 mod script;
 mod vcpu;
 mod vm;

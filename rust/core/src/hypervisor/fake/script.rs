@@ -22,6 +22,15 @@ pub enum Step {
         /// True for a store, false for a load.
         write: bool,
     },
+    /// An instruction that reads 8 bytes at `gpa` and writes them back. Where there is no memslot KVM emulates it: an exit
+    /// for the read, and with the answer to it, whatever `immediate_exit` says, one for the write, at which RIP has moved
+    /// on. Whoever sets RIP back after that has it executed again.
+    Modify {
+        /// The address.
+        gpa: u64,
+        /// Whether the guest can execute it where there is a memslot. If not, KVM emulates it there, too.
+        native: bool,
+    },
     /// A hypercall with RAX, RBX, RCX, RDX.
     Hypercall([u64; 4]),
     /// `out imm8, al` to the doorbell with RAX, RBX, RCX, RDX.
@@ -37,8 +46,28 @@ pub enum Step {
         /// What an OUT writes. For an IN only its length counts. `size * count` bytes.
         data: Vec<u8>,
     },
+    /// A load or store outside of memory.
+    Mmio {
+        /// The address.
+        gpa: u64,
+        /// True for a store, false for a load.
+        write: bool,
+        /// What a store writes. For a load only its length counts, which is the access's: 8 bytes at most.
+        data: Vec<u8>,
+    },
+    /// RDMSR of an MSR that is left to user space.
+    ReadMsr(u32),
+    /// WRMSR to such an MSR.
+    WriteMsr {
+        /// The MSR.
+        index: u32,
+        /// The value.
+        data: u64,
+    },
     /// KVM_RUN does not return until it is kicked.
     Block,
+    /// Executes the steps that [`FakeVm::execute`](super::FakeVm::execute) hands it, until it is kicked.
+    Listen,
     /// HLT.
     Halt,
     /// A triple fault.
@@ -52,6 +81,7 @@ pub enum Step {
 pub struct Reply {
     /// Index of the step in the script.
     pub step: usize,
-    /// RAX of an explicit request, or the data of an IN or a load; empty for an OUT or a store.
+    /// RAX of an explicit request; the data of an IN or a load; empty for an OUT or a store; the byte that says whether
+    /// the guest gets #GP for an access to an MSR, and after it what it read.
     pub value: Vec<u8>,
 }

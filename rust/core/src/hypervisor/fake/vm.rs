@@ -3,24 +3,38 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::kernel::{CallName, Fate, Injection, Kernel, Slot};
 use super::script::{Reply, Step};
 use super::vcpu::FakeVcpu;
 use crate::errno::Errno;
+use crate::hypervisor::interrupts::Message;
 use crate::hypervisor::raw;
 use crate::hypervisor::vm::{Capabilities, FilePart, Hypervisor, Memslot, Vcpu};
 
 /// Bits of a guest-physical address.
 const PHYSICAL_BITS: u32 = 48;
 
+/// How long [`FakeVm::execute`] waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 struct Script {
     steps: Vec<Step>,
     cycles: u64,
+}
+
+/// Hands steps to a vCPU that is at [`Step::Listen`].
+struct Hand {
+    to: Sender<Step>,
+    /// Until the vCPU is created.
+    taken: Mutex<Option<Receiver<Step>>>,
 }
 
 /// A virtual machine that replays scripts.
@@ -29,14 +43,21 @@ pub struct FakeVm {
     kernel: Arc<Kernel>,
     scripts: Vec<Script>,
     replies: Vec<Arc<Mutex<Vec<Reply>>>>,
+    hands: Vec<Hand>,
 }
 
 impl FakeVm {
     /// A script for each vCPU, which executes it `cycles` times and then halts. A vCPU without a script halts at once.
     pub fn new(capabilities: Capabilities, scripts: Vec<Vec<Step>>, cycles: u64) -> Self {
+        let hand = |_: &Vec<Step>| {
+            let (to, taken) = mpsc::channel();
+            let taken = Mutex::new(Some(taken));
+            Hand { to, taken }
+        };
         Self {
             capabilities,
             kernel: Arc::default(),
+            hands: scripts.iter().map(hand).collect(),
             replies: scripts.iter().map(|_| Arc::default()).collect(),
             scripts: scripts.into_iter().map(|steps| Script { steps, cycles }).collect(),
         }
@@ -76,6 +97,45 @@ impl FakeVm {
             .unwrap_or_default()
     }
 
+    /// Has a vCPU execute a step when it is at [`Step::Listen`].
+    pub fn hand(&self, vcpu: usize, step: Step) {
+        if let Some(hand) = self.hands.get(vcpu) {
+            // It fails if the vCPU is gone.
+            let _ = hand.to.send(step);
+        }
+    }
+
+    /// The same for a step that gets an answer, and waits for it. [`replies`](Self::replies) does not have it then. `None`
+    /// if there is none for twenty seconds, because no run is in progress or it ended first.
+    pub fn execute(&self, vcpu: usize, step: Step) -> Option<Vec<u8>> {
+        let replies = self.replies.get(vcpu)?;
+        let before = replies.lock().len();
+        self.hand(vcpu, step);
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE {
+            if let Some(reply) = replies.lock().drain(before..).next() {
+                return Some(reply.value);
+            }
+            std::thread::yield_now();
+        }
+        None
+    }
+
+    /// How often an interrupt was raised since this was last asked.
+    pub fn raised(&self, gsi: u32) -> u64 {
+        self.kernel.raised(gsi)
+    }
+
+    /// What each interrupt is that is no pin of an interrupt controller.
+    pub fn messages(&self) -> Vec<Option<Message>> {
+        self.kernel.messages()
+    }
+
+    /// The addresses at which a store rings a doorbell, without an exit.
+    pub fn doorbells(&self) -> Vec<u64> {
+        self.kernel.doorbells()
+    }
+
     /// Whether the page at `gpa` carries PRIVATE.
     pub fn is_private(&self, gpa: u64) -> bool {
         self.kernel.is_private(gpa)
@@ -91,6 +151,10 @@ impl FakeVm {
         self.kernel.slot_count()
     }
 
+    fn other(&self) -> Result<(), Errno> {
+        self.kernel.count(CallName::Other).all_or_nothing()
+    }
+
     /// How many of these calls were made.
     pub fn calls(&self, call: CallName) -> u64 {
         self.kernel.calls(call)
@@ -102,8 +166,35 @@ impl Hypervisor for FakeVm {
         self.capabilities
     }
 
+    fn create_interrupt_controllers(&self) -> Result<(), Errno> {
+        self.other()
+    }
+
+    fn route_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), Errno> {
+        self.other()?;
+        self.kernel.route_interrupt(gsi, event.try_clone()?);
+        Ok(())
+    }
+
+    fn route_messages(&self, messages: &[Option<Message>]) -> Result<(), Errno> {
+        self.other()?;
+        self.kernel.route_messages(messages);
+        Ok(())
+    }
+
+    fn set_doorbell(&self, event: &EventFd, gpa: u64, on: bool) -> Result<(), Errno> {
+        self.other()?;
+        let event = if on { Some(event.try_clone()?) } else { None };
+        self.kernel.set_doorbell(gpa, event)
+    }
+
+    fn take_msr(&self, _index: u32) -> Result<(), Errno> {
+        self.other()
+    }
+
     /// One leaf: the width of guest-physical addresses.
     fn supported_cpuid(&self) -> Result<CpuId, Errno> {
+        self.other()?;
         let sizes = kvm_cpuid_entry2 {
             function: 0x8000_0008,
             eax: PHYSICAL_BITS,
@@ -113,6 +204,7 @@ impl Hypervisor for FakeVm {
     }
 
     fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<OwnedFd, Errno> {
+        self.other()?;
         if size == 0 || !size.is_multiple_of(4096) || flags & !self.capabilities.guest_memfd_flags != 0 {
             return Err(Errno(libc::EINVAL));
         }
@@ -164,16 +256,27 @@ impl Hypervisor for FakeVm {
     }
 
     fn has_data(&self, part: &FilePart<'_>) -> Result<bool, Errno> {
+        self.other()?;
         let touched = part.touched.overlaps(part.offset, part.len);
         Ok(touched && raw::has_data(part.file, part.offset, part.len)?)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Errno> {
+        self.other()?;
         let (steps, cycles) = match self.scripts.get(index as usize) {
             Some(script) => (script.steps.clone(), script.cycles),
             None => (Vec::new(), 0),
         };
         let replies = self.replies.get(index as usize).cloned().unwrap_or_default();
-        Ok(Box::new(FakeVcpu::new(self.kernel.clone(), steps, cycles, replies)))
+        // One that nobody can hand anything has no script.
+        let handed = self.hands.get(index as usize).and_then(|hand| hand.taken.lock().take());
+        let handed = handed.unwrap_or_else(|| mpsc::channel().1);
+        Ok(Box::new(FakeVcpu::new(
+            self.kernel.clone(),
+            steps,
+            cycles,
+            replies,
+            handed,
+        )))
     }
 }

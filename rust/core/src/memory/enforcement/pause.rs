@@ -84,3 +84,6 @@ impl Drop for Paused<'_> {
         self.0.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests;

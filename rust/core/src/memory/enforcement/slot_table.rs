@@ -14,13 +14,15 @@ pub(crate) struct Slot {
     pub id: u32,
     /// Index of its layer.
     pub layer: usize,
-    /// Its pages, without the shared bit.
+    /// Its pages, without the view bit.
     pub range: Range,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layer {
-    /// The side whose memory its memslots refer to, and the view that they are at.
+    /// The view that its memslots are at.
+    pub view: State,
+    /// The side whose memory they refer to.
     pub side: State,
     /// Whether its memslots have a guest_memfd, too: the private side, besides host memory.
     pub both_sides: bool,

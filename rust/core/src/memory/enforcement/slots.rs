@@ -9,7 +9,9 @@ use super::failure::NotEnforced;
 use super::pause::Pause;
 use super::slot_table::{Layer, LayerChange, Plan, Slot, SlotTable};
 use crate::errno::Errno;
+use crate::error::Failure;
 use crate::hypervisor::vm::{Hypervisor, Memslot};
+use crate::input::Watch;
 use crate::memory::address::{Range, State};
 use crate::memory::backing::Sides;
 use crate::memory::views::Views;
@@ -18,6 +20,8 @@ use crate::memory::views::Views;
 pub(super) const SHARED_LAYER: usize = 0;
 /// The layer of the private views. With memslots and one view, both layers are at the same addresses.
 pub(super) const PRIVATE_LAYER: usize = 1;
+/// The layer of shared views over private memory, see `unpaged.rs`.
+pub(super) const UNPAGED_LAYER: usize = 2;
 
 pub(super) struct Slots {
     hypervisor: Arc<dyn Hypervisor>,
@@ -42,15 +46,18 @@ impl Slots {
         both_sides: bool,
         pause: bool,
     ) -> Self {
-        let shared = Layer {
-            side: State::Shared,
-            both_sides,
-        };
-        let private = Layer {
-            side: State::Private,
+        let layer = |view, side| Layer {
+            view,
+            side,
             both_sides: false,
         };
-        let table = SlotTable::new(&[shared, private], borders, hypervisor.capabilities().memslots);
+        let shared = Layer {
+            both_sides,
+            ..layer(State::Shared, State::Shared)
+        };
+        let private = layer(State::Private, State::Private);
+        let unpaged = layer(State::Shared, State::Private);
+        let table = SlotTable::new(&[shared, private, unpaged], borders, hypervisor.capabilities().memslots);
         Self {
             hypervisor,
             sides,
@@ -83,11 +90,16 @@ impl Slots {
 
     /// The memslots of `range`, for messages.
     pub(super) fn describe(&self, range: Range) -> String {
-        let slots = self.table.lock().find(range);
-        let names: Vec<String> = slots
-            .iter()
-            .map(|slot| format!("slot {} {}", slot.id, self.address(slot)))
-            .collect();
+        let table = self.table.lock();
+        let slots = table.find(range);
+        let name = |slot: &Slot| {
+            format!(
+                "slot {} {}",
+                slot.id,
+                self.views.view(slot.range, table.layer(slot.layer).view)
+            )
+        };
+        let names: Vec<String> = slots.iter().map(name).collect();
         match names.len() {
             0 => "no slot".to_owned(),
             1..=4 => names.join(" or "),
@@ -107,6 +119,31 @@ impl Slots {
         }
         self.epoch.fetch_add(1, Ordering::SeqCst);
         done
+    }
+
+    /// Creates the first memslots of `range`, when there is no vCPU. Where KVM shadows page tables this takes it seconds for
+    /// each TiB: it allocates eight bytes for each page. So `watch` is called before each. What was done before a failure
+    /// is left for the end of the VM.
+    pub(super) fn start(
+        &self,
+        range: Range,
+        changes: &[LayerChange],
+        watch: &mut Watch<'_>,
+    ) -> Result<Result<(), NotEnforced>, Failure> {
+        let plan = match self.table.lock().plan(range, changes) {
+            Ok(plan) => plan,
+            Err(out) => return Ok(Err(NotEnforced::NoSlots(out))),
+        };
+        for slot in &plan.create {
+            watch()?;
+            let layer = self.table.lock().layer(slot.layer);
+            if let Err(errno) = self.create(layer, slot) {
+                let undo = Ok(());
+                return Ok(Err(NotEnforced::Kernel { errno, undo }));
+            }
+        }
+        self.table.lock().commit(plan);
+        Ok(Ok(()))
     }
 
     /// Calls KVM for a plan, and undoes it after a failure.
@@ -129,22 +166,13 @@ impl Slots {
         Ok(())
     }
 
-    /// The guest-physical addresses of a memslot.
-    fn address(&self, slot: &Slot) -> Range {
-        let side = match slot.layer {
-            PRIVATE_LAYER => State::Private,
-            _ => State::Shared,
-        };
-        self.views.view(slot.range, side)
-    }
-
     fn create(&self, layer: Layer, slot: &Slot) -> Result<(), Errno> {
         let at = slot.range.gpa();
         let guest_memfd = match layer.both_sides || layer.side == State::Private {
             true => self.sides.private.as_guest_memfd(),
             false => None,
         };
-        let address = self.address(slot);
+        let address = self.views.view(slot.range, layer.view);
         self.hypervisor.create_memslot(&Memslot {
             id: slot.id,
             gpa: address.gpa(),

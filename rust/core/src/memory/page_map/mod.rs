@@ -160,6 +160,12 @@ impl AttributeMap {
         }
     }
 
+    /// About how many bytes a new map of `size_bytes` of memory takes.
+    pub(crate) fn bytes_for(size_bytes: u64) -> u64 {
+        let blocks = size_bytes.div_ceil(PAGE_SIZE * BLOCK_PAGES);
+        blocks * size_of::<u64>() as u64 + Tree::bytes_for(blocks)
+    }
+
     queries!("AttributeMap");
 
     /// Puts all pages of `range` into state `to`. Returns how many bytes were in the other state before, 0 to

@@ -68,6 +68,11 @@ impl Tree {
         }
     }
 
+    /// About how many bytes a new tree of so many blocks takes.
+    pub(super) fn bytes_for(blocks: u64) -> u64 {
+        blocks.div_ceil((FANOUT * FANOUT) as u64) * (size_of::<Branch>() + size_of::<Arc<Branch>>()) as u64
+    }
+
     /// A copy for a snapshot. While it lives, this tree copies what both refer to before it changes it.
     pub(super) fn snapshot(&self) -> Tree {
         Tree {

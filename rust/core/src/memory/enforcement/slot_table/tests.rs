@@ -63,6 +63,7 @@ fn all(table: &SlotTable) -> Vec<Slot> {
 
 fn new_table(borders: &[u64], max: u32) -> SlotTable {
     let layer = |side| Layer {
+        view: side,
         side,
         both_sides: false,
     };

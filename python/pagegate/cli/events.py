@@ -1,0 +1,241 @@
+"""`pagegate events`: prints a trace, or sums it up."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from pagegate._core import event_words
+from pagegate.cli import symbols
+from pagegate.cli.parameters import Size
+from pagegate.cli.printing import console as terminal_on
+from pagegate.cli.printing import put, put_line
+from pagegate.cli.summary import line, size
+from pagegate.loading.options import integer
+from pagegate.trace import read
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pagegate import Event, guests
+
+_PAGE = 4096
+_WORDS = event_words()
+_KEYS = ("symbol", "page", "kind", "to", "size", "decision", "outcome", "vcpu")
+_ROWS = 40
+
+
+class _Span(click.ParamType[range]):
+    """A range of numbers: N, N-M (both included), N- or N+LENGTH."""
+
+    name = "N|N-M|N+LENGTH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        """Reads it."""
+        if isinstance(value, range):
+            return value
+        first, plus, length = str(value).partition("+")
+        begin, dash, last = str(value).partition("-")
+        try:
+            if plus:
+                return range(integer(first), integer(first) + integer(length))
+            if dash:
+                return range(integer(begin), integer(last) + 1 if last else 1 << 64)
+            return range(integer(begin), integer(begin) + 1)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@dataclass
+class _Wanted:
+    """Which events are wanted: those that every given condition holds for."""
+
+    gpa: range | None
+    size: range | None
+    vcpu: range | None
+    kind: tuple[str, ...]
+    to: str | None
+    decision: tuple[str, ...]
+    outcome: tuple[str, ...]
+    symbol: str | None
+
+    def of(self, events: Iterable[Event], names: dict[int, str]) -> Iterator[Event]:
+        """Those of these events."""
+        return (each for each in events if self._is(each, names))
+
+    def _is(self, event: Event, names: dict[int, str]) -> bool:
+        return (
+            (self.gpa is None or (event.gpa < self.gpa.stop and self.gpa.start < event.gpa + event.size))
+            and (self.size is None or event.size in self.size)
+            and (self.vcpu is None or event.vcpu in self.vcpu)
+            and (not self.kind or event.kind in self.kind)
+            and (self.to is None or event.to == self.to)
+            and (not self.decision or event.decision in self.decision)
+            and (not self.outcome or event.outcome in self.outcome)
+            and (self.symbol is None or fnmatch.fnmatchcase(_function(event, names), self.symbol))
+        )
+
+
+@dataclass
+class _Sum:
+    """What events that have something in common add up to."""
+
+    times: int = 0
+    asked: int = 0
+    changed: int = 0
+    outcomes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    longest: int = 0
+
+    def add(self, event: Event) -> None:
+        """Counts one more."""
+        self.times += 1
+        self.asked += event.size
+        self.changed += event.changed
+        self.outcomes[event.outcome] += 1
+        self.longest = max(self.longest, event.latency)
+
+
+@click.command(short_help="Prints a trace, or sums it up.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
+@click.option("--gpa", type=_Span(), help="Only requests that have a page there, such as 0x3000000+1M.")
+@click.option("--size", "sizes", type=_Span(), help="Only requests of so many bytes, such as 4K or 2M-.")
+@click.option("--vcpu", type=_Span(), help="Only those of these vCPUs.")
+@click.option("--kind", type=click.Choice(_WORDS["kind"]), multiple=True)
+@click.option("--to", type=click.Choice(["private", "shared"]), help="Only those that ask for this state.")
+@click.option("--decision", type=click.Choice(_WORDS["decision"]), multiple=True)
+@click.option("--outcome", type=click.Choice(_WORDS["outcome"]), multiple=True)
+@click.option(
+    "--symbol", metavar="PATTERN", help="Only those of these functions of the guest's kernel, such as 'swiotlb*'."
+)
+@click.option(
+    "--by", "keys", type=click.Choice(_KEYS), multiple=True, help="Print sums by this in place of events. Several nest."
+)
+@click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, all columns.")
+@click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object on each line, all columns.")
+@click.option("--limit", type=click.IntRange(0), help=f"Rows at most. Default: all events, the {_ROWS} largest sums.")
+@click.option("--memory", type=Size(), help="Guest memory, for a trace without this metadata.")
+@click.option("--initial", type=click.Choice(["private", "shared"]), help="The state of all pages at first, likewise.")
+def events(  # noqa: PLR0913 - one for each option
+    *,
+    file: Path,
+    gpa: range | None,
+    sizes: range | None,
+    vcpu: range | None,
+    kind: tuple[str, ...],
+    to: str | None,
+    decision: tuple[str, ...],
+    outcome: tuple[str, ...],
+    symbol: str | None,
+    keys: tuple[str, ...],
+    form: str | None,
+    limit: int | None,
+    memory: int | None,
+    initial: guests.State | None,
+) -> int:
+    """Prints the events in FILE, which `pagegate run --events` wrote: one on a line, or sums of them.
+
+    Options that choose events must all hold; of one that is given several times, one value must. Who asked (--symbol)
+    is known of a Linux guest that `pagegate boot --events` recorded: FILE.symbols.json has the names.
+    """
+    try:
+        trace = read(file, memory=memory, initial=initial)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    names = symbols.read(file)
+    wanted = _Wanted(gpa, sizes, vcpu, kind, to, decision, outcome, symbol)
+    found = wanted.of(trace, names)
+    if keys:
+        _print_sums(found, keys, names, form, _ROWS if limit is None else limit)
+    else:
+        _print_events(found, names, form, limit)
+    if trace.truncated:
+        click.echo("pagegate: the trace ends in the middle: its writer was killed", err=True)
+    return 0
+
+
+def _function(event: Event, names: dict[int, str]) -> str:
+    """The kernel's function that asked, without an offset; empty if it is not known."""
+    return names.get(event.rip, "").partition("+")[0]
+
+
+def _print_events(found: Iterator[Event], names: dict[int, str], form: str | None, limit: int | None) -> None:
+    out, writer, begun = terminal_on(), csv.writer(sys.stdout), None
+    for number, event in enumerate(found):
+        if limit is not None and number >= limit:
+            return
+        facts = {**event.asdict(), "symbol": names.get(event.rip)} if form else {}
+        if form == "csv":
+            if number == 0:
+                writer.writerow(facts)
+            writer.writerow(facts.values())
+        elif form == "jsonl":
+            click.echo(json.dumps(facts))
+        else:
+            begun = event.time if begun is None else begun
+            text = Text(f"{event.sequence:7} {(event.time - begun) / 1e9:10.6f} s  ")
+            # Of a device's access there is no vCPU.
+            text.append(f"device {event.device}" if event.device else f"vCPU {event.vcpu}").append(line(event))
+            if function := names.get(event.rip):
+                text.append(f"  {function}")
+            put_line(out, text)
+
+
+def _key(event: Event, name: str, names: dict[int, str]) -> str:
+    if name == "symbol":
+        return _function(event, names) or "?"
+    if name == "page":
+        return f"{event.gpa // _PAGE * _PAGE:#x}"
+    return size(event.size) if name == "size" else str(getattr(event, name))
+
+
+def _print_sums(
+    found: Iterator[Event], keys: tuple[str, ...], names: dict[int, str], form: str | None, limit: int
+) -> None:
+    sums: dict[tuple[str, ...], _Sum] = defaultdict(_Sum)
+    for event in found:
+        sums[tuple(_key(event, name, names) for name in keys)].add(event)
+    ranked = sorted(sums.items(), key=lambda each: (-each[1].times, each[0]))
+    shown = ranked if form and limit == _ROWS else ranked[:limit]
+    facts = [
+        {
+            **dict(zip(keys, key, strict=True)),
+            "times": each.times,
+            "asked": each.asked,
+            "changed": each.changed,
+            "longest": each.longest,
+            "outcomes": dict(each.outcomes),
+        }
+        for key, each in shown
+    ]
+    if form == "jsonl":
+        for row in facts:
+            click.echo(json.dumps(row))
+        return
+    if form == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow([*keys, "times", "asked", "changed", "longest"])
+        writer.writerows([*key, each.times, each.asked, each.changed, each.longest] for key, each in shown)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in keys:
+        table.add_column(name, overflow="fold")
+    for name in ("times", "asked for", "changed"):
+        table.add_column(name, justify="right")
+    table.add_column("outcomes")
+    for key, each in shown:
+        outcomes = ", ".join(f"{count} {name}" for name, count in each.outcomes.items())
+        table.add_row(*(Text(part) for part in key), str(each.times), size(each.asked), size(each.changed), outcomes)
+    out = terminal_on()
+    put(out, table)
+    if len(ranked) > len(shown):
+        put_line(out, Text(f"and {len(ranked) - len(shown)} more rows (--limit)"))

@@ -1,0 +1,53 @@
+"""Ctrl-C while a guest runs: the run ends, and what it did is told."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+    from pagegate import Vm
+    from pagegate.cli.deadline import Deadline
+
+STATUS = 130
+"""The exit status of a command that was interrupted."""
+
+
+class Interrupt:
+    """While it is entered, the first Ctrl-C in a run ends that run, so that it has a report.
+
+    Another one, or one outside of a run, is as without this: a hook may be what does not return.
+    """
+
+    def __init__(self, vm: Vm, deadline: Deadline) -> None:
+        """``vm``: the machine whose run is ended. ``deadline``: of the command, which is over then."""
+        self._vm = vm
+        self._deadline = deadline
+        self.reached = False
+        """Whether it was Ctrl-C that ended the run."""
+
+    def __enter__(self) -> Self:
+        """Takes the signal, if this is the thread that gets it and nobody ignores it."""
+        mine = threading.current_thread() is threading.main_thread()
+        self._before = signal.getsignal(signal.SIGINT) if mine else None
+        if callable(self._before):
+            signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Gives it back."""
+        if callable(self._before):
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if (self.reached or not self._vm.running) and callable(self._before):
+            self._before(number, frame)
+            return
+        self.reached = True
+        self._deadline.end()
+        self._vm.stop()

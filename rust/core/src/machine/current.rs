@@ -1,0 +1,117 @@
+//! Whether the machine runs, is about to, or never will again.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::error::Error;
+use crate::process::Process;
+use crate::vcpu::control::Control;
+
+const RUNNING: &str =
+    "this machine is running already: run() cannot be called again until it has returned, nor in a hook";
+const CLOSED: &str = "this machine is closed";
+const CLOSE_WHILE_RUNNING: &str = "the machine is running: call stop() and let run() return before close()";
+
+/// Whether there is a run. Devices hold it too, so that a guest can end its run.
+#[derive(Default)]
+pub(super) struct Current {
+    now: Mutex<Now>,
+    process: Process,
+}
+
+#[derive(Default)]
+enum Now {
+    #[default]
+    Idle,
+    /// `run` was called, and what comes before the vCPUs is done: listeners are told, vCPUs waited for. The reason why
+    /// the run is to end, if there is one already.
+    Entering(Option<String>),
+    Running(Arc<Control>),
+    Closed,
+}
+
+impl Current {
+    /// Ends the run in progress, from any thread, also one that has not begun yet; without one it does nothing. Nor does it
+    /// in a child that was forked meanwhile: the run is the parent's.
+    pub(super) fn stop(&self, reason: &str) {
+        if !self.process.is_present() {
+            return;
+        }
+        let mut now = self.now.lock();
+        match &mut *now {
+            Now::Entering(end) => {
+                end.get_or_insert_with(|| reason.to_owned());
+            }
+            Now::Running(control) => {
+                let control = control.clone();
+                drop(now);
+                control.stop(reason);
+            }
+            Now::Idle | Now::Closed => {}
+        }
+    }
+
+    pub(super) fn running(&self) -> bool {
+        matches!(*self.now.lock(), Now::Entering(_) | Now::Running(_))
+    }
+
+    /// `run` was called. Until [`over`](Self::over) nobody else can call it, nor close the machine.
+    pub(super) fn enter(&self) -> Result<(), Error> {
+        let mut now = self.now.lock();
+        now.idle()?;
+        *now = Now::Entering(None);
+        Ok(())
+    }
+
+    /// Why the run that is entered is to end already.
+    pub(super) fn end(&self) -> Option<String> {
+        match &*self.now.lock() {
+            Now::Entering(end) => end.clone(),
+            _ => None,
+        }
+    }
+
+    /// Why no run can begin now.
+    pub(super) fn idle(&self) -> Result<(), Error> {
+        self.now.lock().idle()
+    }
+
+    /// The vCPUs of the run that was entered begin. If it is to end already, the control is told.
+    pub(super) fn begin(&self, control: Arc<Control>) {
+        let mut now = self.now.lock();
+        let before = std::mem::replace(&mut *now, Now::Running(control.clone()));
+        drop(now);
+        if let Now::Entering(Some(reason)) = before {
+            control.stop(&reason);
+        }
+    }
+
+    /// The run is over.
+    pub(super) fn over(&self) {
+        *self.now.lock() = Now::Idle;
+    }
+
+    /// No run can begin any more.
+    pub(super) fn close(&self) -> Result<(), Error> {
+        let mut now = self.now.lock();
+        if matches!(*now, Now::Entering(_) | Now::Running(_)) {
+            return Err(Error::Busy(CLOSE_WHILE_RUNNING));
+        }
+        *now = Now::Closed;
+        Ok(())
+    }
+}
+
+impl Now {
+    fn idle(&self) -> Result<(), Error> {
+        match self {
+            Now::Idle => Ok(()),
+            Now::Entering(_) | Now::Running(_) => Err(Error::Busy(RUNNING)),
+            Now::Closed => Err(Error::Busy(CLOSED)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

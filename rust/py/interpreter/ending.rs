@@ -1,0 +1,110 @@
+//! The end of the interpreter: what runs is stopped and waited for before it. After that nothing may run Python.
+//!
+//! `atexit` calls [`end`] while threads can still attach. Later CPython ends a thread that attaches, up to 3.13, and
+//! from 3.14 on keeps it waiting for ever: such a thread never comes back from its hook (see [`super::call`]).
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use pagegate_core::machine::assembly::Machine;
+use pagegate_core::process::Process;
+use pyo3::prelude::*;
+
+use super::errors;
+
+/// How long the interpreter's end waits for hooks, handlers and listeners that are being called.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often machines are told to stop meanwhile: one may just be beginning its run.
+const TELL_AGAIN: Duration = Duration::from_millis(10);
+
+/// The machines that run.
+static RUNNING: Mutex<Vec<Running>> = Mutex::new(Vec::new());
+/// One of them does no more.
+static OVER: Condvar = Condvar::new();
+/// No run may begin.
+static ENDING: AtomicBool = AtomicBool::new(false);
+/// A run did not end in time. Its threads may hold locks, and will not come back.
+static ABANDONED: AtomicBool = AtomicBool::new(false);
+
+struct Running {
+    machine: Weak<Machine>,
+    /// A child that is forked meanwhile has nothing to wait for.
+    process: Process,
+}
+
+fn running() -> MutexGuard<'static, Vec<Running>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a machine, detached, so that the end of the interpreter stops it and waits for it.
+pub(crate) fn run<T: Send>(py: Python<'_>, machine: &Arc<Machine>, body: impl FnOnce() -> T + Send) -> PyResult<T> {
+    struct Over(Weak<Machine>);
+    impl Drop for Over {
+        fn drop(&mut self) {
+            let mut running = running();
+            if let Some(at) = running.iter().rposition(|other| other.machine.ptr_eq(&self.0)) {
+                running.swap_remove(at);
+            }
+            OVER.notify_all();
+        }
+    }
+    let machine = Arc::downgrade(machine);
+    let listed = {
+        let mut running = running();
+        let going = !ENDING.load(Ordering::SeqCst);
+        let this = Running {
+            machine: machine.clone(),
+            process: Process::default(),
+        };
+        going.then(|| running.push(this)).is_some()
+    };
+    match listed {
+        true => {
+            let _over = Over(machine);
+            Ok(py.detach(body))
+        }
+        false => Err(errors::busy(py, "the interpreter is ending: no run can begin")),
+    }
+}
+
+/// PagegateError after the end of the interpreter gave up waiting: to wait for a lock could last for ever.
+pub(crate) fn still_going(py: Python<'_>) -> PyResult<()> {
+    match ABANDONED.load(Ordering::Relaxed) {
+        false => Ok(()),
+        true => Err(errors::busy(
+            py,
+            "the interpreter is ending, and a hook that was being called has not returned",
+        )),
+    }
+}
+
+/// Stops all runs, waits for them for two seconds, and lets no other begin.
+#[pyfunction]
+#[pyo3(name = "_end")]
+pub(crate) fn end(py: Python<'_>) {
+    py.detach(|| {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut runs = running();
+            ENDING.store(true, Ordering::SeqCst);
+            runs.retain(|run| run.process.is_present());
+            if runs.is_empty() {
+                return;
+            }
+            let machines: Vec<_> = runs.iter().filter_map(|run| run.machine.upgrade()).collect();
+            drop(runs);
+            machines.iter().for_each(|machine| machine.stop());
+            // Not with the lock held, and not at the end of the loop: this may be the last reference.
+            drop(machines);
+            if Instant::now() >= deadline {
+                ABANDONED.store(true, Ordering::Relaxed);
+                return;
+            }
+            let runs = running();
+            if !runs.is_empty() {
+                drop(OVER.wait_timeout(runs, TELL_AGAIN));
+            }
+        }
+    });
+}

@@ -1,0 +1,159 @@
+"""`pagegate events`, and `pagegate trace synth`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pyarrow as pa
+import pytest
+from pagegate import trace
+from pagegate.cli import symbols
+
+from .cli_parts import pagegate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces")
+    trace.synthetic(400, vcpus=2).write(folder / "some.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def some(folder):
+    return list(trace.read(folder / "some.parquet"))
+
+
+def rows(folder, *arguments):
+    told = pagegate("events", "some.parquet", "--jsonl", *arguments, cwd=folder).stdout
+    return [json.loads(line) for line in told.splitlines()]
+
+
+def test_events_as_lines(folder, some):
+    told = pagegate("events", "some.parquet", cwd=folder).stdout.splitlines()
+    assert len(told) == len(some)
+    assert re.match(r" +0 +0\.000000 s  vCPU \d  (implicit|explicit) 0x\w+ \+ .* → converted", told[0])
+    assert len(pagegate("events", "some.parquet", "--limit", 3, cwd=folder).stdout.splitlines()) == 3
+
+
+def test_all_columns_for_programs(folder, some):
+    assert rows(folder) == [{**event.asdict(), "symbol": None} for event in some]
+    table = list(csv.DictReader(io.StringIO(pagegate("events", "some.parquet", "--csv", cwd=folder).stdout)))
+    assert [int(row["gpa"]) for row in table] == [event.gpa for event in some]
+    assert set(table[0]) == {*some[0].asdict(), "symbol"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "holds"),
+    [
+        (("--kind", "implicit"), lambda e: e.kind == "implicit"),
+        (("--kind", "implicit", "--kind", "explicit"), lambda e: True),
+        (("--to", "private"), lambda e: e.to == "private"),
+        (("--vcpu", "1"), lambda e: e.vcpu == 1),
+        (("--size", "256K"), lambda e: e.size == 256 << 10),
+        (("--size", "64K-"), lambda e: e.size >= 64 << 10),
+        (("--size", "4K-8K"), lambda e: 4096 <= e.size <= 8192),
+        (("--gpa", "512M+256M"), lambda e: e.gpa < 768 << 20 and e.gpa + e.size > 512 << 20),
+        (("--decision", "deny"), lambda e: False),
+        (("--outcome", "converted", "--kind", "explicit"), lambda e: e.kind == "explicit"),
+    ],
+)
+def test_only_some(folder, some, arguments, holds):
+    expected = [event.sequence for event in some if holds(event)]
+    assert [row["sequence"] for row in rows(folder, *arguments)] == expected
+
+
+def test_sums_add_up(folder, some):
+    for keys in (("kind",), ("kind", "to"), ("page",), ("size",), ("vcpu",)):
+        told = rows(folder, *(part for key in keys for part in ("--by", key)))
+        assert sum(row["times"] for row in told) == len(some)
+        assert sum(row["asked"] for row in told) == sum(event.size for event in some)
+    kinds = {row["kind"]: row for row in rows(folder, "--by", "kind")}
+    implicit = [event for event in some if event.kind == "implicit"]
+    assert kinds["implicit"]["times"] == len(implicit)
+    assert kinds["implicit"]["longest"] == max(event.latency for event in implicit)
+    told = pagegate("events", "some.parquet", "--by", "kind", "--by", "to", cwd=folder).stdout
+    assert re.match(r"kind +to +times +asked for +changed +outcomes\n", told)
+    arguments = ("events", "some.parquet", "--by", "kind", "--by", "to", "--limit", 2)
+    assert "and 2 more rows (--limit)" in pagegate(*arguments, cwd=folder).stdout
+
+
+def test_functions_of_the_kernel(folder, some):
+    rip = next(event.rip for event in some if event.rip)
+    beside = symbols.beside(folder / "some.parquet")
+    beside.write_text(json.dumps({hex(rip): "swiotlb_map+0x1f"}))
+    try:
+        found = rows(folder, "--symbol", "swiotlb*")
+        assert [row["sequence"] for row in found] == [event.sequence for event in some if event.rip == rip]
+        assert found[0]["symbol"] == "swiotlb_map+0x1f"
+        told = {row["symbol"]: row["times"] for row in rows(folder, "--by", "symbol")}
+        assert told["swiotlb_map"] == len(found)
+        beside.write_text("{no json")
+        assert rows(folder, "--symbol", "swiotlb*") == []
+    finally:
+        beside.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpa", "x"), "'x' is no whole number"),
+        (("--kind", "odd"), "'odd' is not one of"),
+        (("--by", "odd"), "'odd' is not one of"),
+    ],
+)
+def test_a_usage_error_is_2(folder, arguments, said):
+    assert said in pagegate("events", "some.parquet", *arguments, cwd=folder, status=2).stderr
+
+
+def test_a_file_that_is_no_trace_is_2(folder):
+    (folder / "none.parquet").write_bytes(b"PAR1 not")
+    assert "none.parquet" in pagegate("events", "none.parquet", cwd=folder, status=2).stderr
+
+
+def test_the_old_form_of_trace_works_and_says_so(folder):
+    new = pagegate("trace", "synth", "new.arrow", "--requests", 10, cwd=folder)
+    assert new.stderr == ""
+    old = pagegate("trace", "--requests", 10, "old.arrow", cwd=folder)
+    assert old.stderr == "pagegate: `pagegate trace FILE` is `pagegate trace synth FILE` now\n"
+    assert list(trace.read(folder / "new.arrow")) == list(trace.read(folder / "old.arrow"))
+
+
+def test_replay_folds_what_is_the_same_for_neighbouring_pages(folder):
+    event = trace.synthetic(1)[0].asdict()
+    pages = [
+        {
+            **event,
+            **dict.fromkeys(("sequence", "time"), number),
+            **dict.fromkeys(("gpa", "decision_gpa", "done_gpa"), 0x10_0000 + number * 4096),
+            **dict.fromkeys(("size", "decision_size", "done_size", "changed"), 4096),
+            "kind": "implicit",
+            "page_size": 0,
+            "raw": 0,
+            "to": "shared",
+            "state": "private",
+            "vcpu": number % 2,
+            "decision_to": "shared",
+            "done_to": "shared",
+            "write": False,
+            **dict.fromkeys(("device", "queue", "descriptor"), 0),
+        }
+        for number in (*range(20), *range(40, 42))
+    ]
+    schema = pa.schema(trace.synthetic(1))
+    table = pa.Table.from_pylist(pages, schema=schema)
+    trace.read(table).write(folder / "pages.parquet")
+    told = pagegate("replay", "pages.parquet", "-p", "DenyAll", cwd=folder).stdout
+    assert "20 events, 0 to 19: vCPU 0, 1 implicit 0x100000 + 80 KiB to shared" in told
+    assert "2 events, 40 to 41: vCPU 0, 1 implicit 0x128000 + 8 KiB to shared" in told
+    assert told.count("Deny(errno=22)") == 2
+    assert "and 2 more (--show)" in pagegate("replay", "pages.parquet", "-p", "DenyAll", "--show", 1, cwd=folder).stdout
+
+
+def test_replay_without_a_policy_says_what_to_do(folder):
+    told = pagegate("replay", "some.parquet", cwd=folder, status=2).stderr
+    assert "name a policy to put the requests to" in told
+    assert "`pagegate events some.parquet`" in told

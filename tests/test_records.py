@@ -1,0 +1,192 @@
+"""Reports, events and decisions are values: as dicts, for pickle, and readable."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pagegate
+import pytest
+from pagegate import (
+    Convert,
+    Deny,
+    Discard,
+    Event,
+    Latency,
+    Region,
+    Report,
+    Retry,
+    Stop,
+    Vm,
+    Whereabouts,
+    _core,
+    policies,
+)
+from pagegate.guests import Script
+from pagegate.testing import Fake, PolicyTester, Step
+
+VALUES = [
+    Convert(),
+    Convert("shared", 0x1000, 0x2000, prefault=True, discard=False, remember=Region(0x1000, 0x2000, uses=3)),
+    Deny(5, remember=Region(0, 4096, seconds=0.25)),
+    Deny(),
+    Retry(),
+    Discard(),
+    Stop("enough"),
+    Region(0x1000, 0x3000),
+]
+
+
+@pytest.fixture
+def vm():
+    class Once(pagegate.Policy):
+        def map_gpa_range(self, call):
+            return Stop("enough") if call.gpa else Convert()
+
+    steps = [Step.doorbell(0, 1, 16), Step.doorbell(1, 1, 16), Step.doorbell(4096, 1, 16)]
+    with Vm("1M", policy=Once(), hypervisor=Fake(steps)) as vm:
+        vm.vcpus[0].start(rip=0x1000)
+        vm.run(timeout=10)
+        yield vm
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_decisions(value):
+    for again in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value), type(value)(**_plain(value))):
+        assert (again, repr(again)) == (value, repr(value))
+
+
+def _plain(value):
+    told = value.asdict()
+    if told.get("remember"):
+        told["remember"] = Region(**told["remember"])
+    return told
+
+
+def test_events(vm):
+    for event in vm.events:
+        again = pickle.loads(pickle.dumps(event))
+        assert (again, hash(again), again.asdict()) == (event, hash(event), event.asdict())
+        assert Event(**event.asdict()) == event
+        assert list(event.asdict())[:5] == ["sequence", "time", "vcpu", "kind", "gpa"]
+        json.dumps(event.asdict())
+    with pytest.raises(TypeError, match="the field sequence is missing"):
+        Event()
+    with pytest.raises(TypeError, match="there are other fields"):
+        Event(**vm.events[0].asdict(), odd=1)
+    with pytest.raises(ValueError, match='kind is "odd": it must be one of "implicit"'):
+        Event(**{**vm.events[0].asdict(), "kind": "odd"})
+
+
+def test_reports(vm):
+    report = vm.report
+    told = report.asdict()
+    assert (told["reason"], told["requests"], told["malformed"], told["at"]["vcpu"]) == ("enough", 2, 1, 0)
+    assert set(told["latency"]) == {"p50", "p90", "p99", "max"}
+    json.dumps(told)
+    again = pickle.loads(pickle.dumps(report))
+    assert (again.asdict(), repr(again), str(again.at)) == (told, repr(report), str(report.at))
+    made = Report(**{**told, "latency": Latency(**told["latency"]), "at": Whereabouts(**told["at"])})
+    assert made.asdict() == told
+    with pytest.raises(TypeError, match="the field reason is missing"):
+        Report()
+
+
+def test_every_class_has_a_repr_that_says_something():
+    bare = [
+        name
+        for name, kind in vars(_core).items()
+        if isinstance(kind, type) and kind.__repr__ is object.__repr__ and name not in ("Builtin",)
+    ]
+    assert bare == []
+
+
+def test_what_the_reprs_say(vm, tmp_path):
+    class Mine(pagegate.Policy):
+        def __repr__(self):
+            return "Mine()"
+
+        def memory_fault(self, fault):
+            return Convert()
+
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    script = Script()
+    script.halt()
+    said = {
+        repr(vm.events): "<pagegate.Events: 3 kept of 3>",
+        repr(vm.attributes): "<pagegate.Attributes: 0x1000 bytes of 0x100000 private, generation 1>",
+        repr(policies.Quota("8M", policies.Align("2M", Mine()))): "Quota(0x800000, Align(0x200000, Mine()))",
+        repr(policies.Window([(0, 4096)])): "Window([(0x0, 0x1000)])",
+        repr(pagegate.devices.Block(disk, read_only=True)): f"<pagegate.devices.Block {disk}, read only>",
+        repr(pagegate.devices.Rng()): "<pagegate.devices.Rng>",
+        repr(script): "<pagegate.guests.Script of 1 operations>",
+    }
+    assert {is_: expected for is_, expected in said.items() if is_ != expected} == {}
+    assert repr(vm.policy).startswith("<pagegate.PolicyHandle: <")
+    assert repr(vm.policy).endswith("seen 2, spared 0>")
+    long = Mine()
+    for _ in range(900):
+        long = policies.Quota(1 << 20, long)
+    assert repr(long).count("Quota(") == 900
+
+
+def test_notebooks_get_tables_with_what_a_guest_wrote_escaped(vm):
+    assert "<td>enough</td>" in vm.report._repr_html_()
+    assert vm.events._repr_html_().count("<tr>") == 4
+    assert pagegate.trace.synthetic(100)._repr_html_().count("<tr>") == 22
+    assert 'title="0x0 + 0x1000 private"' in vm.attributes._repr_html_()
+    hostile = Report(**{**_fields(vm.report), "reason": "<script>"})
+    assert "<script>" not in hostile._repr_html_()
+    assert "&lt;script&gt;" in hostile._repr_html_()
+
+
+def _fields(report):
+    return {name: getattr(report, name) for name in report.asdict()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "said"),
+    [
+        (lambda vm: Vm("64X"), ValueError, "memory: '64X' is no whole number, such as 64, 0x40, 64K, 64M or 1G"),
+        (lambda vm: Vm(1.5), TypeError, "memory is 1.5: it must be an int, such as 64 << 20, or text such as 64M"),
+        (lambda vm: Vm(-1), ValueError, "memory is -1, which is out of range: it must be between 0 and"),
+        (lambda vm: Vm("1M", events=-1), ValueError, "events is -1, which is out of range"),
+        (lambda vm: Vm("1M", vcpus="2"), TypeError, "vcpus is '2': it must be an int"),
+        (lambda vm: Vm("1M", policy=3), pagegate.PolicyError, "3 is no policy: it has none of the hooks memory_fault"),
+        (lambda vm: vm.on_io("0x3f8", print), TypeError, "port is '0x3f8': it must be an int, such as 0x3f8"),
+        (lambda vm: vm.on_io(0x3F8, 3), TypeError, "handler is 3: it must be callable"),
+        (lambda vm: Deny("EINVAL"), TypeError, "errno is 'EINVAL': it must be an int, such as errno.EINVAL"),
+        (lambda vm: vm.run(timeout="5"), TypeError, "timeout is '5': it must be a number of seconds, such as 5.0"),
+        (lambda vm: vm.vcpus[0].start(mode=16), ValueError, 'mode is "16": it must be one of "real", "protected"'),
+        (lambda vm: vm.vcpus[0].start(rip="a"), TypeError, "rip is 'a': it must be an int"),
+        (lambda vm: policies.Quota(-1), ValueError, "max_shared is -1, which is out of range"),
+        (lambda vm: policies.Window(3), TypeError, "ranges is 3: it must be a list of (gpa, size)"),
+        (lambda vm: PolicyTester("x", memory="1M"), pagegate.PolicyError, "'x' is no policy"),
+        (
+            lambda vm: PolicyTester(Wide(gpa=0xFF000), memory="1M").call(0x2000, 0x2000, to="shared"),
+            pagegate.PolicyError,
+            "guest's 0x100000 bytes; no size is named, so it is the request's",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument_and_what_it_must_be(vm, wrong, kind, said):
+    with pytest.raises(kind) as caught:
+        wrong(vm)
+    assert said in str(caught.value)
+
+
+class Wide(pagegate.Policy):
+    def __init__(self, **fields):
+        self.answer = Convert(**fields)
+
+    def map_gpa_range(self, call):
+        return self.answer
+
+
+def test_sizes_can_be_text():
+    with Vm("2M", hypervisor=Fake([])) as vm:
+        assert vm.memory == 2 << 20
+    assert PolicyTester(policies.Quota("8K"), memory="1M").memory == 1 << 20
+    assert pagegate.trace.read(pagegate.trace.synthetic(1), memory="1G").memory == 1 << 30
