@@ -1394,6 +1394,40 @@ class Vm:
         PagegateError if the kernel or a listener refuses, and what a listener raises. More than 256 MiB are converted
         in parts: if a later one fails, the message or a note says what was converted and stays so.
         """
+    def snapshot(self, folder: str | PathLike[str]) -> None:
+        """Puts the machine aside: writes all of it to a new folder, from which ``resume`` goes on.
+
+        Between runs. ``folder``: a path that does not exist. It is there when all of it is written, and not before, and
+        only its owner can read it, for it has all of the guest's memory, private pages included. Pages of zeroes take
+        no room. It also has the states of pages, vCPUs, interrupt controllers, clock, devices and the booted kernel's
+        file; neither disks nor the policy, the log and the console's text. The machine can run on.
+
+        Raises FileExistsError and other OSErrors, NotSupported for private memory in a guest_memfd that the host cannot
+        read and while a store of a vCPU is unanswered, PagegateError while the machine runs.
+        """
+
+    @staticmethod
+    def resume(
+        folder: str | PathLike[str],
+        *,
+        policy: object | None = None,
+        devices: Sequence[object] | None = None,
+        events: int = 65536,
+        debug_private: bool = False,
+        policy_timeout: float | None = None,
+        hypervisor: Fake | None = None,
+    ) -> Vm:
+        """A machine that goes on from a snapshot: its next ``run`` continues where the guest was.
+
+        ``folder``: as ``snapshot`` has written it. ``devices``: the devices of ``add_device``, of the same types and in
+        the same order; a disk with what it had then. ``policy``, ``events``, ``debug_private``, ``policy_timeout`` and
+        ``hypervisor``: as for ``Vm``. All else is as it was. Guests in other machines may go on from the same folder. A
+        vsock's streams have ended, and its driver is told so.
+
+        Raises OSError, ValueError for a snapshot that is damaged, which names the file, and for other devices,
+        NotSupported for a snapshot of another format or of a host with features that this one lacks, else as ``Vm``.
+        """
+
     def memory_usage(self) -> MemoryUsage:
         """Resident bytes of guest memory, on each side."""
     def close(self) -> None:

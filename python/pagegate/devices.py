@@ -50,6 +50,13 @@ class Device:
     def reset(self) -> None:
         """The driver has reset the device."""
 
+    def save(self) -> bytes:
+        """What it has to know again in a machine that goes on from a snapshot. Called by ``Vm.snapshot``."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """What ``save`` gave, for a device that ``Vm.resume`` was given."""
+
 
 def _resolve(device: object) -> tuple[Any, ...]:
     """What the binding needs of a device. PolicyError for an object that is none."""
@@ -64,10 +71,11 @@ def _resolve(device: object) -> tuple[Any, ...]:
     queues = getattr(device, "queues", ())
     if not all(isinstance(size, int) and 0 < size <= _LARGEST_QUEUE for size in queues):
         raise PolicyError(f"queues of a {kind} is {queues!r}: it has a size for each queue, {_LARGEST_QUEUE} at most")
-    process, write_config, reset = (_method(device, name) for name in ("process", "write_config", "reset"))
+    names = ("process", "write_config", "reset", "save", "restore")
+    process, *others = (_method(device, name) for name in names)
     if process is None:
         raise PolicyError(f"a {kind} is no device: it has no process() of its own")
-    return identifier, features, list(queues), process, write_config, reset
+    return identifier, features, list(queues), process, *others
 
 
 def _config(device: object) -> bytes:

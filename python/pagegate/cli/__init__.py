@@ -30,6 +30,7 @@ _COMMANDS = {
     "guest": "pagegate.cli.guest:guest",
     "plot": "pagegate.cli.plot:plot",
     "replay": "pagegate.cli.replay:replay",
+    "resume": "pagegate.cli.resume:resume",
     "run": "pagegate.cli.run:run",
     "testbed": "pagegate.testbed.command:testbed",
     "trace": "pagegate.cli.trace:trace",

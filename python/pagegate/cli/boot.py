@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from pagegate import Vm, probe
-from pagegate.cli import symbols
-from pagegate.cli.attached import Attached
+from pagegate.cli.attached_run import Wanted, run_attached
 from pagegate.cli.boot_devices import BootDevices, device_options
 from pagegate.cli.boot_initrd import made_initrd
-from pagegate.cli.booted import Booted
 from pagegate.cli.deadline import Deadline
-from pagegate.cli.interrupt import STATUS as INTERRUPTED
-from pagegate.cli.interrupt import Interrupt
-from pagegate.cli.life import Life
 from pagegate.cli.linux_host import linux_host
 from pagegate.cli.parameters import VCPUS, Seconds, Size, policy_options, policy_timeout_option, verbose_option
-from pagegate.cli.policy_argument import made, policy_option, written
-from pagegate.cli.printing import console as terminal_on
-from pagegate.cli.printing import counted, put
-from pagegate.cli.recording import Recording, events_option, limit_option
-from pagegate.cli.summary import Ran, size
+from pagegate.cli.policy_argument import made, policy_option
+from pagegate.cli.recording import events_option, limit_option
+from pagegate.cli.saving import save_options
 from pagegate.errors import NotSupported
 
 if TYPE_CHECKING:
-    from pagegate import Report
+    from pagegate.cli.saving import Saving
     from pagegate.loading.expression import Expression
 
 _FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
@@ -64,6 +56,7 @@ def _check_host() -> None:
 @events_option
 @limit_option
 @click.option("--timeout", type=Seconds(), help="End the run S seconds after it began to load the guest.")
+@save_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the console is standard error.")
 @click.option("--debug-private", is_flag=True, help="Let the host read and write private pages.")
 def boot(  # noqa: PLR0913 - one for each option
@@ -83,6 +76,7 @@ def boot(  # noqa: PLR0913 - one for each option
     events: Path | None,
     events_limit: int,
     timeout: float | None,
+    saving: Saving | None,
     as_json: bool,
     debug_private: bool,
 ) -> int:
@@ -96,8 +90,10 @@ def boot(  # noqa: PLR0913 - one for each option
     devices and of the root file system, and mounts that. The modules are looked for in lib/modules beside KERNEL and on
     this host.
 
+    With --save DIR the guest is put aside in a folder, from which `pagegate resume DIR` goes on, as often as you like.
+
     Exit status: 0 the guest powered off, rebooted or halted, or --timeout was reached; 1 it or the policy ended badly,
-    as by a kernel panic; 2 usage; 3 this host cannot.
+    as by a kernel panic, or with --save before it was put aside; 2 usage; 3 this host cannot.
     """
     if policy_timeout is not None and policy is None:
         raise click.UsageError("--policy-timeout is for a policy: name one with -p")
@@ -121,6 +117,15 @@ def boot(  # noqa: PLR0913 - one for each option
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     append = given.command_line(append)
+    wanted = Wanted(
+        policy,
+        verbose=verbose,
+        events=events,
+        events_limit=events_limit,
+        timeout=timeout,
+        as_json=as_json,
+        saving=saving,
+    )
     with vm:
         with deadline, contextlib.ExitStack() as parts:
             no_initrd = ""
@@ -131,53 +136,4 @@ def boot(  # noqa: PLR0913 - one for each option
                 vm.boot(kernel, initrd=initrd, append=append)
             except ValueError as error:
                 raise click.UsageError(str(error)) from None
-        with contextlib.ExitStack() as meanwhile:
-            recording = meanwhile.enter_context(Recording(vm, events, events_limit, deadline))
-            attached = meanwhile.enter_context(Attached(vm, console, err=as_json))
-            at_terminal = terminal_on(err=True).is_terminal
-            if at_terminal:
-                attached.say(f"{written(policy)} judges {size(memory)}, {counted(vcpus, 'vCPU')}, by {vm.enforcement}")
-            if verbose or at_terminal:
-                say, silent = (lambda text: attached.say(text.plain)), (lambda: not console.tail(1))
-                meanwhile.enter_context(Life(vm, say, each=verbose, news=silent))
-            interrupt = meanwhile.enter_context(Interrupt(vm, deadline))
-            report, failure = _run(vm, deadline.left())
-        if attached.failure is not None:
-            raise attached.failure
-        ran = Ran(vm, report, report.seconds, timeout=timeout, interrupted=interrupt.reached)
-        booted = Booted(ran, console, ended_by_key=attached.ended_by_key, no_initrd=no_initrd)
-        if events is not None:
-            symbols.write(vm, events)
-        _tell(booted, written(policy) if as_json else None)
-        if failure is not None:
-            raise failure
-    recording.check(interrupted=interrupt.reached)
-    return _status(booted)
-
-
-def _run(vm: Vm, timeout: float | None) -> tuple[Report, Exception | None]:
-    """The report of a run, and what it raised. Where there is no report that is raised."""
-    try:
-        return vm.run(timeout=timeout), None
-    except Exception as error:
-        if vm.report is None:
-            raise
-        return vm.report, error
-
-
-def _tell(booted: Booted, policy: str | None) -> None:
-    """Prints the summary; for a program, if the policy is named."""
-    if policy is not None:
-        click.echo(json.dumps(booted.facts(policy)))
-    else:
-        out = terminal_on()
-        put(out, booted.summary(out.width))
-
-
-def _status(booted: Booted) -> int:
-    if booted.ran.interrupted:
-        click.echo("interrupted", err=True)
-        return INTERRUPTED
-    if not booted.well:
-        click.echo(f"pagegate: {booted.complaint()}", err=True)
-    return 0 if booted.well else 1
+        return run_attached(vm, console, wanted, deadline, no_initrd=no_initrd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,29 +35,37 @@ class BootDevices:
     rng: bool
     console: str
 
+    def all(self) -> tuple[list[devices.BuiltinDevice], devices.Console | None]:
+        """The devices in the order in which a machine has them, and the console among them if it is this terminal.
+
+        click.BadParameter for one that cannot be had.
+        """
+        made: list[devices.BuiltinDevice] = []
+        for path, read_only in self.disks:
+            with _option("--disk"):
+                made.append(devices.Block(path, read_only))
+        for tap in self.nets:
+            with _option("--net"):
+                made.append(devices.Net(tap))
+        if self.vsock is not None:
+            with _option("--vsock"):
+                made.append(devices.Vsock(*self.vsock))
+        if self.rng:
+            made.append(devices.Rng())
+        hvc0 = devices.Console() if self.console == _HVC0 else None
+        return (made, None) if hvc0 is None else ([*made, hvc0], hvc0)
+
     def add_to(self, vm: Vm) -> Console:
         """Puts them on the machine, and returns the console that is this terminal.
 
         click.BadParameter for one that cannot be had.
         """
-        for path, read_only in self.disks:
-            with _option("--disk"):
-                vm.add_device(devices.Block(path, read_only), name=path.name)
-        for tap in self.nets:
-            with _option("--net"):
-                vm.add_device(devices.Net(tap), name=tap)
-        if self.vsock is not None:
-            with _option("--vsock"):
-                vm.add_device(devices.Vsock(*self.vsock))
-        if self.rng:
-            with _option("--rng"):
-                vm.add_device(devices.Rng())
-        if self.console != _HVC0:
-            return vm.console
-        with _option("--console"):
-            hvc0 = devices.Console()
-            vm.add_device(hvc0)
-        return hvc0.console
+        made, hvc0 = self.all()
+        options = {devices.Block: "--disk", devices.Net: "--net", devices.Vsock: "--vsock", devices.Rng: "--rng"}
+        for device, name in zip_longest(made, [*(path.name for path, _ in self.disks), *self.nets]):
+            with _option(options.get(type(device), "--console")):
+                vm.add_device(device, name=name)
+        return vm.console if hvc0 is None else hvc0.console
 
     @property
     def modules(self) -> list[str]:

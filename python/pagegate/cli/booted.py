@@ -16,6 +16,7 @@ from pagegate.cli.summary import Ran, legend, size, strip
 
 if TYPE_CHECKING:
     from collections import Counter
+    from pathlib import Path
 
     from pagegate.console import Console
 
@@ -55,6 +56,8 @@ class Booted:
     """Whether the run was ended by Ctrl-A x."""
     no_initrd: str
     """Why the guest had no initrd; empty if it had one."""
+    saved: Path | None = None
+    """The folder that it was put aside in."""
 
     def __post_init__(self) -> None:
         """Counts who asked, and looks for a panic."""
@@ -73,7 +76,7 @@ class Booted:
         """Whether the guest and the policy ended well, or the run as the user wanted: by --timeout or Ctrl-A x."""
         if self.panic is not None or self._stopped_by_policy:
             return False
-        return self.ran.report.reason in (*_GOOD, "timeout") or self.ended_by_key
+        return self.ran.report.reason in (*_GOOD, "timeout") or self.ended_by_key or self.saved is not None
 
     def ending(self) -> str:
         """How the run ended, in one sentence."""
@@ -86,6 +89,8 @@ class Booted:
             return "it was ended by Ctrl-A x"
         if self.ran.interrupted:
             return "it was ended by Ctrl-C"
+        if self.saved is not None:
+            return f"it was put aside in {self.saved}: pagegate resume {self.saved}"
         return {
             **_GOOD,
             "timeout": f"the guest was still running after {self.ran.timeout or 0:g} s (--timeout)",
@@ -169,6 +174,7 @@ class Booted:
             "reason": report.reason,
             "ended_well": self.well,
             "ended": self.ending(),
+            "saved": None if self.saved is None else str(self.saved),
             "panic": self.panic,
             "at": None if at is None else {name: getattr(at, name) for name in of_place},
             "confidential": vm.confidential or "none",

@@ -1,6 +1,7 @@
 //! Errors: each says what happened, where in the guest, and what to do about it.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::errno::Errno;
@@ -92,6 +93,14 @@ pub enum Error {
         /// What was tried.
         what: &'static str,
         /// Its errno.
+        errno: Errno,
+    },
+    /// A file or folder cannot be read or written.
+    #[error("{}: {errno}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The errno.
         errno: Errno,
     },
     /// The host tried to read or write a private page.
@@ -194,6 +203,7 @@ impl Error {
             | Error::Busy(_)
             | Error::Outside { .. }
             | Error::Host { .. }
+            | Error::File { .. }
             | Error::PrivateMemory { .. }
             | Error::HostConversion(_)
             | Error::Device { .. }

@@ -22,13 +22,16 @@ pub(crate) struct PyDevice {
     process: Py<PyAny>,
     write_config: Option<Py<PyAny>>,
     reset: Option<Py<PyAny>>,
+    save: Option<Py<PyAny>>,
+    restore: Option<Py<PyAny>>,
 }
 
 impl PyDevice {
     /// Reads a device's attributes and finds its methods.
     pub(super) fn resolve(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let resolve = object.py().import("pagegate.devices")?.getattr("_resolve")?;
-        let (id, features, queues, process, write_config, reset) = call::call(&resolve, object)?.extract()?;
+        let (id, features, queues, process, write_config, reset, save, restore) =
+            call::call(&resolve, object)?.extract()?;
         Ok(Self {
             object: object.clone().unbind(),
             id,
@@ -37,6 +40,8 @@ impl PyDevice {
             process,
             write_config,
             reset,
+            save,
+            restore,
         })
     }
 
@@ -47,7 +52,7 @@ impl PyDevice {
     pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.object)?;
         visit.call(&self.process)?;
-        let others = [&self.write_config, &self.reset];
+        let others = [&self.write_config, &self.reset, &self.save, &self.restore];
         others.into_iter().flatten().try_for_each(|method| visit.call(method))
     }
 }
@@ -98,6 +103,20 @@ impl Device for PyDevice {
         });
         *queues = turn.end();
         told
+    }
+
+    fn save(&self) -> Result<Vec<u8>, Failure> {
+        match &self.save {
+            Some(method) => attached(|py| call::call_alone(method.bind(py))?.extract()),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), Failure> {
+        match &self.restore {
+            Some(method) => attached(|py| call::call(method.bind(py), &PyBytes::new(py, state)).map(drop)),
+            None => Ok(()),
+        }
     }
 
     fn reset(&self) -> Result<(), Failure> {

@@ -72,6 +72,7 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
             Ok(error) => noted(py, error, [access]),
             Err(failure) => policy_error(py, format!("{access}: {failure}")),
         },
+        Error::File { path, errno } => of_file(&errno.into(), &path),
         Error::Busy(_) | Error::Host { .. } => new(py, "PagegateError", error.to_string()),
         Error::PrivateMemory { gpa, .. } => {
             let error = new(py, "PrivateMemoryError", error.to_string());

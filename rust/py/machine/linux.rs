@@ -5,7 +5,6 @@ use std::path::Path;
 use pagegate_core::boot::kernel_file::KernelFile;
 use pagegate_core::error::Error;
 use pagegate_core::machine::assembly::Machine;
-use pagegate_core::memory::address::State;
 use pyo3::prelude::*;
 
 use super::input;
@@ -49,13 +48,6 @@ pub(super) fn console(vm: &Bound<'_, PyAny>, parts: &Parts) -> PyResult<Py<PyAny
         Ok::<_, PyErr>(class.call1((port, vm))?.unbind())
     };
     Ok(parts.console.get_or_try_init(py, make)?.clone_ref(py))
-}
-
-/// The number of the view bit, if it selects the private view.
-pub(super) fn private_bit(machine: &Machine) -> Option<u32> {
-    let views = machine.memory().views();
-    let selects = views.split() && views.address(0, State::Private) != 0;
-    selects.then(|| views.mask().trailing_zeros())
 }
 
 /// The kernel's command line with the words that a console and an end after a panic need. What comes after a word `--` is

@@ -14,5 +14,6 @@ pub(crate) mod parts;
 pub(crate) mod policy_handle;
 pub(crate) mod report;
 mod runs;
+mod snapshot;
 pub(crate) mod vcpu;
 pub(crate) mod vm;

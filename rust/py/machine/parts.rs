@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use pagegate_core::machine::assembly::Machine;
+use pagegate_core::memory::address::State;
 use pagegate_core::memory::listeners::Listener;
 use pagegate_core::policy::remember::Remember;
 use pagegate_core::trace::about::About;
@@ -95,6 +96,40 @@ pub(crate) struct Parts {
 pub(crate) struct OfVm {
     pub vm: Py<PyAny>,
     pub parts: Arc<Parts>,
+}
+
+impl Parts {
+    pub(super) fn of(
+        machine: Machine,
+        judge: Judge,
+        policy: Option<&Bound<'_, PyAny>>,
+        enters_python: Arc<AtomicBool>,
+        overdue: Option<Arc<Overdue>>,
+    ) -> Self {
+        let views = *machine.memory().views();
+        Self {
+            memory: machine.memory().size(),
+            about: About::now(machine.events(), machine.memory(), machine.debug_private()),
+            console: PyOnceLock::new(),
+            report: Mutex::default(),
+            configured: Mutex::default(),
+            shared_bit: views.bit_of(State::Shared),
+            private_bit: views.bit_of(State::Private),
+            platform: if machine.console().is_ok() { "pc" } else { "bare" },
+            confidential: machine.is_confidential().then_some("sev"),
+            enforcement: machine.enforcement().as_str(),
+            machine: Mutex::new(Some(Arc::new(machine))),
+            callbacks: Mutex::new(Some(Callbacks {
+                judge,
+                policy: policy.map(|policy| policy.clone().unbind()),
+                handlers: Vec::new(),
+                listeners: Vec::new(),
+                devices: Vec::new(),
+            })),
+            enters_python,
+            overdue,
+        }
+    }
 }
 
 impl OfVm {

@@ -1,28 +1,26 @@
 //! The virtual machine. One file: PyO3 takes the methods of a class from one block.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pagegate_core::machine::assembly::Machine;
 use pagegate_core::machine::config::Config;
 use pagegate_core::memory::address::State;
-use pagegate_core::trace::about::About;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::attributes::{PyAttributes, PyMemoryUsage};
 use super::event_log::PyEvents;
 use super::handlers;
-use super::parts::{Callbacks, OfVm, Parts, held, lock, taken};
+use super::parts::{OfVm, Parts, held, lock, taken};
 use super::policy_handle::PyPolicyHandle;
 use super::report::PyReport;
 use super::vcpu::PyVcpu;
-use super::{image, linux, runs};
+use super::{image, linux, runs, snapshot};
 use crate::devices::builtin;
 use crate::interpreter::{arguments, attach, errors};
 use crate::policy::judge::Judge;
@@ -110,28 +108,13 @@ impl PyVm {
         let machine = py
             .detach(|| Machine::new_watched(config, &mut attach::check_signals))
             .map_err(|error| errors::raise(py, error))?;
-        Ok(Self(Arc::new(Parts {
-            memory,
-            about: About::now(machine.events(), machine.memory(), machine.debug_private()),
-            console: PyOnceLock::new(),
-            report: Mutex::default(),
-            configured: Mutex::default(),
-            shared_bit,
-            private_bit: linux::private_bit(&machine),
-            platform: if machine.console().is_ok() { "pc" } else { "bare" },
-            confidential: confidential.map(|_| "sev"),
-            enforcement: machine.enforcement().as_str(),
-            machine: Mutex::new(Some(Arc::new(machine))),
-            callbacks: Mutex::new(Some(Callbacks {
-                judge,
-                policy: policy.map(|policy| policy.clone().unbind()),
-                handlers: Vec::new(),
-                listeners: Vec::new(),
-                devices: Vec::new(),
-            })),
+        Ok(Self(Arc::new(Parts::of(
+            machine,
+            judge,
+            policy,
             enters_python,
             overdue,
-        })))
+        ))))
     }
 
     /// Bytes of guest memory.
@@ -441,6 +424,69 @@ impl PyVm {
         py.detach(|| machine.convert(gpa, size, to))
             .map_err(|error| errors::raise(py, error))?;
         Ok(())
+    }
+
+    /// Puts the machine aside: writes all of it to a new folder, from which ``resume`` goes on.
+    ///
+    /// Between runs. ``folder``: a path that does not exist. It is there when all of it is written, and not before, and
+    /// only its owner can read it, for it has all of the guest's memory, private pages included. Pages of zeroes take
+    /// no room. It also has the states of pages, vCPUs, interrupt controllers, clock, devices and the booted kernel's
+    /// file; neither disks nor the policy, the log and the console's text. The machine can run on.
+    ///
+    /// Raises FileExistsError and other OSErrors, NotSupported for private memory in a guest_memfd that the host cannot
+    /// read and while a store of a vCPU is unanswered, PagegateError while the machine runs.
+    fn snapshot(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        snapshot::save(py, &*self.0.machine(py)?, &folder)
+    }
+
+    /// A machine that goes on from a snapshot: its next ``run`` continues where the guest was.
+    ///
+    /// ``folder``: as ``snapshot`` has written it. ``devices``: the devices of ``add_device``, of the same types and in
+    /// the same order; a disk with what it had then. ``policy``, ``events``, ``debug_private``, ``policy_timeout`` and
+    /// ``hypervisor``: as for ``Vm``. All else is as it was. Guests in other machines may go on from the same folder. A
+    /// vsock's streams have ended, and its driver is told so.
+    ///
+    /// Raises OSError, ValueError for a snapshot that is damaged, which names the file, and for other devices,
+    /// NotSupported for a snapshot of another format or of a host with features that this one lacks, else as ``Vm``.
+    #[staticmethod]
+    #[pyo3(signature = (folder, *, policy = None, devices = None, events = 65536, debug_private = false,
+                        policy_timeout = None, hypervisor = None))]
+    #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
+    fn resume(
+        py: Python<'_>,
+        folder: PathBuf,
+        policy: Option<&Bound<'_, PyAny>>,
+        devices: Option<Vec<Bound<'_, PyAny>>>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::events, _>)] events: usize,
+        debug_private: bool,
+        policy_timeout: Option<f64>,
+        hypervisor: Option<&PyFake>,
+    ) -> PyResult<Py<Self>> {
+        let opened = snapshot::open(py, &folder)?;
+        let judge = Judge::of(policy)?;
+        let enters_python = Arc::new(AtomicBool::new(judge.enters_python || policy_timeout.is_some()));
+        let overdue = runs::policy_timeout(policy_timeout)?;
+        let config = opened
+            .config(judge.policy.clone())
+            .map_err(|error| errors::raise(py, error))?;
+        let config = Config {
+            debug_private,
+            events,
+            around: Some(runs::around(enters_python.clone(), overdue.clone())),
+            stack: runs::stack(py)?,
+            hypervisor: hypervisor.map(PyFake::vm),
+            ..config
+        };
+        let machine = py
+            .detach(|| Machine::new_watched(config, &mut attach::check_signals))
+            .map_err(|error| errors::raise(py, error))?;
+        let parts = Arc::new(Parts::of(machine, judge, policy, enters_python, overdue));
+        let vm = Bound::new(py, Self(parts.clone()))?;
+        let resumed = snapshot::resume(vm.as_any(), &parts, opened, &devices.unwrap_or_default());
+        if resumed.is_err() {
+            vm.get().close(py)?;
+        }
+        resumed.map(|()| vm.unbind())
     }
 
     /// Resident bytes of guest memory, on each side.

@@ -41,6 +41,11 @@ impl RunningKernel {
         }
     }
 
+    /// Its file.
+    pub fn file(&self) -> &KernelFile {
+        &self.file
+    }
+
     /// The kernel's symbols, if it has any.
     fn symbols(&self, watch: &mut Watch<'_>) -> Result<Option<&Symbols>, Failure> {
         loop {

@@ -5,8 +5,9 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial as Uart};
+use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::IoHandler;
@@ -32,6 +33,20 @@ const LSR_DATA_READY: u8 = 1 << 0;
 pub struct Serial {
     port: Mutex<Port>,
     console: Arc<Console>,
+}
+
+/// The registers and the FIFO, as a snapshot has them.
+#[derive(Deserialize, Serialize)]
+pub(crate) struct SavedSerial {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    received: Vec<u8>,
 }
 
 /// The registers, and the bytes that the guest wrote with the present exit.
@@ -79,6 +94,50 @@ impl Serial {
     /// Has the guest receive the console's input, if the port has room. The rest follows as the guest reads.
     pub fn feed(&self) {
         self.receive(&mut self.port.lock());
+    }
+
+    /// Its state, between runs.
+    pub(crate) fn save(&self) -> SavedSerial {
+        let state = self.port.lock().state();
+        SavedSerial {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
+    }
+
+    /// Takes a state that was saved. An interrupt that was pending is raised again.
+    ///
+    /// # Errors
+    /// `Invalid` for more received bytes than the FIFO holds; `Host` without descriptors.
+    pub(crate) fn restore(&self, saved: SavedSerial) -> Result<(), Error> {
+        let [baud_divisor_low, baud_divisor_high] = saved.divisor;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.received,
+        };
+        let mut port = self.port.lock();
+        let interrupt = port.interrupt_evt().0.try_clone().map_err(|error| Error::Host {
+            what: "give the serial port its interrupt",
+            errno: error.into(),
+        })?;
+        let restored = Uart::from_state(&state, Interrupt(interrupt), NoEvents, Vec::new());
+        *port = restored.map_err(|_| Error::Invalid("the serial port's FIFO is too long".to_owned()))?;
+        Ok(())
     }
 
     /// Receives the next byte of input if there is none that the guest has not read yet.

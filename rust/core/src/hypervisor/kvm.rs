@@ -1,4 +1,6 @@
 //! /dev/kvm: through the kvm-ioctls crate, and through `raw` for the ioctls that it lacks or decodes too early.
+//!
+//! One file: a method for each ioctl, of the VM and of its vCPUs.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -10,10 +12,10 @@ use kvm_bindings::{
     CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES,
     KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_SYNC_REGS, KVM_CAP_USER_MEMORY2, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_XSAVE2,
     KVM_MAX_CPUID_ENTRIES, KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_X86_DEFAULT_VM, Msrs, Xsave, kvm_create_guest_memfd,
-    kvm_debugregs, kvm_enable_cap, kvm_lapic_state, kvm_memory_attributes, kvm_mp_state, kvm_msr_entry, kvm_pit_config,
-    kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region, kvm_userspace_memory_region2, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_X86_DEFAULT_VM, Msrs, Xsave, kvm_clock_data,
+    kvm_create_guest_memfd, kvm_debugregs, kvm_enable_cap, kvm_irqchip, kvm_lapic_state, kvm_memory_attributes,
+    kvm_mp_state, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{
     IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VcpuFd, VmFd,
@@ -24,7 +26,7 @@ use super::exit;
 use super::hypercall::KVM_HC_MAP_GPA_RANGE;
 use super::interrupts::{self, Message};
 use super::raw;
-use super::vm::{Capabilities, FilePart, Hypervisor, ImmediateExit, Inspect, Memslot, Vcpu};
+use super::vm::{Capabilities, Controllers, FilePart, Hypervisor, ImmediateExit, Inspect, Memslot, Vcpu};
 use crate::errno::Errno;
 
 /// KVM_CAP_GUEST_MEMFD_FLAGS, not in kvm-bindings yet.
@@ -137,6 +139,41 @@ impl Hypervisor for KvmVm {
         self.vm.set_identity_map_address(IDENTITY_MAP)?;
         self.vm.create_irq_chip()?;
         Ok(self.vm.create_pit2(kvm_pit_config::default())?)
+    }
+
+    fn controllers(&self) -> Result<Controllers, Errno> {
+        let mut chips = [0, 1, 2].map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        });
+        for chip in &mut chips {
+            self.vm.get_irqchip(chip)?;
+        }
+        let pit = self.vm.get_pit2()?;
+        Ok(Controllers { chips, pit })
+    }
+
+    fn set_controllers(&self, controllers: &Controllers) -> Result<(), Errno> {
+        for chip in &controllers.chips {
+            self.vm.set_irqchip(chip)?;
+        }
+        Ok(self.vm.set_pit2(&controllers.pit)?)
+    }
+
+    fn clock(&self) -> Result<kvm_clock_data, Errno> {
+        Ok(self.vm.get_clock()?)
+    }
+
+    fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), Errno> {
+        // The flags say how exact it was when it was read.
+        Ok(self.vm.set_clock(&kvm_clock_data {
+            clock: clock.clock,
+            ..Default::default()
+        })?)
+    }
+
+    fn msr_indices(&self) -> Result<Vec<u32>, Errno> {
+        Ok(self.kvm.get_msr_index_list()?.as_slice().to_vec())
     }
 
     fn route_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), Errno> {

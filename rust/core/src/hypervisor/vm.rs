@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
-    CpuId, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs,
+    CpuId, Xsave, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::exit::{self, SENTINEL};
@@ -65,6 +65,15 @@ pub struct FilePart<'a> {
     pub touched: &'a Touched,
 }
 
+/// What the interrupt controllers and the timer in the kernel hold.
+#[derive(Clone, Deserialize, Serialize)]
+pub struct Controllers {
+    /// Both 8259s, and the IOAPIC.
+    pub chips: [kvm_irqchip; 3],
+    /// The PIT.
+    pub pit: kvm_pit_state2,
+}
+
 /// A virtual machine.
 pub trait Hypervisor: Send + Sync {
     /// What KVM offers this VM.
@@ -76,6 +85,36 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// The kernel's: EEXIST if there are vCPUs already.
     fn create_interrupt_controllers(&self) -> Result<(), Errno>;
+
+    /// KVM_GET_IRQCHIP of each, and KVM_GET_PIT2.
+    ///
+    /// # Errors
+    /// The kernel's: ENXIO without interrupt controllers.
+    fn controllers(&self) -> Result<Controllers, Errno>;
+
+    /// KVM_SET_IRQCHIP of each, and KVM_SET_PIT2.
+    ///
+    /// # Errors
+    /// As [`controllers`](Self::controllers).
+    fn set_controllers(&self, controllers: &Controllers) -> Result<(), Errno>;
+
+    /// KVM_GET_CLOCK: the guest's kvmclock.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn clock(&self) -> Result<kvm_clock_data, Errno>;
+
+    /// KVM_SET_CLOCK: kvmclock goes on from there.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), Errno>;
+
+    /// KVM_GET_MSR_INDEX_LIST: the MSRs that a vCPU's state consists of. A vCPU may lack some of them.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn msr_indices(&self) -> Result<Vec<u32>, Errno>;
 
     /// KVM_IRQFD: a write to `event` raises this interrupt once, as an edge.
     ///

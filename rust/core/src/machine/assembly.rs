@@ -10,6 +10,7 @@ use super::config::{Config, Platform, ThreadWrapper};
 use super::current::Current;
 use super::pc::Pc;
 use super::report::Report;
+use super::snapshot::manifest::Made;
 use crate::devices::bus::{Bus, IoHandler, MmioHandler};
 use crate::devices::virtio::device::Device;
 use crate::devices::virtio::run::{Accesses, Run, Spawn};
@@ -17,6 +18,7 @@ use crate::errno::Errno;
 use crate::error::Error;
 use crate::events::log::EventLog;
 use crate::hypervisor::host::EnforcementMode;
+use crate::hypervisor::vm::Hypervisor;
 use crate::input::Watch;
 use crate::memory::address::State;
 use crate::memory::backing::Backing;
@@ -58,6 +60,9 @@ pub struct Machine {
     pub(super) sev: Option<SoftwareSev>,
     /// Whether the host may read and write private pages.
     debug_private: bool,
+    pub(super) hypervisor: Arc<dyn Hypervisor>,
+    /// For a snapshot: what it was made with.
+    pub(super) made: Made,
     /// Last, so that it is dropped after the vCPUs: it holds the memory of the VM's memslots.
     pub(super) memory: Arc<GuestMemory>,
 }
@@ -84,6 +89,7 @@ impl Machine {
             cpuid: supported,
         } = chosen;
         let sev = config.sev(&views);
+        let made = Made::of(&config, mode, &views);
         if config.platform == Platform::Pc {
             let what = "create the interrupt controllers";
             let created = hypervisor.create_interrupt_controllers();
@@ -142,6 +148,8 @@ impl Machine {
             pre_fault: hypervisor.capabilities().pre_fault,
             pc,
             sev,
+            made,
+            hypervisor,
             debug_private: config.debug_private,
             memory: Arc::new(memory),
         })
@@ -282,6 +290,11 @@ impl Machine {
     pub fn convert(&self, gpa: u64, size: u64, to: State) -> Result<Converted, Error> {
         outside_listeners()?;
         Ok(self.memory.convert(gpa, size, to, false)?)
+    }
+
+    /// Whether its guest believes in SEV.
+    pub fn is_confidential(&self) -> bool {
+        self.sev.is_some()
     }
 
     /// Whether the host may read and write private pages, so that what it says of the guest's privacy does not hold.

@@ -20,6 +20,15 @@ pub(super) struct Current {
     process: Process,
 }
 
+/// Nobody runs or closes the machine meanwhile.
+pub(super) struct Claim<'a>(&'a Current);
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.0.over();
+    }
+}
+
 #[derive(Default)]
 enum Now {
     #[default]
@@ -62,6 +71,12 @@ impl Current {
         now.idle()?;
         *now = Now::Entering(None);
         Ok(())
+    }
+
+    /// As `run` does, until what is returned is dropped: for what must not be done while the machine runs.
+    pub(super) fn claim(&self) -> Result<Claim<'_>, Error> {
+        self.enter()?;
+        Ok(Claim(self))
     }
 
     /// Why the run that is entered is to end already.

@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::current::Current;
+use super::snapshot::manifest::SavedPc;
 use crate::boot::running_kernel::RunningKernel;
 use crate::devices::bus::Bus;
 use crate::devices::console::{Console, DEFAULT_OUTPUT_LIMIT};
@@ -32,6 +33,7 @@ pub(super) struct Pc {
     /// The kernel that was booted.
     pub kernel: Mutex<Option<Arc<RunningKernel>>>,
     hypervisor: Arc<dyn Hypervisor>,
+    serial: Arc<Serial>,
     messages: Arc<Messages>,
     pci: Arc<PciBus>,
     devices: Mutex<Vec<Arc<VirtioFunction>>>,
@@ -62,6 +64,7 @@ impl Pc {
             console,
             kernel: Mutex::default(),
             hypervisor: hypervisor.clone(),
+            serial,
             messages: Arc::new(Messages::new(hypervisor.clone())),
             pci: Arc::new(PciBus::new()),
             devices: Mutex::default(),
@@ -113,6 +116,47 @@ impl Pc {
             device.set_space(refresh, space_of(name, device.device.as_ref())?);
         }
         Ok(())
+    }
+
+    /// Its state, between runs.
+    pub(super) fn save(&self) -> Result<SavedPc, Error> {
+        let what = "read the interrupt controllers";
+        let devices = self
+            .devices()
+            .iter()
+            .map(|device| device.save())
+            .collect::<Result<_, _>>()?;
+        let controllers = self.hypervisor.controllers();
+        Ok(SavedPc {
+            controllers: controllers.map_err(|errno| Error::Host { what, errno })?,
+            serial: self.serial.save(),
+            pci_address: self.pci.address(),
+            devices,
+        })
+    }
+
+    /// Takes a state that was saved, before the first run.
+    pub(super) fn restore(&self, saved: SavedPc) -> Result<(), Error> {
+        let devices = self.devices();
+        if devices.len() != saved.devices.len() {
+            let list = |names: Vec<&str>| match names.is_empty() {
+                true => "none".to_owned(),
+                false => names.join(", "),
+            };
+            let was = list(saved.devices.iter().map(|device| device.name.as_str()).collect());
+            let is = list(devices.iter().map(|device| &*device.name.name).collect());
+            return Err(Error::Invalid(format!(
+                "the devices of the snapshot were: {was}; give as many, in this order (given: {is})"
+            )));
+        }
+        let what = "set the interrupt controllers";
+        let set = self.hypervisor.set_controllers(&saved.controllers);
+        set.map_err(|errno| Error::Host { what, errno })?;
+        self.pci.set_address(saved.pci_address);
+        for (device, saved) in devices.iter().zip(saved.devices) {
+            device.restore(saved)?;
+        }
+        self.serial.restore(saved.serial)
     }
 
     /// Drops all devices, which may hold references to the object that owns the machine.

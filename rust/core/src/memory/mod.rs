@@ -5,6 +5,7 @@
 //! - [`page_map`]: the state of each page; `page_states`: the page map with its locks, `range_lock` among them
 //! - `enforcement`: makes KVM enforce states, by attributes, traps or memslots
 //! - [`guest_memory`]: all of these together; [`conversion`]: its transaction from one state to the other
+//! - `saved`: memory in files, for a snapshot
 //! - `shared_pages`: pages that a device holds while it accesses them
 //! - [`listeners`]: what is told of conversions, and the pages of which one has to be told (`range_set`); `unpaged`: accesses of vCPUs without paging
 
@@ -19,6 +20,7 @@ pub mod page_map;
 mod page_states;
 mod range_lock;
 mod range_set;
+mod saved;
 pub(crate) mod shared_pages;
 mod unpaged;
 pub mod views;

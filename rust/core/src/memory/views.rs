@@ -95,6 +95,11 @@ impl Views {
         self.mask
     }
 
+    /// The number of the bit that selects the view of `state`; `None` if none does.
+    pub fn bit_of(&self, state: State) -> Option<u32> {
+        (self.split() && state == self.set).then(|| self.mask.trailing_zeros())
+    }
+
     /// Whether a page has two views.
     pub fn split(&self) -> bool {
         self.mask != 0

@@ -7,6 +7,7 @@
 //! - [`read_back`]: instructions that write back what they read, where KVM emulates them
 //! - [`request`]: what explicit and implicit requests have in common
 //! - [`running`]: a vCPU's data during a run; [`state`]: what it keeps between runs
+//! - [`saved`]: a vCPU in a snapshot
 //! - [`asker`]: who asks, for hooks that want to know more of the vCPU
 //! - [`control`], [`kick`]: ending a run, and bringing a vCPU out of KVM_RUN; [`signal`]: by which signal
 
@@ -24,6 +25,7 @@ mod read_back;
 mod request;
 pub(crate) mod run_loop;
 pub mod running;
+pub(crate) mod saved;
 pub(crate) mod signal;
 pub(crate) mod state;
 pub mod tally;

@@ -77,6 +77,16 @@ impl PciBus {
         Ok(device)
     }
 
+    /// The address of the next configuration access.
+    pub(crate) fn address(&self) -> u32 {
+        *self.address.lock()
+    }
+
+    /// Sets that, for a machine that is resumed.
+    pub(crate) fn set_address(&self, address: u32) {
+        *self.address.lock() = address;
+    }
+
     /// Removes all devices.
     pub(crate) fn clear(&self) {
         let devices = std::mem::take(&mut *self.devices.write());

@@ -107,6 +107,11 @@ impl Config {
         }
     }
 
+    /// All of it.
+    pub(crate) fn bytes(&self) -> &[u8; SIZE] {
+        &self.bytes
+    }
+
     pub(crate) fn u16(&self, at: usize) -> u16 {
         u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]])
     }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::messages::{Line, Messages};
 use crate::errno::Errno;
 use crate::hypervisor::interrupts::Message;
@@ -13,6 +15,10 @@ const MASKED: u32 = 1;
 pub(crate) const ENABLE: u16 = 1 << 15;
 /// Message control: all are masked.
 pub(crate) const FUNCTION_MASK: u16 = 1 << 14;
+
+/// The table and the pending bits, as a snapshot has them.
+#[derive(Deserialize, Serialize)]
+pub(crate) struct SavedMsix(Vec<([u32; 4], bool)>);
 
 struct Vector {
     line: Line,
@@ -72,6 +78,19 @@ impl Msix {
     pub(crate) fn set_control(&mut self, control: u16) -> Result<(), Errno> {
         self.control = control & (ENABLE | FUNCTION_MASK);
         (0..self.vectors.len()).try_for_each(|at| self.update(at))
+    }
+
+    pub(crate) fn save(&self) -> SavedMsix {
+        let vectors = self.vectors.iter();
+        SavedMsix(vectors.map(|vector| (vector.words, vector.pending)).collect())
+    }
+
+    /// Takes a table that was saved; message control is set after it. Returns whether there are as many vectors.
+    pub(crate) fn restore(&mut self, saved: &SavedMsix) -> bool {
+        for (vector, (words, pending)) in self.vectors.iter_mut().zip(&saved.0) {
+            (vector.words, vector.pending) = (*words, *pending);
+        }
+        saved.0.len() == self.vectors.len()
     }
 
     /// Reads 4 or 8 aligned bytes of the table; else all ones.

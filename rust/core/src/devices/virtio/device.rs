@@ -83,6 +83,23 @@ pub trait Device: Send + Sync {
         let _ = queues;
     }
 
+    /// What it has to know again in a machine that is resumed from a snapshot. Called between runs.
+    ///
+    /// # Errors
+    /// A failure is returned to whoever makes the snapshot.
+    fn save(&self) -> Result<Vec<u8>, Failure> {
+        Ok(Vec::new())
+    }
+
+    /// What [`Device::save`] gave, after [`Device::activate`] if its driver was ready. Called before the first run.
+    ///
+    /// # Errors
+    /// A failure is returned to whoever resumes the machine.
+    fn restore(&self, state: &[u8]) -> Result<(), Failure> {
+        let _ = state;
+        Ok(())
+    }
+
     /// The driver has reset it: it forgets everything that it had from it.
     ///
     /// # Errors

@@ -66,13 +66,13 @@ struct Space {
 pub(crate) struct VirtioFunction {
     pub(crate) name: Name,
     pub(crate) device: Arc<dyn Device>,
-    config: Mutex<Config>,
+    pub(super) config: Mutex<Config>,
     /// Offsets of capabilities in the configuration space.
     msix_at: usize,
     window_at: usize,
     pub(crate) registers: Mutex<Registers>,
-    msix: Mutex<Msix>,
-    isr: AtomicU8,
+    pub(super) msix: Mutex<Msix>,
+    pub(super) isr: AtomicU8,
     space: Mutex<Space>,
     refreshes: AtomicU64,
     /// The registers want the device's thread to do something.
@@ -179,6 +179,32 @@ impl VirtioFunction {
         if self.registers.lock().is_live() {
             self.config_interrupt();
         }
+    }
+
+    /// The device's own configuration space, and its generation.
+    pub(super) fn space(&self) -> (Vec<u8>, u8) {
+        let space = self.space.lock();
+        (space.bytes.clone(), space.generation)
+    }
+
+    /// The driver has seen this space, of this generation. It is told if the space is another one now.
+    pub(super) fn continue_space(&self, seen: &[u8], generation: u8) {
+        let mut space = self.space.lock();
+        let is_other = space.bytes != seen;
+        space.generation = generation.wrapping_add(is_other.into());
+        drop(space);
+        if is_other && self.registers.lock().is_live() {
+            self.config_interrupt();
+        }
+    }
+
+    /// Has KVM know what the configuration space says: where the doorbells are, and what the interrupts are.
+    pub(super) fn place(&self, config: &Config) -> Result<(), Failure> {
+        let control = config.u16(self.msix_at + MSIX_CONTROL);
+        let bar = place(config);
+        // With it locked, so that of two writes the last one counts.
+        self.msix.lock().set_control(control)?;
+        Ok(self.move_doorbells(bar)?)
     }
 
     fn config_interrupt(&self) {
@@ -294,11 +320,7 @@ impl Function for VirtioFunction {
         let was_master = config.u16(COMMAND) & BUS_MASTER != 0;
         config.write(at, from);
         let becomes_master = !was_master && config.u16(COMMAND) & BUS_MASTER != 0;
-        let control = config.u16(self.msix_at + MSIX_CONTROL);
-        let bar = place(&config);
-        // Under the lock, so that of two writes the last one counts.
-        self.msix.lock().set_control(control)?;
-        self.move_doorbells(bar)?;
+        self.place(&config)?;
         drop(config);
         if becomes_master {
             self.wake.write(1)?;

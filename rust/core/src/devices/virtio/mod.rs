@@ -6,6 +6,7 @@
 //! - `registers`: what driver and device agree on; `function`: where they are on PCI
 //! - `worker`: the thread that a device has while the machine runs; `helpers`: further ones that a device may have; [`run`]:
 //!   what they need of the run
+//! - `saved`: a device in a snapshot
 
 pub mod block;
 pub mod console;
@@ -17,6 +18,7 @@ pub mod queue;
 pub(crate) mod registers;
 pub mod rng;
 pub mod run;
+pub(crate) mod saved;
 pub mod vsock;
 mod wake;
 pub(crate) mod worker;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue as Ring, QueueT};
 
 /// Bits of the device status.
@@ -29,7 +30,7 @@ const OF_ALL: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | ACCESS_PLATFORM;
 pub(crate) const NO_VECTOR: u16 = 0xffff;
 
 /// A queue as the driver has set it up.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 struct QueueRegisters {
     largest: u16,
     size: u16,
@@ -38,6 +39,18 @@ struct QueueRegisters {
     descriptors: u64,
     driver: u64,
     device: u64,
+}
+
+/// The registers, as a snapshot has them.
+#[derive(Deserialize, Serialize)]
+pub(crate) struct SavedRegisters {
+    accepted: u64,
+    selects: [u32; 2],
+    config_vector: u16,
+    status: u8,
+    resetting: bool,
+    queue_select: u16,
+    queues: Vec<QueueRegisters>,
 }
 
 /// What has to follow a write.
@@ -88,6 +101,52 @@ impl Registers {
             queue_select: 0,
             queues: queues.iter().map(queue).collect(),
         }
+    }
+
+    pub(crate) fn save(&self) -> SavedRegisters {
+        SavedRegisters {
+            accepted: self.accepted,
+            selects: [self.device_select, self.driver_select],
+            config_vector: self.config_vector,
+            status: self.status,
+            resetting: self.is_resetting(),
+            queue_select: self.queue_select,
+            queues: self.queues.clone(),
+        }
+    }
+
+    /// Takes registers that were saved, unless a driver cannot have made them so.
+    pub(crate) fn restore(&mut self, saved: SavedRegisters) -> Result<(), String> {
+        let missing = saved.accepted & !self.offered;
+        if saved.status & status::FEATURES_OK != 0 && missing != 0 {
+            return Err(format!("its driver uses features that it does not have: {missing:#x}"));
+        }
+        let is_sound = |(queue, own): (&QueueRegisters, &QueueRegisters)| {
+            queue.largest == own.largest && queue.size.is_power_of_two() && queue.size <= queue.largest
+        };
+        let mut pairs = saved.queues.iter().zip(&self.queues);
+        if saved.queues.len() != self.queues.len() || !pairs.all(is_sound) {
+            return Err("its queues are others".to_owned());
+        }
+        self.resetting.store(saved.resetting, Ordering::SeqCst);
+        let vectors = self.vectors;
+        let known = |vector| if vector < vectors { vector } else { NO_VECTOR };
+        *self = Self {
+            offered: self.offered,
+            accepted: saved.accepted,
+            device_select: saved.selects[0],
+            driver_select: saved.selects[1],
+            config_vector: known(saved.config_vector),
+            vectors,
+            status: saved.status,
+            resetting: self.resetting.clone(),
+            queue_select: saved.queue_select,
+            queues: saved.queues,
+        };
+        for queue in &mut self.queues {
+            queue.vector = known(queue.vector);
+        }
+        Ok(())
     }
 
     pub(crate) fn accepted(&self) -> u64 {

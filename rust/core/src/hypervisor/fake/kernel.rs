@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::errno::Errno;
 use crate::hypervisor::interrupts::Message;
+use crate::hypervisor::vm::Controllers;
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -84,6 +86,9 @@ struct State {
     messages: Vec<Option<Message>>,
     /// The ioeventfds, by address.
     doorbells: BTreeMap<u64, EventFd>,
+    /// What was set last.
+    controllers: Option<Controllers>,
+    clock: kvm_clock_data,
     /// How many calls there were, by name.
     calls: [u64; CALL_NAMES],
     injections: Vec<Injection>,
@@ -168,6 +173,26 @@ impl Kernel {
 
     pub(super) fn route_interrupt(&self, gsi: u32, event: EventFd) {
         self.0.lock().interrupts.insert(gsi, event);
+    }
+
+    pub(super) fn controllers(&self) -> Controllers {
+        let set = self.0.lock().controllers.clone();
+        set.unwrap_or_else(|| Controllers {
+            chips: [kvm_irqchip::default(); 3],
+            pit: kvm_pit_state2::default(),
+        })
+    }
+
+    pub(super) fn set_controllers(&self, controllers: Controllers) {
+        self.0.lock().controllers = Some(controllers);
+    }
+
+    pub(super) fn clock(&self) -> kvm_clock_data {
+        self.0.lock().clock
+    }
+
+    pub(super) fn set_clock(&self, clock: kvm_clock_data) {
+        self.0.lock().clock = clock;
     }
 
     /// How often an interrupt was raised since this was last asked.

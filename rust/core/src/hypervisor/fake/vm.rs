@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, kvm_clock_data, kvm_cpuid_entry2};
 use parking_lot::Mutex;
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::EventFd;
@@ -17,10 +17,13 @@ use super::vcpu::FakeVcpu;
 use crate::errno::Errno;
 use crate::hypervisor::interrupts::Message;
 use crate::hypervisor::raw;
-use crate::hypervisor::vm::{Capabilities, FilePart, Hypervisor, Memslot, Vcpu};
+use crate::hypervisor::vm::{Capabilities, Controllers, FilePart, Hypervisor, Memslot, Vcpu};
 
 /// Bits of a guest-physical address.
 const PHYSICAL_BITS: u32 = 48;
+
+/// The MSRs of a vCPU: the TSC, EFER, and where SYSCALL enters the kernel.
+const MSRS: [u32; 3] = [0x10, 0xc000_0080, 0xc000_0082];
 
 /// How long [`FakeVm::execute`] waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -168,6 +171,33 @@ impl Hypervisor for FakeVm {
 
     fn create_interrupt_controllers(&self) -> Result<(), Errno> {
         self.other()
+    }
+
+    fn controllers(&self) -> Result<Controllers, Errno> {
+        self.other()?;
+        Ok(self.kernel.controllers())
+    }
+
+    fn set_controllers(&self, controllers: &Controllers) -> Result<(), Errno> {
+        self.other()?;
+        self.kernel.set_controllers(controllers.clone());
+        Ok(())
+    }
+
+    fn clock(&self) -> Result<kvm_clock_data, Errno> {
+        self.other()?;
+        Ok(self.kernel.clock())
+    }
+
+    fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), Errno> {
+        self.other()?;
+        self.kernel.set_clock(*clock);
+        Ok(())
+    }
+
+    fn msr_indices(&self) -> Result<Vec<u32>, Errno> {
+        self.other()?;
+        Ok(MSRS.to_vec())
     }
 
     fn route_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), Errno> {

@@ -31,9 +31,12 @@ use crate::process::Process;
 /// The most bytes of a Unix socket's path.
 const LONGEST_PATH: usize = 107;
 const QUEUE: u16 = 128;
-/// The queues of packets to the guest and of packets from it. The third one is for events, of which there are none.
+/// The queues of packets to the guest, of packets from it, and of events.
 const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
+const EVENTS: usize = 2;
+/// The one event: no stream that the driver knows of is left.
+const TRANSPORT_RESET: u32 = 0;
 /// The most data in a packet of the guest: there is never room for more.
 const MOST_DATA: u32 = connection::BUFFER as u32;
 
@@ -55,6 +58,8 @@ struct State {
     streams: Streams,
     /// Packets wait for buffers, so that sockets are not read.
     starved: bool,
+    /// The driver has to be told that its streams have ended: it is in a machine that was resumed.
+    streams_ended: bool,
 }
 
 /// Whether there is a Unix socket at `path` that nobody listens at: whoever made it has ended without removing it.
@@ -110,6 +115,7 @@ impl Vsock {
             state: Mutex::new(State {
                 streams: Streams::new(cid, path, listener),
                 starved: false,
+                streams_ended: false,
             }),
             process: Process::default(),
         })
@@ -148,6 +154,18 @@ impl Vsock {
         }
         state.starved = streams.next().is_some();
         Ok(())
+    }
+
+    /// Tells the driver that its streams have ended, once.
+    fn tell(&self, queue: &mut Queue) {
+        let mut state = self.state.lock();
+        while state.streams_ended
+            && let Some(request) = queue.take()
+        {
+            let told = request.write(0, &TRANSPORT_RESET.to_le_bytes());
+            state.streams_ended = told.is_err();
+            queue.complete(request, told.map_or(0, |()| size_of_val(&TRANSPORT_RESET) as u32));
+        }
     }
 
     /// Takes the guest's packets.
@@ -209,7 +227,10 @@ impl Device for Vsock {
         match index {
             TO_GUEST => self.send(&mut queues[index]),
             FROM_GUEST => self.receive(&mut queues[index]),
-            _ => Ok(()),
+            _ => {
+                self.tell(&mut queues[EVENTS]);
+                Ok(())
+            }
         }
     }
 
@@ -227,10 +248,16 @@ impl Device for Vsock {
         sources
     }
 
+    /// A snapshot has no streams: their other ends are not in it.
+    fn restore(&self, _state: &[u8]) -> Result<(), Failure> {
+        self.state.lock().streams_ended = true;
+        Ok(())
+    }
+
     fn reset(&self) -> Result<(), Failure> {
         let mut state = self.state.lock();
         state.streams.clear();
-        state.starved = false;
+        (state.starved, state.streams_ended) = (false, false);
         self.wake.clear();
         Ok(())
     }

@@ -1,0 +1,189 @@
+//! Going on from a machine that was put aside.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+
+use super::manifest::{FORMAT, Manifest, Saved, name};
+use super::save::sum;
+use crate::boot::kernel_file::KernelFile;
+use crate::boot::running_kernel::RunningKernel;
+use crate::error::Error;
+use crate::input::{Input, InputError, Watch};
+use crate::machine::assembly::Machine;
+use crate::machine::config::Config;
+use crate::memory::address::State;
+use crate::policy::hooks::Policy;
+
+/// The most bytes of the manifest, and of a state: each of 4096 vCPUs has some 30 KiB, as text.
+const LARGEST_MANIFEST: u64 = 1 << 20;
+const LARGEST_STATE: u64 = 512 << 20;
+/// The most bytes of a kernel.
+const LARGEST_KERNEL: u64 = 2 << 30;
+
+/// The folder of a snapshot, whose manifest and state have been read and checked.
+pub struct Snapshot {
+    folder: PathBuf,
+    manifest: Manifest,
+    saved: Saved,
+}
+
+impl Snapshot {
+    /// Reads what the folder has besides memory.
+    ///
+    /// # Errors
+    /// `File` for what is not there; `Invalid` for what is damaged, with the file's name; `NotSupported` for a snapshot of
+    /// another format; `Interrupted` for a failure of `watch`, which is called again and again.
+    pub fn open(folder: &Path, watch: &mut Watch<'_>) -> Result<Self, Error> {
+        /// What every format begins with.
+        #[derive(serde::Deserialize)]
+        struct Begin {
+            format: u32,
+            pagegate: String,
+        }
+        let bytes = read(folder, name::MANIFEST, LARGEST_MANIFEST, watch)?;
+        let begin: Begin = parse(folder, name::MANIFEST, &bytes)?;
+        if begin.format != FORMAT {
+            return Err(Error::NotSupported(format!(
+                "{}: a snapshot of format {}, which pagegate {} has written; this one reads format {FORMAT}",
+                folder.display(),
+                begin.format,
+                begin.pagegate
+            )));
+        }
+        let manifest: Manifest = parse(folder, name::MANIFEST, &bytes)?;
+        let bytes = read(folder, name::STATE, LARGEST_STATE, watch)?;
+        check(folder, name::STATE, sum(&bytes), manifest.sums.state)?;
+        Ok(Self {
+            saved: parse(folder, name::STATE, &bytes)?,
+            folder: folder.to_path_buf(),
+            manifest,
+        })
+    }
+
+    /// The parameters of the machine that goes on from it, for [`Machine::new`]. Those that the guest cannot tell may be
+    /// changed.
+    ///
+    /// # Errors
+    /// `NotSupported` for what this pagegate does not know.
+    pub fn config(&self, policy: Arc<dyn Policy>) -> Result<Config, Error> {
+        self.manifest.machine.config(policy)
+    }
+
+    /// What its devices were called, their types, and whether each of their accesses had an event: as they have to be added
+    /// to the machine, in this order.
+    pub fn devices(&self) -> Vec<(&str, u16, bool)> {
+        let devices = self.saved.pc.iter().flat_map(|pc| &pc.devices);
+        let told = devices.map(|device| (device.name.as_str(), device.id, device.logs_accesses));
+        told.collect()
+    }
+}
+
+impl Machine {
+    /// Goes on from a snapshot: the next run does. For a machine of [`Snapshot::config`] that has just been made, with the
+    /// devices that the snapshot had. After an error it is of no use any more.
+    ///
+    /// # Errors
+    /// `Invalid` for what is damaged, with the file's name, and for other devices; `NotSupported` for a feature that this
+    /// host lacks; `Busy` for a machine that was used; else as [`Machine::snapshot`].
+    pub fn resume(&self, snapshot: Snapshot, watch: &mut Watch<'_>) -> Result<(), Error> {
+        let Snapshot {
+            folder,
+            manifest,
+            saved,
+        } = snapshot;
+        if self.memory.generation() != 0 || self.made != manifest.machine {
+            return Err(Error::Busy(
+                "a snapshot is resumed by a new machine that is made with its parameters",
+            ));
+        }
+        let damaged = |why: Error| match why {
+            Error::Invalid(why) => Error::Invalid(format!("{}: it is damaged: {why}", folder.display())),
+            other => other,
+        };
+        let _claimed = self.current.claim()?;
+        if saved.vcpus.len() != self.vcpus.len() || saved.pc.is_some() != self.pc.is_some() {
+            return Err(damaged(Error::Invalid(
+                "its state is that of another machine".to_owned(),
+            )));
+        }
+        let most = self.memory.views().memory_end();
+        let pages = read(&folder, name::PAGES, most, watch)?;
+        check(&folder, name::PAGES, sum(&pages), manifest.sums.pages)?;
+        self.memory.set_private_bits(&pages, watch).map_err(damaged)?;
+        let sides = [
+            (State::Shared, name::SHARED, manifest.sums.shared),
+            (State::Private, name::PRIVATE, manifest.sums.private),
+        ];
+        for (state, name, wanted) in sides {
+            let path = folder.join(name);
+            let file = open(&path)?;
+            let found = self.memory.load_side(state, &file, &path, watch).map_err(damaged)?;
+            check(&folder, name, found, wanted)?;
+        }
+        self.memory.set_kept(saved.kept);
+        if let (Some(pc), Some(saved)) = (&self.pc, saved.pc) {
+            if let Some(wanted) = manifest.sums.kernel {
+                let bytes = read(&folder, name::KERNEL, LARGEST_KERNEL, watch)?;
+                check(&folder, name::KERNEL, sum(&bytes), wanted)?;
+                let kernel = KernelFile::parse(bytes).map_err(damaged)?;
+                *pc.kernel.lock() = Some(Arc::new(RunningKernel::new(kernel)));
+            }
+            pc.restore(saved)?;
+        }
+        for (index, saved) in saved.vcpus.iter().enumerate() {
+            self.idle_vcpu(index)?.restore(saved)?;
+        }
+        let what = "set the guest's clock";
+        let set = self.hypervisor.set_clock(&saved.clock);
+        set.map_err(|errno| Error::Host { what, errno })
+    }
+}
+
+/// Opens a file of memory, which is a regular one.
+fn open(path: &Path) -> Result<File, Error> {
+    let failed = |errno| Error::File {
+        path: path.to_path_buf(),
+        errno,
+    };
+    let mut options = File::options();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(|error| failed(error.into()))?;
+    match file.metadata().map_err(|error| failed(error.into()))?.is_file() {
+        true => Ok(file),
+        false => Err(Error::Invalid(format!("{}: it is no regular file", path.display()))),
+    }
+}
+
+fn read(folder: &Path, name: &str, most: u64, watch: &mut Watch<'_>) -> Result<Vec<u8>, Error> {
+    let path = folder.join(name);
+    let read = Input::open(&path).and_then(|input| input.whole(most, watch));
+    read.map_err(|error| match error {
+        InputError::System(error) => Error::File {
+            errno: error.into(),
+            path,
+        },
+        InputError::Interrupted(failure) => Error::Interrupted(failure),
+        InputError::TooLarge(_) | InputError::Device => {
+            Error::Invalid(format!("{}: it has more than {most} bytes, or no end", path.display()))
+        }
+    })
+}
+
+fn parse<T: DeserializeOwned>(folder: &Path, name: &str, bytes: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Error::Invalid(format!("{}: it is damaged: {error}", folder.join(name).display())))
+}
+
+fn check(folder: &Path, name: &str, found: u64, wanted: u64) -> Result<(), Error> {
+    match found == wanted {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!(
+            "{}: it is damaged: its checksum is {found:016x}, and was {wanted:016x}",
+            folder.join(name).display()
+        ))),
+    }
+}

@@ -1,0 +1,95 @@
+//! Putting a machine aside.
+
+use std::hash::Hasher;
+use std::path::Path;
+
+use twox_hash::XxHash3_64;
+
+use super::folder::NewFolder;
+use super::manifest::{FORMAT, Manifest, Saved, Sums, name};
+use crate::error::Error;
+use crate::input::Watch;
+use crate::machine::assembly::{Machine, outside_listeners};
+use crate::memory::address::State;
+
+impl Machine {
+    /// Writes all of the machine to a new folder, of which only its owner can read anything: memory, private pages
+    /// included, the states of pages, vCPUs, interrupt controllers, clock and devices. Between runs, when no device works on
+    /// a request. The machine can run on.
+    ///
+    /// The folder is there when all of it is written, and not before.
+    ///
+    /// # Errors
+    /// `NotSupported` for private memory that the host cannot read, and while a store of a vCPU is not answered; `Busy` while
+    /// it runs, is closed, and when called from a listener; `File` for a folder that is there already or cannot be written;
+    /// `Device` for what a device raises; `Host` where an ioctl fails; `Interrupted` for a failure of `watch`.
+    pub fn snapshot(&self, folder: &Path, watch: &mut Watch<'_>) -> Result<(), Error> {
+        outside_listeners()?;
+        if !self.memory.can_be_saved() {
+            return Err(Error::NotSupported(
+                "the private pages are in a guest_memfd that the host can neither read nor fill: a machine with \
+                 enforcement=\"traps\" or \"memslots\" can be put aside"
+                    .to_owned(),
+            ));
+        }
+        let _claimed = self.current.claim()?;
+        let new = NewFolder::new(folder)?;
+        let mut vcpus = Vec::new();
+        for index in 0..self.vcpus.len() {
+            let mut vcpu = self.idle_vcpu(index)?;
+            vcpu.settle(&self.kicks[index], self.memory.pause());
+            vcpus.push(vcpu);
+        }
+        let failed = |what| move |errno| Error::Host { what, errno };
+        let msrs = self.hypervisor.msr_indices().map_err(failed("list the MSRs"))?;
+        let vcpus = vcpus.iter().map(|vcpu| vcpu.save(&msrs, self.pc.is_some()));
+        let saved = Saved {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            clock: self.hypervisor.clock().map_err(failed("read the guest's clock"))?,
+            pc: self.pc.as_ref().map(|pc| pc.save()).transpose()?,
+            kept: self.memory.has_kept(),
+        };
+        let state = as_json(&saved)?;
+        new.write(name::STATE, &state)?;
+        let held = self.memory.hold_all();
+        let pages = self.memory.private_bits()?;
+        let mut side = |state, name| {
+            let file = new.file(name)?;
+            let sum = self.memory.save_side(state, &file, &new.path(name), watch)?;
+            new.sync(&file, name)?;
+            Ok::<_, Error>(sum)
+        };
+        let (shared, private) = (side(State::Shared, name::SHARED)?, side(State::Private, name::PRIVATE)?);
+        drop(held);
+        new.write(name::PAGES, &pages)?;
+        let kernel = self.kernel();
+        let kernel = kernel.as_ref().map(|kernel| kernel.file().bytes());
+        if let Some(kernel) = kernel {
+            new.write(name::KERNEL, kernel)?;
+        }
+        let manifest = Manifest {
+            format: FORMAT,
+            pagegate: env!("CARGO_PKG_VERSION").to_owned(),
+            machine: self.made.clone(),
+            sums: Sums {
+                state: sum(&state),
+                pages: sum(&pages),
+                shared,
+                private,
+                kernel: kernel.map(sum),
+            },
+        };
+        new.write(name::MANIFEST, &as_json(&manifest)?)?;
+        new.finish()
+    }
+}
+
+fn as_json(value: &impl serde::Serialize) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(value).map_err(|error| Error::Invalid(format!("the machine's state cannot be written: {error}")))
+}
+
+pub(super) fn sum(bytes: &[u8]) -> u64 {
+    let mut sum = XxHash3_64::new();
+    sum.write(bytes);
+    sum.finish()
+}

@@ -1,0 +1,135 @@
+"""A stock kernel is put aside while it runs, and goes on in a new process: with its memory, its disk and its requests.
+
+PAGEGATE_TEST_GUESTS    a folder with the kernels, as in test_linux.py, and with their modules in lib/modules
+PAGEGATE_TEST_MODULES   a folder with a module built for them, as in test_linux_module.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from pagegate import Vm, devices, linux
+from pagegate.linux.initramfs import STATUS
+from pagegate.linux.kernel import image_release
+
+from .conftest import MIB
+from .test_linux import MEMORY, SECONDS, kernels
+from .test_linux_devices import MODULES, file_on
+from .test_linux_module import COUNTS
+
+TRAPS = {"confidential": "sev", "enforcement": "traps"}
+MEMSLOTS = {"confidential": "sev", "enforcement": "memslots"}
+DATA = 8 * MIB
+COMMAND = f"""mkdir /mnt && mount -t ext4 /dev/vda /mnt
+mount -t tmpfs tmpfs /tmp
+dd if=/dev/urandom of=/tmp/data bs={DATA} count=1 iflag=fullblock 2>/dev/null
+sha256sum </tmp/data
+(i=0; while [ ! -e /tmp/stop ]; do echo "count $i"; i=$((i+1)); sleep 0.2; done) &
+read -r go
+touch /tmp/stop; wait
+sha256sum </tmp/data
+cat /mnt/before
+echo "written later" >/mnt/after
+umount /mnt
+[ ! -e /convert.ko ] || {{ insmod /convert.ko seconds=2 && dmesg | grep workers=; }}"""
+
+GOES_ON = """
+import json
+from pagegate import Vm, devices
+with Vm.resume({saved!r}, devices=[devices.Block({disk!r})], events=1 << 18) as vm:
+    first = vm.console.expect(r"count (\\d+)", timeout={seconds})[1].decode()
+    vm.console.write("go\\n")
+    report = vm.run(timeout={seconds})
+    told = {{"first": int(first), "reason": report.reason, "requests": report.requests, "faults": report.faults}}
+    told |= {{"hypercalls": report.hypercalls, "refused": report.device_accesses}}
+    print(json.dumps(told | {{"output": vm.console.tail(1 << 20).decode(errors="replace")}}))
+"""
+
+
+def module(kernel: Path) -> dict[str, Path]:
+    """The module for the initrd, if there is one for this kernel."""
+    path = Path(os.environ.get("PAGEGATE_TEST_MODULES", "/nowhere"), f"convert-{image_release(kernel)}.ko")
+    return {"/convert.ko": path} if path.is_file() else {}
+
+
+def disk_with(folder: Path) -> Path:
+    files, disk = folder / "files", folder / "disk.img"
+    files.mkdir()
+    (files / "before").write_text("written before\n")
+    with disk.open("wb") as file:
+        file.truncate(16 * MIB)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", str(files), str(disk)], check=True)
+    return disk
+
+
+@pytest.mark.timeout(2 * SECONDS + 60)
+@pytest.mark.parametrize(("how", "vcpus"), [(TRAPS, 1), (TRAPS, 2), (MEMSLOTS, 2), ({}, 1)], ids=str)
+@pytest.mark.parametrize("kernel", kernels()[:1])
+def test_a_guest_goes_on_where_it_was(kernel, how, vcpus, tmp_path) -> None:
+    disk, initrd, extra = disk_with(tmp_path), tmp_path / "initrd", module(kernel)
+    initrd.write_bytes(linux.build(command=COMMAND, modules=MODULES, kernel=kernel, files=extra))
+    with Vm(MEMORY, vcpus=vcpus, platform="pc", **how) as vm:
+        vm.add_device(devices.Block(disk), name="disk")
+        vm.boot(kernel, initrd=initrd, append="quiet")
+        before = vm.console.expect("count 3", timeout=SECONDS)
+        summed = re.search(r"^([0-9a-f]{64})  -", vm.console.tail(4096).decode(), re.MULTILINE)
+        assert before
+        assert summed
+        vm.snapshot(tmp_path / "saved")
+        states = vm.attributes.runs()
+        manifest = json.loads((tmp_path / "saved" / "manifest.json").read_bytes())
+        assert manifest["machine"]["vcpus"] == vcpus
+    program = textwrap.dedent(GOES_ON).format(saved=str(tmp_path / "saved"), disk=str(disk), seconds=SECONDS)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    told = json.loads(done.stdout)
+    output = told["output"].replace("\r\n", "\n")
+    assert (told["first"], told["reason"], told["refused"]) == (4, "poweroff", 0), output
+    assert f"{summed[1]}  -\nwritten before\n" in output
+    assert f"{STATUS}0\n" in output
+    assert "Kernel panic" not in output
+    assert file_on(disk, "/after", tmp_path) == b"written later\n"
+    if how and extra:
+        counts = COUNTS.search(output)
+        assert counts, output
+        workers, asked, failed, touched, _, lost = map(int, counts.groups())
+        assert (workers, failed, lost) == (vcpus, 0, 0)
+        assert told["hypercalls"] == asked > 0
+        assert told["faults"] >= touched > 0
+    # What was put aside is as it was: another one goes on from it.
+    with Vm.resume(tmp_path / "saved", devices=[devices.Block(disk, read_only=False)]) as again:
+        assert again.attributes.runs() == states
+        assert again.console.expect(r"count \d+", timeout=SECONDS)[0] == b"count 4"
+
+
+@pytest.mark.timeout(2 * SECONDS + 60)
+@pytest.mark.parametrize("kernel", kernels()[:1])
+def test_the_command_line_puts_aside_and_goes_on(kernel, tmp_path) -> None:
+    initrd, saved = tmp_path / "initrd", tmp_path / "saved"
+    initrd.write_bytes(linux.build(command="echo before; read -r go; echo after"))
+
+    def pagegate(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pagegate", *arguments, "--timeout", str(SECONDS)]
+        return subprocess.run(command, input=typed, capture_output=True, text=True, check=False, timeout=2 * SECONDS)
+
+    given = ("boot", str(kernel), "--initrd", str(initrd), "--memory", "256M", "--append", "quiet", "--json")
+    done = pagegate(*given, "--save", str(saved), "--save-when", "^before")
+    assert done.returncode == 0, done
+    told = json.loads(done.stdout)
+    assert (told["reason"], told["ended_well"], told["saved"]) == ("stopped", True, str(saved))
+    assert "after" not in done.stderr
+    for _ in range(2):
+        done = pagegate("resume", str(saved), typed="go\n")
+        assert done.returncode == 0, done
+        assert "after" in done.stdout
+        assert "poweroff after" in done.stdout
+    done = pagegate("resume", str(saved), "--rng")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "devices has 1, and the snapshot has 0: none" in done.stderr
