@@ -1305,7 +1305,7 @@ class Vm:
         """The ranges of addresses that are memory, as ``(gpa, size)`` in bytes: one, or two around a hole."""
     @property
     def running(self) -> bool:
-        """Whether a run is in progress."""
+        """Whether a run is in progress. It is from before ``configure`` of its policy is called."""
     def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
         """Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
 
@@ -1372,10 +1372,13 @@ class Vm:
     def report(self) -> Report | None:
         """The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
 
-        ``None`` before the first one, and if no vCPU had begun to run.
+        ``None`` before the first one, and if ``configure`` or ``running`` of its policy raised.
         """
     def stop(self) -> None:
-        """Ends the run in progress as "stopped", from any thread, also before a vCPU runs. Does nothing without one."""
+        """Ends the run in progress as "stopped", from any thread, also while ``configure`` or ``running`` is called.
+
+        Does nothing without one.
+        """
     def read(self, gpa: int, n: int) -> bytes:
         """Reads ``n`` bytes of shared pages, and with ``debug_private`` of private ones.
 

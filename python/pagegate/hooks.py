@@ -76,13 +76,17 @@ class Policy:
 
         Here a policy may look at the machine's size, and set handlers and listeners. Called by the thread that calls
         ``Vm.run``, as the other two are, or ``vm.policy.replace``. What it raises is raised there, and nothing runs.
+        The run is in progress already: ``vm.stop()`` ends it, its timeout counts, ``run`` and ``close`` are refused.
         """
 
     def running(self, vm: Vm) -> None:
         """Is told that a run begins. What it raises is raised by ``Vm.run``, and nothing runs."""
 
     def done(self, report: Report) -> None:
-        """Is told that a run is over, also one that failed: ``report.reason`` is then "livelock" or "failed"."""
+        """Is told that a run is over, also one that failed: ``report.reason`` is then "livelock" or "failed".
+
+        It is called for each run that ``running`` was called for, unless that raised.
+        """
 
 
 class Listener:

@@ -48,8 +48,8 @@ def test_a_policy_is_told_of_its_machine_and_of_each_run():
     with machine(policy) as vm:
         vm.run(timeout=10)
         vm.run(timeout=10)
-    first = ["configure 1 False", "running False", "asked", "done halt"]
-    assert policy.told == [*first, "running False", "done halt"], "the guest asks once"
+    first = ["configure 1 True", "running True", "asked", "done halt"]
+    assert policy.told == [*first, "running True", "done halt"], "the guest asks once"
 
 
 def test_the_policy_at_the_end_of_a_chain_is_told_by_each_machine():
@@ -58,7 +58,7 @@ def test_the_policy_at_the_end_of_a_chain_is_told_by_each_machine():
     for _ in range(2):
         with machine(chain) as vm:
             vm.run(timeout=10)
-    assert policy.told == ["configure 1 False", "running False", "asked", "done halt"] * 2
+    assert policy.told == ["configure 1 True", "running True", "asked", "done halt"] * 2
 
 
 def test_a_policy_that_is_put_in_place_is_told_before_it_is_asked():
@@ -97,8 +97,8 @@ def test_what_is_raised_before_a_run_is_raised_by_it_and_nothing_runs(hook):
         assert vm.report is None
         failing.clear()
         vm.run(timeout=10)
-        assert policy.told[-3:] == ["running False", "asked", "done halt"]
-        assert policy.told.count("configure 1 False") == 1
+        assert policy.told[-3:] == ["running True", "asked", "done halt"]
+        assert policy.told.count("configure 1 True") == 1
 
 
 def test_a_run_that_fails_is_done_too_and_has_a_report():

@@ -24,8 +24,8 @@ pub(super) struct Current {
 enum Now {
     #[default]
     Idle,
-    /// `run` was called, and what comes before the vCPUs is done: listeners are told, vCPUs waited for. The reason why
-    /// the run is to end, if there is one already.
+    /// A run was claimed, and what comes before the vCPUs is done: the policy and listeners are told, vCPUs waited for.
+    /// The reason why the run is to end, if there is one already.
     Entering(Option<String>),
     Running(Arc<Control>),
     Closed,
@@ -56,7 +56,7 @@ impl Current {
         matches!(*self.now.lock(), Now::Entering(_) | Now::Running(_))
     }
 
-    /// `run` was called. Until [`over`](Self::over) nobody else can call it, nor close the machine.
+    /// A run is claimed. Until [`over`](Self::over) nobody else can claim one, nor close the machine.
     pub(super) fn enter(&self) -> Result<(), Error> {
         let mut now = self.now.lock();
         now.idle()?;
@@ -72,9 +72,12 @@ impl Current {
         }
     }
 
-    /// Why no run can begin now.
-    pub(super) fn idle(&self) -> Result<(), Error> {
-        self.now.lock().idle()
+    /// Why its devices cannot change now: vCPUs run, or it is closed. Before they run, a policy may still add some.
+    pub(super) fn changeable(&self) -> Result<(), Error> {
+        match &*self.now.lock() {
+            Now::Entering(_) => Ok(()),
+            now => now.idle(),
+        }
     }
 
     /// The vCPUs of the run that was entered begin. If it is to end already, the control is told.

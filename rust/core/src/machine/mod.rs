@@ -2,7 +2,7 @@
 //!
 //! - [`config`]: the parameters, and their checks; `choice`: what this host gives for them; [`assembly`]: the machine
 //! - `pc`: the devices of a PC; `devices`: their threads during a run; `boot`: Linux before its first run
-//! - `start`: images and registers before a run; `run`: a run with its threads; `entering`: what ends it before they run;
+//! - `start`: images and registers before a run; [`run`]: a run with its threads; `entering`: what ends it before they run;
 //!   `current`: the run in progress; [`report`]: what a run did
 
 pub mod assembly;
@@ -14,5 +14,5 @@ mod devices;
 mod entering;
 mod pc;
 pub mod report;
-mod run;
+pub mod run;
 mod start;

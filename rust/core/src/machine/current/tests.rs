@@ -69,6 +69,6 @@ fn a_closed_machine_begins_no_run_and_one_that_runs_is_not_closed() {
             until(|| current.close().is_ok());
             closed.store(true, Ordering::SeqCst);
         });
-        assert!(current.idle().is_err());
+        assert!(current.changeable().is_err());
     }
 }
