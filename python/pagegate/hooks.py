@@ -124,7 +124,8 @@ def only(
 ) -> Callable[[_Hook], _Hook]:
     """Makes a hook one that is asked only about some requests; the others are converted as asked, without Python.
 
-    For ``memory_fault`` and ``map_gpa_range``: the core itself looks whether a request meets all the conditions.
+    For ``memory_fault`` and ``map_gpa_range``: the core itself looks whether a request meets all the conditions. One
+    that does not is not answered by a remembered decision (``remember=``) either.
 
     ``to``: the state that is asked for. ``gpa``: some of its pages lie in this range of addresses, or in one of these;
     the ends are multiples of 4096. ``least`` and ``most``: its size in bytes. ``vcpu``: it is of this vCPU, or of one

@@ -17,10 +17,10 @@ const MAX_ERRNO: i32 = 4095;
 /// The pages for which a decision is remembered: the policy is not asked again about requests for them.
 ///
 /// A remembered decision answers requests of the same kind (implicit or explicit, to private or to shared) whose pages
-/// all lie in the region. ``gpa`` and ``size``: bytes, multiples of 4096. ``uses``: how many more requests it answers,
-/// at least 1. ``seconds``: how long it holds, above 0, from the time of the request on. Without these two it holds
-/// until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept, then the oldest are dropped; where two overlap
-/// the later one holds.
+/// all lie in the region, and which the hook wants (``only``). ``gpa`` and ``size``: bytes, multiples of 4096.
+/// ``uses``: how many more requests it answers, at least 1. ``seconds``: how long it holds, above 0, from the time of
+/// the request on. Without these two it holds until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept,
+/// then the oldest are dropped; where two overlap the later one holds.
 ///
 /// Raises ValueError. A region that does not lie in guest memory, or not in the pages that its ``Convert`` names, ends
 /// the run with PolicyError.
