@@ -142,7 +142,7 @@ class Region:
     def seconds(self) -> float | None:
         """How long it holds; ``None`` for no limit."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -173,7 +173,7 @@ class Convert:
         *,
         prefault: bool = False,
         discard: bool = True,
-        remember: Region | None = None,
+        remember: Region | dict[str, Any] | None = None,
     ) -> Self: ...
     @property
     def to(self) -> _State | None:
@@ -199,7 +199,7 @@ class Convert:
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -211,7 +211,7 @@ class Deny:
     ``errno`` is in 1..=4095, else ValueError. SNP and TDX guests accept only EINVAL and EAGAIN.
     """
 
-    def __new__(cls, errno: int = 22, *, remember: Region | None = None) -> Self: ...
+    def __new__(cls, errno: int = 22, *, remember: Region | dict[str, Any] | None = None) -> Self: ...
     @property
     def errno(self) -> int:
         """What an explicit request gets in RAX."""
@@ -219,7 +219,7 @@ class Deny:
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -230,7 +230,7 @@ class Discard:
 
     def __new__(cls) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -242,12 +242,12 @@ class Retry:
     After ``LIVELOCK_BOUND`` identical faults with no change of the page in between the run ends as "livelock".
     """
 
-    def __new__(cls, *, remember: Region | None = None) -> Self: ...
+    def __new__(cls, *, remember: Region | dict[str, Any] | None = None) -> Self: ...
     @property
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -261,7 +261,7 @@ class Stop:
     def reason(self) -> str:
         """What ``report.reason`` is to be."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -634,7 +634,7 @@ class Latency:
 
     def __new__(cls, *, p50: int, p90: int, p99: int, max: int) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def p50(self) -> int: ...
@@ -656,7 +656,7 @@ class Whereabouts:
         cls, *, vcpu: int, rip: int, cr2: int, symbol: str | None = None, instruction: str | None = None
     ) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def vcpu(self) -> int:
@@ -683,7 +683,7 @@ class Report:
 
     def __new__(cls, **fields: Any) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def _repr_html_(self) -> str: ...
     @property
@@ -762,7 +762,7 @@ class DeviceAccess:
 
     def __new__(cls, **fields: Any) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def device(self) -> str:
@@ -919,7 +919,7 @@ class Event:
 
     def __new__(cls, **fields: Any) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def sequence(self) -> int:

@@ -28,7 +28,7 @@ impl PyLatency {
         Self { p50, p90, p99, max }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["p50", "p90", "p99", "max"])
     }
@@ -87,7 +87,7 @@ impl PyWhereabouts {
         }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["vcpu", "rip", "cr2", "symbol", "instruction"])
     }
@@ -244,15 +244,15 @@ impl PyReport {
             bytes_to_private: fields.get("bytes_to_private")?,
             bytes_to_shared: fields.get("bytes_to_shared")?,
             device_accesses: fields.get("device_accesses")?,
-            first_device_access: fields.get("first_device_access")?,
-            at: fields.get("at")?,
+            first_device_access: fields.made::<PyDeviceAccess, _>("first_device_access")?,
+            at: fields.made::<PyWhereabouts, _>("at")?,
             debug_private: fields.get("debug_private")?,
-            latency: fields.get("latency")?,
+            latency: fields.made::<PyLatency, _>("latency")?,
             seconds: fields.get("seconds")?,
         })
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &FIELDS)
     }
