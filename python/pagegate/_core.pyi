@@ -1066,8 +1066,9 @@ class Events:
     def follow(self, since: int = 0, *, interval: float = 0.05) -> AsyncIterator[Event]:
         """The events as they come, for asyncio: ``async for event in vm.events.follow()``.
 
-        From the oldest that is kept on, or from sequence number ``since``. It ends when no run is in progress and all
-        events were given. ``interval``: seconds between two looks at the log, 0.05 by default.
+        From the oldest that is kept on, or from sequence number ``since``, to the last of one run: the one that is in
+        progress at the call, else the last one, else the first that there will be. ``interval``: seconds between
+        two looks at the log, 0.05 by default.
         """
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> Event: ...

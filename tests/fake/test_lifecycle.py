@@ -289,6 +289,73 @@ def test_await_a_run_and_follow_its_events():
     assert seen == list(range(50))
 
 
+def requests(*pages):
+    return [Step.doorbell(page * PAGE, 1, PRIVATE) for page in pages]
+
+
+def test_following_ends_with_the_run_and_gives_nothing_of_the_next():
+    async def main():
+        steps = [*requests(0, 1), Step.block(), *requests(2, 3)]
+        with machine(Told(), *steps) as vm:
+            first = asyncio.create_task(vm.run_async(timeout=10))
+            while vm.events.total < 2:
+                await asyncio.sleep(0.001)
+            follow = vm.events.follow(interval=0.001)
+            seen = [(await anext(follow)).sequence]
+            vm.stop()
+            await first
+            assert (await vm.run_async(timeout=10)).requests == 2
+            seen += [event.sequence async for event in follow]
+            return seen, [event.sequence async for event in vm.events.follow()]
+
+    seen, all_of_them = asyncio.run(main())
+    assert seen == [0, 1]
+    assert all_of_them == [0, 1, 2, 3], "asked after it was over: what is kept, up to the end of the last run"
+
+
+def test_following_goes_on_while_a_next_run_is_in_progress():
+    """It gives what is left of its own run, and ends."""
+
+    async def main():
+        with machine(Told(), *requests(0, 1), Step.block(), *requests(2), Step.block()) as vm:
+            first = asyncio.create_task(vm.run_async(timeout=10))
+            while vm.events.total < 2:
+                await asyncio.sleep(0.001)
+            follow = vm.events.follow()
+            vm.stop()
+            await first
+            second = asyncio.create_task(vm.run_async(timeout=10))
+            while vm.events.total < 3:
+                await asyncio.sleep(0.001)
+            seen = await asyncio.wait_for(collected(follow), 5)
+            vm.stop()
+            await second
+            return seen
+
+    async def collected(events):
+        return [event.sequence async for event in events]
+
+    assert asyncio.run(main()) == [0, 1]
+
+
+@pytest.mark.parametrize("hook", ["configure", "running"])
+def test_following_does_not_wait_for_a_run_that_failed_before_it_was_asked(hook):
+    policy = Told()
+
+    def fail(vm):
+        raise ZeroDivisionError
+
+    setattr(policy, hook, fail)
+
+    async def main():
+        with machine(policy) as vm:
+            with pytest.raises(ZeroDivisionError):
+                await vm.run_async(timeout=10)
+            return [event async for event in vm.events.follow()]
+
+    assert asyncio.run(asyncio.wait_for(main(), 10)) == []
+
+
 def test_what_a_run_raises_is_raised_where_it_is_awaited():
     class Broken(Policy):
         def map_gpa_range(self, call):

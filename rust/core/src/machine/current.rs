@@ -1,6 +1,6 @@
 //! Whether the machine runs, is about to, or never will again.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -13,10 +13,23 @@ const RUNNING: &str =
 const CLOSED: &str = "this machine is closed";
 const CLOSE_WHILE_RUNNING: &str = "the machine is running: call stop() and let run() return before close()";
 
+/// A run as those see it who read its events: of the first one there is this before it begins.
+#[derive(Default)]
+pub struct Watched(OnceLock<u64>);
+
+impl Watched {
+    /// The number of the event after its last, once it is over.
+    pub fn end(&self) -> Option<u64> {
+        self.0.get().copied()
+    }
+}
+
 /// Whether there is a run. Devices hold it too, so that a guest can end its run.
 #[derive(Default)]
 pub(super) struct Current {
     now: Mutex<Now>,
+    /// The present run or else the last one; before there was any, the first.
+    watched: Mutex<Arc<Watched>>,
     process: Process,
 }
 
@@ -61,6 +74,11 @@ impl Current {
         let mut now = self.now.lock();
         now.idle()?;
         *now = Now::Entering(None);
+        drop(now);
+        let mut watched = self.watched.lock();
+        if watched.end().is_some() {
+            *watched = Arc::default();
+        }
         Ok(())
     }
 
@@ -90,9 +108,16 @@ impl Current {
         }
     }
 
-    /// The run is over.
-    pub(super) fn over(&self) {
+    /// The run is over, after so many events of all runs.
+    pub(super) fn over(&self, events: u64) {
+        // It is not set yet: `enter` has put a new one there.
+        let _ = self.watched().0.set(events);
         *self.now.lock() = Now::Idle;
+    }
+
+    /// The run in progress, else the last one, else the first.
+    pub(super) fn watched(&self) -> Arc<Watched> {
+        self.watched.lock().clone()
     }
 
     /// No run can begin any more.

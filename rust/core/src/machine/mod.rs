@@ -3,13 +3,13 @@
 //! - [`config`]: the parameters, and their checks; `choice`: what this host gives for them; [`assembly`]: the machine
 //! - `pc`: the devices of a PC; `devices`: their threads during a run; `boot`: Linux before its first run
 //! - `start`: images and registers before a run; [`run`]: a run with its threads; `entering`: what ends it before they run;
-//!   `current`: the run in progress; [`report`]: what a run did
+//!   [`current`]: the run in progress; [`report`]: what a run did
 
 pub mod assembly;
 mod boot;
 mod choice;
 pub mod config;
-mod current;
+pub mod current;
 mod devices;
 mod entering;
 mod pc;

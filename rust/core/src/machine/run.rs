@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::MutexGuard;
 
 use super::assembly::{Machine, outside_listeners};
+use super::current::Watched;
 use super::entering::Entering;
 use super::report::Report;
 use crate::devices::virtio::run::Accesses;
@@ -35,7 +36,7 @@ struct Over<'a>(&'a Machine);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
-        self.0.current.over();
+        self.0.current.over(self.0.events().total());
     }
 }
 
@@ -248,6 +249,11 @@ impl Machine {
     /// Ends the run in progress, from any thread, also one whose vCPUs have not begun yet; without one it does nothing.
     pub fn stop(&self) {
         self.current.stop("stopped");
+    }
+
+    /// The run in progress, else the last one, else the first that there will be.
+    pub fn watched(&self) -> Arc<Watched> {
+        self.current.watched()
     }
 
     /// Whether a run is in progress.
