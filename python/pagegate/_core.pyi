@@ -720,6 +720,9 @@ class Report:
     def malformed(self) -> int:
         """Explicit requests that were refused without asking the policy, and unknown hypercalls."""
     @property
+    def malformed_dropped(self) -> int:
+        """Malformed requests that the log dropped during the run to keep newer ones."""
+    @property
     def stale(self) -> int:
         """Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed."""
     @property
@@ -1049,7 +1052,8 @@ class Events:
 
     It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
     ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
-    vCPU are in order; with several vCPUs, sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
+    vCPU are in order, those of malformed requests for themselves: 4096 of these are kept beside the others, which they
+    cannot push out. Sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
     """
 
     @property
@@ -1689,12 +1693,12 @@ def replay(trace: object, *policies: object, keep: int = 1000) -> Replay:
 class Recorder:
     """Writes a machine's events to a file while it runs, from now on, in a thread of its own.
 
-    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
-    two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
-    before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
-    cannot be written, the run in progress ends as "stopped" and ``close`` raises the error. It may be a pipe: its
-    reader is waited for here and in ``close``, until Ctrl-C. At the end of a ``with`` by an exception a reader that
-    has stalled is not waited for.
+    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The
+    first two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log
+    dropped before they were written are counted as lost, and so are those above ``limit``, which bounds the file,
+    with 65536 malformed requests beside the others. If the file cannot be written, the run in progress ends as
+    "stopped" and ``close`` raises the error. It may be a pipe: its reader is waited for here and in ``close``, until
+    Ctrl-C. At the end of a ``with`` by an exception a reader that has stalled is not waited for.
 
     Raises OSError, and ValueError for another name.
     """
@@ -1706,6 +1710,9 @@ class Recorder:
     @property
     def lost(self) -> int:
         """Events that are not in the file: dropped by the log, or above ``limit``. 0 until it is closed."""
+    @property
+    def lost_malformed(self) -> int:
+        """Malformed requests among those that are lost. 0 until it is closed."""
     def close(self, *, timeout: float | None = None) -> None:
         """Writes the remaining events and closes the file; a second call does nothing. Raises OSError.
 

@@ -14,7 +14,8 @@ use crate::interpreter::arguments;
 ///
 /// It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
 /// ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
-/// vCPU are in order; with several vCPUs, sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
+/// vCPU are in order, those of malformed requests for themselves: 4096 of these are kept beside the others, which they
+/// cannot push out. Sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
 #[pyclass(name = "Events", module = "pagegate", frozen)]
 pub(crate) struct PyEvents(pub(crate) OfVm);
 

@@ -113,7 +113,7 @@ impl PyWhereabouts {
 }
 
 /// Of a [`PyReport`].
-const FIELDS: [&str; 20] = [
+const FIELDS: [&str; 21] = [
     "reason",
     "requests",
     "conversions",
@@ -123,6 +123,7 @@ const FIELDS: [&str; 20] = [
     "hypercalls",
     "poisons",
     "malformed",
+    "malformed_dropped",
     "stale",
     "opened",
     "bytes_prefaulted",
@@ -163,6 +164,8 @@ pub(crate) struct PyReport {
     poisons: u64,
     /// Explicit requests that were refused without asking the policy, and unknown hypercalls.
     malformed: u64,
+    /// Malformed requests that the log dropped during the run to keep newer ones.
+    malformed_dropped: u64,
     /// Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed.
     stale: u64,
     /// How often pages were opened to a vCPU without paging, in a software SEV guest.
@@ -202,6 +205,7 @@ impl PyReport {
             hypercalls: tally.hypercalls,
             poisons: tally.poisons,
             malformed: tally.malformed,
+            malformed_dropped: report.malformed_dropped,
             stale: tally.stale,
             opened: tally.opened,
             bytes_prefaulted: tally.bytes_prefaulted,
@@ -238,6 +242,7 @@ impl PyReport {
             hypercalls: fields.get("hypercalls")?,
             poisons: fields.get("poisons")?,
             malformed: fields.get("malformed")?,
+            malformed_dropped: fields.get("malformed_dropped")?,
             stale: fields.get("stale")?,
             opened: fields.get("opened")?,
             bytes_prefaulted: fields.get("bytes_prefaulted")?,

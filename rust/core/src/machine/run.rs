@@ -74,6 +74,7 @@ impl Claim<'_> {
             at: None,
             accesses: Arc::default(),
         };
+        let dropped = over.0.events().malformed_dropped();
         let (reason, error) = match over.0.run_claimed(deadline, interrupt, &mut done) {
             Ok(reason) => (reason, None),
             Err(error @ Error::Livelock { .. }) => ("livelock".to_owned(), Some(error)),
@@ -86,6 +87,7 @@ impl Claim<'_> {
             debug_private: over.0.debug_private(),
             device_accesses,
             device_access,
+            malformed_dropped: over.0.events().malformed_dropped().saturating_sub(dropped),
             tally: done.tally,
             duration: begun.elapsed(),
         };
