@@ -1586,6 +1586,13 @@ class TraceIterator:
 def event_words() -> dict[str, list[str]]:
     """The words that an event's kind, decision and outcome can be, by these names."""
 
+def _regular_file(path: str | PathLike[str], most: int) -> bytes | None:
+    """The bytes of a regular file of at most ``most`` bytes; Ctrl-C ends the reading.
+
+    ``None`` for what is no regular file: a pipe's writer would be waited for. Raises OSError, and ValueError for a
+    larger one.
+    """
+
 def read_trace(source: object, *, memory: int | str | None = None, initial: _State | None = None) -> Trace:
     """Reads a trace from a file of any of the formats, ``vm.events``, or any Arrow table with their columns.
 

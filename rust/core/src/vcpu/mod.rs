@@ -24,7 +24,7 @@ mod read_back;
 mod request;
 pub(crate) mod run_loop;
 pub mod running;
-pub(crate) mod signal;
+pub mod signal;
 pub(crate) mod state;
 pub mod tally;
 mod unpaged;
