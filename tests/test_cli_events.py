@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 
 import pyarrow as pa
@@ -157,3 +158,23 @@ def test_replay_without_a_policy_says_what_to_do(folder):
     told = pagegate("replay", "some.parquet", cwd=folder, status=2).stderr
     assert "name a policy to put the requests to" in told
     assert "`pagegate events some.parquet`" in told
+
+
+def test_a_file_of_names_that_is_a_pipe_a_device_or_too_large_is_none(folder, tmp_path, some):
+    file = tmp_path / "some.parquet"
+    file.write_bytes((folder / "some.parquet").read_bytes())
+    names = symbols.beside(file)
+    plain = pagegate("events", file, "--jsonl", cwd=folder).stdout
+    for make in (
+        lambda: os.mkfifo(names),
+        lambda: names.symlink_to("/dev/zero"),
+        names.mkdir,
+        lambda: names.write_text("[3]"),
+        lambda: names.write_text('{"0x1": "a"'),
+        lambda: (names.touch(), os.truncate(names, 1 << 40)),
+    ):
+        make()
+        assert pagegate("events", file, "--jsonl", cwd=folder).stdout == plain
+        names.rmdir() if names.is_dir() else names.unlink()
+    names.write_text(json.dumps({hex(some[0].rip): "start"}))
+    assert json.loads(pagegate("events", file, "--jsonl", cwd=folder).stdout.splitlines()[0])["symbol"] == "start"

@@ -85,6 +85,39 @@ def test_files_of_other_libraries_are_read(tmp_path) -> None:
     assert {event.kind for event in some} == {"implicit"}
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_times_in_any_unit_are_nanoseconds(unit, suffix, tmp_path) -> None:
+    per = {"s": 10**9, "ms": 10**6, "us": 1000, "ns": 1}[unit]
+    made = pa.table(trace.synthetic(20))
+
+    def replaced(latencies, name="latency", kind=None):
+        column = pa.array(latencies, kind or pa.duration(unit))
+        return made.set_column(made.schema.get_field_index(name), name, column)
+
+    table = replaced(range(20))
+    file = tmp_path / f"events.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    for source in (table, file):
+        assert [event.latency for event in trace.read(source)] == [at * per for at in range(20)]
+    times = trace.read(replaced(range(20), "time", pa.timestamp(unit)))
+    assert [event.time for event in times] == [at * per for at in range(20)]
+    if per > 1:
+        with pytest.raises(ValueError, match=r'column "latency": .*do not all fit'):
+            trace.read(replaced([2**63 // per + 1] * 20))
+
+
+def test_a_time_of_day_is_no_latency() -> None:
+    made = pa.table(trace.synthetic(2))
+    table = made.set_column(made.schema.get_field_index("latency"), "latency", pa.array([1, 2], pa.time64("us")))
+    with pytest.raises(ValueError, match='column "latency": it has type Time64'):
+        trace.read(table)
+
+
 def test_a_table_without_its_machine() -> None:
     table = pa.table(trace.synthetic(5)).replace_schema_metadata()
     with pytest.raises(ValueError, match="does not say how much memory .*: tell memory and initial to whoever"):

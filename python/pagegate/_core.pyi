@@ -119,10 +119,10 @@ class Region:
     """The pages for which a decision is remembered: the policy is not asked again about requests for them.
 
     A remembered decision answers requests of the same kind (implicit or explicit, to private or to shared) whose pages
-    all lie in the region. ``gpa`` and ``size``: bytes, multiples of 4096. ``uses``: how many more requests it answers,
-    at least 1. ``seconds``: how long it holds, above 0, from the time of the request on. Without these two it holds
-    until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept, then the oldest are dropped; where two overlap
-    the later one holds.
+    all lie in the region, and which the hook wants (``only``). ``gpa`` and ``size``: bytes, multiples of 4096.
+    ``uses``: how many more requests it answers, at least 1. ``seconds``: how long it holds, above 0, from the time of
+    the request on. Without these two it holds until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept,
+    then the oldest are dropped; where two overlap the later one holds.
 
     Raises ValueError. A region that does not lie in guest memory, or not in the pages that its ``Convert`` names, ends
     the run with PolicyError.
@@ -142,7 +142,7 @@ class Region:
     def seconds(self) -> float | None:
         """How long it holds; ``None`` for no limit."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -173,7 +173,7 @@ class Convert:
         *,
         prefault: bool = False,
         discard: bool = True,
-        remember: Region | None = None,
+        remember: Region | dict[str, Any] | None = None,
     ) -> Self: ...
     @property
     def to(self) -> _State | None:
@@ -199,7 +199,7 @@ class Convert:
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -211,7 +211,7 @@ class Deny:
     ``errno`` is in 1..=4095, else ValueError. SNP and TDX guests accept only EINVAL and EAGAIN.
     """
 
-    def __new__(cls, errno: int = 22, *, remember: Region | None = None) -> Self: ...
+    def __new__(cls, errno: int = 22, *, remember: Region | dict[str, Any] | None = None) -> Self: ...
     @property
     def errno(self) -> int:
         """What an explicit request gets in RAX."""
@@ -219,7 +219,7 @@ class Deny:
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -230,7 +230,7 @@ class Discard:
 
     def __new__(cls) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -242,12 +242,12 @@ class Retry:
     After ``LIVELOCK_BOUND`` identical faults with no change of the page in between the run ends as "livelock".
     """
 
-    def __new__(cls, *, remember: Region | None = None) -> Self: ...
+    def __new__(cls, *, remember: Region | dict[str, Any] | None = None) -> Self: ...
     @property
     def remember(self) -> Region | None:
         """For which pages this decision is remembered; ``None`` if it is for this request only."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -261,7 +261,7 @@ class Stop:
     def reason(self) -> str:
         """What ``report.reason`` is to be."""
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -634,7 +634,7 @@ class Latency:
 
     def __new__(cls, *, p50: int, p90: int, p99: int, max: int) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def p50(self) -> int: ...
@@ -656,7 +656,7 @@ class Whereabouts:
         cls, *, vcpu: int, rip: int, cr2: int, symbol: str | None = None, instruction: str | None = None
     ) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def vcpu(self) -> int:
@@ -683,7 +683,7 @@ class Report:
 
     def __new__(cls, **fields: Any) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     def _repr_html_(self) -> str: ...
     @property
@@ -719,6 +719,9 @@ class Report:
     @property
     def malformed(self) -> int:
         """Explicit requests that were refused without asking the policy, and unknown hypercalls."""
+    @property
+    def malformed_dropped(self) -> int:
+        """Malformed requests that the log dropped during the run to keep newer ones."""
     @property
     def stale(self) -> int:
         """Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed."""
@@ -762,7 +765,7 @@ class DeviceAccess:
 
     def __new__(cls, **fields: Any) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def device(self) -> str:
@@ -919,7 +922,7 @@ class Event:
 
     def __new__(cls, **fields: Any) -> Self: ...
     def asdict(self) -> dict[str, Any]:
-        """Its fields by name."""
+        """Its fields by name. An equal one can be made of them."""
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
     @property
     def sequence(self) -> int:
@@ -1049,7 +1052,8 @@ class Events:
 
     It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
     ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
-    vCPU are in order; with several vCPUs, sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
+    vCPU are in order, those of malformed requests for themselves: 4096 of these are kept beside the others, which they
+    cannot push out. Sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
     """
 
     @property
@@ -1066,8 +1070,9 @@ class Events:
     def follow(self, since: int = 0, *, interval: float = 0.05) -> AsyncIterator[Event]:
         """The events as they come, for asyncio: ``async for event in vm.events.follow()``.
 
-        From the oldest that is kept on, or from sequence number ``since``. It ends when no run is in progress and all
-        events were given. ``interval``: seconds between two looks at the log, 0.05 by default.
+        From the oldest that is kept on, or from sequence number ``since``, to the last of one run: the one that is in
+        progress at the call, else the last one, else the first that there will be. ``interval``: seconds between
+        two looks at the log, 0.05 by default.
         """
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> Event: ...
@@ -1305,7 +1310,7 @@ class Vm:
         """The ranges of addresses that are memory, as ``(gpa, size)`` in bytes: one, or two around a hole."""
     @property
     def running(self) -> bool:
-        """Whether a run is in progress."""
+        """Whether a run is in progress. It is from before ``configure`` of its policy is called."""
     def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
         """Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
 
@@ -1372,10 +1377,13 @@ class Vm:
     def report(self) -> Report | None:
         """The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
 
-        ``None`` before the first one, and if no vCPU had begun to run.
+        ``None`` before the first one, and if ``configure`` or ``running`` of its policy raised.
         """
     def stop(self) -> None:
-        """Ends the run in progress as "stopped", from any thread, also before a vCPU runs. Does nothing without one."""
+        """Ends the run in progress as "stopped", from any thread, also while ``configure`` or ``running`` is called.
+
+        Does nothing without one.
+        """
     def read(self, gpa: int, n: int) -> bytes:
         """Reads ``n`` bytes of shared pages, and with ``debug_private`` of private ones.
 
@@ -1612,6 +1620,13 @@ class TraceIterator:
 def event_words() -> dict[str, list[str]]:
     """The words that an event's kind, decision and outcome can be, by these names."""
 
+def _regular_file(path: str | PathLike[str], most: int) -> bytes | None:
+    """The bytes of a regular file of at most ``most`` bytes; Ctrl-C ends the reading.
+
+    ``None`` for what is no regular file: a pipe's writer would be waited for. Raises OSError, and ValueError for a
+    larger one.
+    """
+
 def read_trace(source: object, *, memory: int | str | None = None, initial: _State | None = None) -> Trace:
     """Reads a trace from a file of any of the formats, ``vm.events``, or any Arrow table with their columns.
 
@@ -1719,12 +1734,12 @@ def replay(trace: object, *policies: object, keep: int = 1000) -> Replay:
 class Recorder:
     """Writes a machine's events to a file while it runs, from now on, in a thread of its own.
 
-    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
-    two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
-    before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
-    cannot be written, the run in progress ends as "stopped" and ``close`` raises the error. It may be a pipe: its
-    reader is waited for here and in ``close``, until Ctrl-C. At the end of a ``with`` by an exception a reader that
-    has stalled is not waited for.
+    ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The
+    first two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log
+    dropped before they were written are counted as lost, and so are those above ``limit``, which bounds the file,
+    with 65536 malformed requests beside the others. If the file cannot be written, the run in progress ends as
+    "stopped" and ``close`` raises the error. It may be a pipe: its reader is waited for here and in ``close``, until
+    Ctrl-C. At the end of a ``with`` by an exception a reader that has stalled is not waited for.
 
     Raises OSError, and ValueError for another name.
     """
@@ -1736,6 +1751,9 @@ class Recorder:
     @property
     def lost(self) -> int:
         """Events that are not in the file: dropped by the log, or above ``limit``. 0 until it is closed."""
+    @property
+    def lost_malformed(self) -> int:
+        """Malformed requests among those that are lost. 0 until it is closed."""
     def close(self, *, timeout: float | None = None) -> None:
         """Writes the remaining events and closes the file; a second call does nothing. Raises OSError.
 

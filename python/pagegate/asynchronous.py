@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from pagegate._core import Event, Report, Vm
 
@@ -57,19 +57,20 @@ async def run(vm: Vm, timeout: float | None = None) -> Report:
     return report
 
 
-async def follow(vm: Vm, since: int = 0, interval: float = 0.05) -> AsyncIterator[Event]:
-    """Yields a machine's events from a sequence number on, until no run is in progress and all were given.
+async def follow(vm: Vm, end: Callable[[], int | None], since: int = 0, interval: float = 0.05) -> AsyncIterator[Event]:
+    """Yields a machine's events from a sequence number on, until a run is over and all of its were given.
 
-    If no run has begun yet, it waits for one. ``interval``: seconds between two looks at the log.
+    ``end``: the number of the event after the run's last, ``None`` while it goes on or has not begun. ``interval``:
+    seconds between two looks at the log.
     """
-    begun = False
     while True:
-        # Before the log is read: what the last run has logged is in it then.
-        running = vm.running
-        begun = begun or running or vm.events.total > since or vm.report is not None
+        # Before the log is read: what the run has logged is in it then.
+        over = end()
         for event in vm.events.since(since):
+            if over is not None and event.sequence >= over:
+                return
             since = event.sequence + 1
             yield event
-        if begun and not running:
+        if over is not None:
             return
         await asyncio.sleep(interval)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pagegate._core import Report
+
 
 class PagegateError(Exception):
     """The base class of all errors of this package.
@@ -19,6 +24,8 @@ class PagegateError(Exception):
     """The guest's instruction pointer."""
     symbol: str | None = None
     """The kernel's function that it is in, such as ``"set_memory_decrypted+0x1f"``."""
+    report: Report | None = None
+    """What the run did that it ended."""
 
 
 class KvmUnavailable(PagegateError):

@@ -76,13 +76,17 @@ class Policy:
 
         Here a policy may look at the machine's size, and set handlers and listeners. Called by the thread that calls
         ``Vm.run``, as the other two are, or ``vm.policy.replace``. What it raises is raised there, and nothing runs.
+        The run is in progress already: ``vm.stop()`` ends it, its timeout counts, ``run`` and ``close`` are refused.
         """
 
     def running(self, vm: Vm) -> None:
         """Is told that a run begins. What it raises is raised by ``Vm.run``, and nothing runs."""
 
     def done(self, report: Report) -> None:
-        """Is told that a run is over, also one that failed: ``report.reason`` is then "livelock" or "failed"."""
+        """Is told that a run is over, also one that failed: ``report.reason`` is then "livelock" or "failed".
+
+        It is called for each run that ``running`` was called for, unless that raised.
+        """
 
 
 class Listener:
@@ -120,7 +124,8 @@ def only(
 ) -> Callable[[_Hook], _Hook]:
     """Makes a hook one that is asked only about some requests; the others are converted as asked, without Python.
 
-    For ``memory_fault`` and ``map_gpa_range``: the core itself looks whether a request meets all the conditions.
+    For ``memory_fault`` and ``map_gpa_range``: the core itself looks whether a request meets all the conditions. One
+    that does not is not answered by a remembered decision (``remember=``) either.
 
     ``to``: the state that is asked for. ``gpa``: some of its pages lie in this range of addresses, or in one of these;
     the ends are multiples of 4096. ``least`` and ``most``: its size in bytes. ``vcpu``: it is of this vCPU, or of one

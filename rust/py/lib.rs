@@ -83,6 +83,8 @@ mod _core {
     use crate::interpreter::arguments::timeout_seconds;
     #[pymodule_export]
     use crate::interpreter::ending::end;
+    #[pymodule_export]
+    use crate::machine::input::regular_file;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -48,8 +48,8 @@ def test_a_policy_is_told_of_its_machine_and_of_each_run():
     with machine(policy) as vm:
         vm.run(timeout=10)
         vm.run(timeout=10)
-    first = ["configure 1 False", "running False", "asked", "done halt"]
-    assert policy.told == [*first, "running False", "done halt"], "the guest asks once"
+    first = ["configure 1 True", "running True", "asked", "done halt"]
+    assert policy.told == [*first, "running True", "done halt"], "the guest asks once"
 
 
 def test_the_policy_at_the_end_of_a_chain_is_told_by_each_machine():
@@ -58,7 +58,7 @@ def test_the_policy_at_the_end_of_a_chain_is_told_by_each_machine():
     for _ in range(2):
         with machine(chain) as vm:
             vm.run(timeout=10)
-    assert policy.told == ["configure 1 False", "running False", "asked", "done halt"] * 2
+    assert policy.told == ["configure 1 True", "running True", "asked", "done halt"] * 2
 
 
 def test_a_policy_that_is_put_in_place_is_told_before_it_is_asked():
@@ -97,8 +97,8 @@ def test_what_is_raised_before_a_run_is_raised_by_it_and_nothing_runs(hook):
         assert vm.report is None
         failing.clear()
         vm.run(timeout=10)
-        assert policy.told[-3:] == ["running False", "asked", "done halt"]
-        assert policy.told.count("configure 1 False") == 1
+        assert policy.told[-3:] == ["running True", "asked", "done halt"]
+        assert policy.told.count("configure 1 True") == 1
 
 
 def test_a_run_that_fails_is_done_too_and_has_a_report():
@@ -287,6 +287,73 @@ def test_await_a_run_and_follow_its_events():
     report, seen = asyncio.run(main())
     assert (report.reason, report.requests) == ("halt", 50)
     assert seen == list(range(50))
+
+
+def requests(*pages):
+    return [Step.doorbell(page * PAGE, 1, PRIVATE) for page in pages]
+
+
+def test_following_ends_with_the_run_and_gives_nothing_of_the_next():
+    async def main():
+        steps = [*requests(0, 1), Step.block(), *requests(2, 3)]
+        with machine(Told(), *steps) as vm:
+            first = asyncio.create_task(vm.run_async(timeout=10))
+            while vm.events.total < 2:
+                await asyncio.sleep(0.001)
+            follow = vm.events.follow(interval=0.001)
+            seen = [(await anext(follow)).sequence]
+            vm.stop()
+            await first
+            assert (await vm.run_async(timeout=10)).requests == 2
+            seen += [event.sequence async for event in follow]
+            return seen, [event.sequence async for event in vm.events.follow()]
+
+    seen, all_of_them = asyncio.run(main())
+    assert seen == [0, 1]
+    assert all_of_them == [0, 1, 2, 3], "asked after it was over: what is kept, up to the end of the last run"
+
+
+def test_following_goes_on_while_a_next_run_is_in_progress():
+    """It gives what is left of its own run, and ends."""
+
+    async def main():
+        with machine(Told(), *requests(0, 1), Step.block(), *requests(2), Step.block()) as vm:
+            first = asyncio.create_task(vm.run_async(timeout=10))
+            while vm.events.total < 2:
+                await asyncio.sleep(0.001)
+            follow = vm.events.follow()
+            vm.stop()
+            await first
+            second = asyncio.create_task(vm.run_async(timeout=10))
+            while vm.events.total < 3:
+                await asyncio.sleep(0.001)
+            seen = await asyncio.wait_for(collected(follow), 5)
+            vm.stop()
+            await second
+            return seen
+
+    async def collected(events):
+        return [event.sequence async for event in events]
+
+    assert asyncio.run(main()) == [0, 1]
+
+
+@pytest.mark.parametrize("hook", ["configure", "running"])
+def test_following_does_not_wait_for_a_run_that_failed_before_it_was_asked(hook):
+    policy = Told()
+
+    def fail(vm):
+        raise ZeroDivisionError
+
+    setattr(policy, hook, fail)
+
+    async def main():
+        with machine(policy) as vm:
+            with pytest.raises(ZeroDivisionError):
+                await vm.run_async(timeout=10)
+            return [event async for event in vm.events.follow()]
+
+    assert asyncio.run(asyncio.wait_for(main(), 10)) == []
 
 
 def test_what_a_run_raises_is_raised_where_it_is_awaited():

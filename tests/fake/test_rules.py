@@ -4,8 +4,8 @@ import threading
 import time
 
 import pytest
-from pagegate import Convert, Deny, Discard, PolicyError, Region, Retry, Stop, policies
-from pagegate.testing import Step
+from pagegate import Convert, Deny, Discard, Policy, PolicyError, Region, Retry, Stop, Vm, only, policies
+from pagegate.testing import Fake, PolicyTester, Step
 
 from .conftest import TWO_VIEWS
 
@@ -269,3 +269,49 @@ def test_replaced_under_load_every_request_is_decided_once(make) -> None:
     assert len(made) > 10
     assert sum(len(each.asked) for each in made) == 2 * rounds
     assert sum(1 for each in made if each.asked) > 5
+
+
+# ---- what a hook does not want is not answered by its remembered decisions
+
+
+@pytest.mark.parametrize(
+    ("conditions", "wanted", "unwanted"),
+    [
+        ({"most": PAGE}, (0, 1), (0, 2)),
+        ({"least": 2 * PAGE}, (0, 2), (0, 1)),
+        ({"gpa": range(PAGE)}, (0, 1), (PAGE, 1)),
+    ],
+    ids=str,
+)
+def test_a_request_that_the_hook_does_not_want_is_converted_as_asked(conditions, wanted, unwanted):
+    class Mine(Policy):
+        @only(**conditions)
+        def map_gpa_range(self, call):
+            return Deny(9, remember=Region(0, 16 * PAGE))
+
+    def step(request):
+        gpa, pages = request
+        return Step.doorbell(gpa, pages, 16)
+
+    fake = Fake([step(wanted), step(unwanted), step(wanted)])
+    with Vm("1M", policy=Mine(), hypervisor=fake) as vm:
+        vm.vcpus[0].start(rip=0x1000)
+        report = vm.run(timeout=10)
+        assert answers(fake) == [9, 0, 9]
+        assert (report.denied, report.conversions) == (2, 1)
+        assert (vm.policy.seen, vm.policy.spared) == (1, 1)
+    gpa, pages = unwanted
+    tester = PolicyTester(Mine(), memory="1M", initial="shared")
+    assert tester.call(wanted[0], wanted[1] * PAGE, to="private") == Deny(9)
+    assert tester.call(gpa, pages * PAGE, to="private") == Convert()
+
+
+def test_faults_of_another_vcpu_that_the_hook_does_not_want():
+    class Mine(Policy):
+        @only(vcpu=0)
+        def memory_fault(self, fault):
+            return Retry(remember=Region(0, 16 * PAGE))
+
+    tester = PolicyTester(Mine(), memory="1M", initial="private")
+    assert tester.fault(0, vcpu=0) == Retry()
+    assert tester.fault(0, vcpu=1) == Convert()

@@ -420,6 +420,27 @@ def test_other_devices_are_refused(machine, tmp_path: Path) -> None:
         Vm.resume(tmp_path / "saved", hypervisor=Fake(), devices=[Echo(), devices.Rng()])
 
 
+def test_nothing_else_is_done_meanwhile(machine, tmp_path: Path) -> None:
+    told = []
+
+    class Curious(Echo):
+        def save(self):
+            for call in (vm.run, vm.close, lambda: vm.snapshot(tmp_path / "other"), lambda: vm.add_device(Echo())):
+                with pytest.raises(PagegateError, match="being put aside"):
+                    call()
+                told.append(call)
+            vm.stop()
+            return b""
+
+    vm = machine([], platform="pc")
+    vm.add_device(Curious())
+    vm.vcpus[0].start(mode="protected")
+    vm.snapshot(tmp_path / "saved")
+    assert len(told) == 4
+    # What stop() did then was nothing.
+    assert vm.run(timeout=20).reason == "halt"
+
+
 def test_what_a_device_raises(machine, tmp_path: Path) -> None:
     class Broken(Echo):
         def save(self):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pagegate.cli import asked, places
 from pagegate.cli.printing import counted, printable, times
-from pagegate.cli.summary import Ran, legend, size, strip
+from pagegate.cli.summary import Ran, legend, malformed, size, strip
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -128,8 +128,8 @@ class Booted:
             first = report.first_device_access
             told = f"devices were told {times(report.device_accesses)} to access what is not shared"
             found.append(told if first is None else f"{told}, {first.device} first, at {first.gpa:#x}")
-        if ran.vm.events.dropped:
-            older = counted(ran.vm.events.dropped, "older request")
+        if dropped := ran.vm.events.dropped - report.malformed_dropped:
+            older = counted(dropped, "older request")
             found.append(f"the log dropped {older}, which the table lacks: --events FILE keeps them")
         if report.debug_private:
             found.append(_DEBUG_PRIVATE)
@@ -141,7 +141,7 @@ class Booted:
         rows = Table(box=None, show_header=False, pad_edge=False)
         rows.add_row("asked", ran.asked())
         if report.malformed:
-            rows.add_row("", f"and {report.malformed} malformed, which no policy saw")
+            rows.add_row("", malformed(report))
         if report.opened:
             opened = f"pages were opened {times(report.opened)} to a vCPU without paging, no policy asked"
             rows.add_row("unpaged", opened)
@@ -186,7 +186,10 @@ class Booted:
             "requests": report.requests,
             "explicit": report.hypercalls,
             "implicit": report.faults,
-            **{name: getattr(report, name) for name in ("conversions", "denied", "retries", "malformed")},
+            **{
+                name: getattr(report, name)
+                for name in ("conversions", "denied", "retries", "malformed", "malformed_dropped")
+            },
             "unpaged": report.opened,
             "device_accesses": report.device_accesses,
             **{name: getattr(report, name) for name in names},

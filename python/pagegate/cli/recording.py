@@ -29,7 +29,7 @@ limit_option = click.option(
     default=10_000_000,
     show_default=True,
     metavar="N",
-    help="Write at most N requests to FILE; the others are only counted.",
+    help="Write at most N requests to FILE, and beside them 65536 malformed ones; the others are only counted.",
 )
 
 
@@ -72,9 +72,13 @@ class Recording:
             if exc is not None:
                 click.echo(f"pagegate: {self._file}: {error.strerror}", err=True)
             return
-        if self._recorder.lost:
-            what = f"{self._recorder.lost} requests are not in {self._file}"
+        malformed = self._recorder.lost_malformed
+        if lost := self._recorder.lost - malformed:
+            what = f"{lost} requests are not in {self._file}"
             click.echo(f"pagegate: {what}: above --events-limit, or too fast to be written", err=True)
+        if malformed:
+            what = f"{malformed} malformed requests are not in {self._file}"
+            click.echo(f"pagegate: {what}: too many, or too fast to be written", err=True)
 
     def check(self, *, interrupted: bool) -> None:
         """Raises the file's error. After Ctrl-C, which decides the exit status, it is only said."""

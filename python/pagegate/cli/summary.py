@@ -164,11 +164,11 @@ def summary(ran: Ran, width: int, note: str = "") -> Group:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("asked", ran.asked())
     if report.malformed:
-        table.add_row("", f"and {report.malformed} malformed, which no policy saw")
+        table.add_row("", malformed(report))
     if decided := ran.decided():
         table.add_row("decided", decided)
-    if vm.events.dropped:
-        table.add_row("", f"and {counted(vm.events.dropped, 'older request')}, which the log dropped")
+    if dropped := vm.events.dropped - report.malformed_dropped:
+        table.add_row("", f"and {counted(dropped, 'older request')}, which the log dropped")
     to_private, to_shared = size(report.bytes_to_private), size(report.bytes_to_shared)
     table.add_row("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
     usage = vm.memory_usage()
@@ -182,6 +182,12 @@ def summary(ran: Ran, width: int, note: str = "") -> Group:
     return Group(Text(), strip(vm, width), legend(), Text(), table)
 
 
+def malformed(report: Report) -> str:
+    """Says how many malformed requests there were, where there were some."""
+    dropped = f" ({report.malformed_dropped} of them are not in the log)" if report.malformed_dropped else ""
+    return f"and {report.malformed} malformed, which no policy saw{dropped}"
+
+
 def event_facts(event: Event) -> dict[str, Any]:
     """A request, for JSON."""
     names = ("kind", "gpa", "size", "to", "outcome", "done_gpa", "done_size", "done_to", "errno", "latency")
@@ -191,7 +197,17 @@ def event_facts(event: Event) -> dict[str, Any]:
 def facts(ran: Ran, policy: str) -> dict[str, Any]:
     """A run, for JSON."""
     vm, report = ran.vm, ran.report
-    names = ("reason", "requests", "conversions", "denied", "retries", "faults", "hypercalls", "malformed")
+    names = (
+        "reason",
+        "requests",
+        "conversions",
+        "denied",
+        "retries",
+        "faults",
+        "hypercalls",
+        "malformed",
+        "malformed_dropped",
+    )
     counts = ("bytes_to_private", "bytes_to_shared")
     usage = vm.memory_usage()
     return {

@@ -10,6 +10,7 @@ import contextlib
 import json
 from typing import TYPE_CHECKING
 
+from pagegate._core import _regular_file
 from pagegate.cli.printing import printable
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from pagegate import Vm
 
-_LARGEST = 64 << 20
+_LARGEST = 16 << 20
 """Bytes of such a file that are read."""
 
 
@@ -35,9 +36,8 @@ def write(vm: Vm, trace: Path) -> None:
 
 
 def read(trace: Path) -> dict[int, str]:
-    """The names by instruction pointer; none if there is no such file, or it is none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        with beside(trace).open(encoding="utf-8") as file:
-            told = json.loads(file.read(_LARGEST))
+    """The names by instruction pointer; none if there is no such file, or it is none: a pipe, or a larger one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
+        told = json.loads(_regular_file(beside(trace), _LARGEST) or b"{}")
         return {int(rip, 16): printable(str(name)) for rip, name in told.items()}
     return {}

@@ -46,7 +46,7 @@ pub fn run(plan: &Plan, timeout: Option<Duration>, interrupt: &mut dyn FnMut() -
     let (spans, given_up) = std::thread::scope(|scope| {
         let control = &threads;
         let body = |mut vcpu: BareVcpu<'_>| {
-            let _running = control.enter();
+            let _running = control.enter()?;
             vcpu.run(&control.leave)
         };
         let threads: Vec<_> = vcpus.into_iter().map(|vcpu| scope.spawn(move || body(vcpu))).collect();

@@ -1,31 +1,30 @@
 //! The vCPUs' threads: waiting for their end, and making KVM_RUN return in them.
-#![allow(unsafe_code)]
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vmm_sys_util::signal;
+use pagegate_core::error::Error;
+use pagegate_core::vcpu::signal::{self, Installed};
 
 pub(crate) struct Threads {
     /// Set once: all vCPUs are to end.
     pub leave: AtomicBool,
     inner: Mutex<Inner>,
     ended: Condvar,
+    _signal: Installed,
 }
 
 struct Inner {
     /// How many have not ended, including those that have not started yet.
     left: usize,
     /// The threads that are in their loop.
-    running: Vec<libc::pthread_t>,
+    running: Vec<libc::pid_t>,
 }
 
 impl Threads {
     pub(crate) fn new(count: usize) -> io::Result<Self> {
-        // Without SA_RESTART, so that KVM_RUN returns.
-        signal::register_signal_handler(signal_number(), do_nothing)?;
         Ok(Self {
             leave: AtomicBool::new(false),
             inner: Mutex::new(Inner {
@@ -33,6 +32,7 @@ impl Threads {
                 running: Vec::new(),
             }),
             ended: Condvar::new(),
+            _signal: Installed::install().map_err(of_host)?,
         })
     }
 
@@ -41,11 +41,12 @@ impl Threads {
     }
 
     /// The calling thread is in its loop until the guard is dropped.
-    pub(crate) fn enter(&self) -> Running<'_> {
-        // SAFETY: takes no argument and cannot fail.
-        let thread = unsafe { libc::pthread_self() };
+    pub(crate) fn enter(&self) -> io::Result<Running<'_>> {
+        let thread = signal::this_thread();
         self.inner().running.push(thread);
-        Running { threads: self, thread }
+        let running = Running { threads: self, thread };
+        signal::unblock().map_err(|errno| io::Error::from_raw_os_error(errno.0))?;
+        Ok(running)
     }
 
     /// Waits until all have ended, but no longer than `time`. Returns whether they have.
@@ -60,8 +61,8 @@ impl Threads {
     /// Makes KVM_RUN return in the threads that are in it. A signal that comes just before KVM_RUN is lost: kick again.
     pub(crate) fn kick(&self) {
         for thread in &self.inner().running {
-            // SAFETY: the thread exists: the list is locked, and a thread removes itself from it before it ends.
-            unsafe { libc::pthread_kill(*thread, signal_number()) };
+            // It exists: the list is locked, and a thread removes itself from it before it ends.
+            let _ = signal::send(*thread);
         }
     }
 }
@@ -69,7 +70,7 @@ impl Threads {
 /// A thread that is in its loop.
 pub(crate) struct Running<'a> {
     threads: &'a Threads,
-    thread: libc::pthread_t,
+    thread: libc::pid_t,
 }
 
 impl Drop for Running<'_> {
@@ -85,8 +86,9 @@ impl Drop for Running<'_> {
     }
 }
 
-fn signal_number() -> libc::c_int {
-    signal::SIGRTMIN() + 10
+fn of_host(error: Error) -> io::Error {
+    match error {
+        Error::Host { errno, .. } => io::Error::from_raw_os_error(errno.0),
+        other => io::Error::other(other.to_string()),
+    }
 }
-
-extern "C" fn do_nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}

@@ -62,6 +62,11 @@ impl Input {
         })
     }
 
+    /// Whether it is a regular file, which nobody has to be waited for.
+    pub fn is_regular(&self) -> bool {
+        self.regular
+    }
+
     /// Reads on until there are `count` bytes, or all that the file has. Returns what was read since it was opened.
     ///
     /// # Errors

@@ -220,7 +220,7 @@ impl PyEvent {
         })
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &names())
     }

@@ -37,34 +37,33 @@ fn running() -> MutexGuard<'static, Vec<Running>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs a machine, detached, so that the end of the interpreter stops it and waits for it.
-pub(crate) fn run<T: Send>(py: Python<'_>, machine: &Arc<Machine>, body: impl FnOnce() -> T + Send) -> PyResult<T> {
-    struct Over(Weak<Machine>);
-    impl Drop for Over {
-        fn drop(&mut self) {
-            let mut running = running();
-            if let Some(at) = running.iter().rposition(|other| other.machine.ptr_eq(&self.0)) {
-                running.swap_remove(at);
-            }
-            OVER.notify_all();
-        }
-    }
-    let machine = Arc::downgrade(machine);
-    let listed = {
+/// A machine's run, from its claim on: the end of the interpreter stops it and waits until this is dropped.
+pub(crate) struct Listed(Weak<Machine>);
+
+impl Listed {
+    /// PagegateError once the interpreter is ending.
+    pub(crate) fn new(py: Python<'_>, machine: &Arc<Machine>) -> PyResult<Self> {
+        let machine = Arc::downgrade(machine);
         let mut running = running();
-        let going = !ENDING.load(Ordering::SeqCst);
-        let this = Running {
+        if ENDING.load(Ordering::SeqCst) {
+            drop(running);
+            return Err(errors::busy(py, "the interpreter is ending: no run can begin"));
+        }
+        running.push(Running {
             machine: machine.clone(),
             process: Process::default(),
-        };
-        going.then(|| running.push(this)).is_some()
-    };
-    match listed {
-        true => {
-            let _over = Over(machine);
-            Ok(py.detach(body))
+        });
+        Ok(Self(machine))
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        let mut running = running();
+        if let Some(at) = running.iter().rposition(|other| other.machine.ptr_eq(&self.0)) {
+            running.swap_remove(at);
         }
-        false => Err(errors::busy(py, "the interpreter is ending: no run can begin")),
+        OVER.notify_all();
     }
 }
 

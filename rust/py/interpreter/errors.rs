@@ -101,6 +101,15 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
     }
 }
 
+/// The exception for the error that ended a run. One of this package's has the run's report.
+pub(crate) fn of_run<'py>(py: Python<'py>, error: Error, report: &Bound<'py, PyAny>) -> PyErr {
+    let error = raise(py, error);
+    if is_a(py, &error, "PagegateError") {
+        set(py, &error, "report", report);
+    }
+    error
+}
+
 /// The exception that the hook raised, with notes, or a PolicyError for an answer that the core did not accept.
 fn hook(py: Python<'_>, failure: Failure, site: &Site) -> PyErr {
     match downcast(failure) {

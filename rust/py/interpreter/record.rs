@@ -3,6 +3,7 @@
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
+use pyo3::{PyClass, PyTypeInfo};
 
 /// What ``__getnewargs_ex__`` returns: positional arguments, and keywords.
 pub(crate) type State<'py> = (Bound<'py, PyTuple>, Bound<'py, PyDict>);
@@ -16,7 +17,7 @@ pub(crate) fn state<'py>(object: &Bound<'py, PyAny>, names: &[&str]) -> PyResult
     Ok((PyTuple::empty(object.py()), fields))
 }
 
-/// The fields by name; those of what is in them, too.
+/// The fields by name; those of what is in them, too, which [`made`] takes back.
 pub(crate) fn asdict<'py>(object: &Bound<'py, PyAny>, names: &[&str]) -> PyResult<Bound<'py, PyDict>> {
     let (_, fields) = state(object, names)?;
     for (name, value) in fields.copy()?.iter() {
@@ -25,6 +26,19 @@ pub(crate) fn asdict<'py>(object: &Bound<'py, PyAny>, names: &[&str]) -> PyResul
         }
     }
     Ok(fields)
+}
+
+/// An object of a class `C`, given as it is or as its ``asdict``. `T`: that class, or an `Option` of it.
+pub(crate) fn made<'py, C, T>(given: &Bound<'py, PyAny>) -> PyResult<T>
+where
+    C: PyClass,
+    T: for<'a> FromPyObject<'a, 'py>,
+{
+    let object = match given.cast::<PyDict>() {
+        Ok(fields) => C::type_object(given.py()).call((), Some(fields))?,
+        Err(_) => given.clone(),
+    };
+    object.extract().map_err(Into::into)
 }
 
 /// The keywords of a class that is made from all of its fields.
@@ -53,5 +67,14 @@ impl<'py> Fields<'py> {
     /// The value of one of the names.
     pub(crate) fn get<T: for<'a> FromPyObject<'a, 'py>>(&self, name: &str) -> PyResult<T> {
         self.0.as_any().get_item(name)?.extract().map_err(Into::into)
+    }
+
+    /// The value of one of the names that has fields itself, see [`made`].
+    pub(crate) fn made<C, T>(&self, name: &str) -> PyResult<T>
+    where
+        C: PyClass,
+        T: for<'a> FromPyObject<'a, 'py>,
+    {
+        made::<C, T>(&self.0.as_any().get_item(name)?)
     }
 }

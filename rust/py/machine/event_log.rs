@@ -1,7 +1,7 @@
 //! The log of requests, for Python.
 
 use pyo3::prelude::*;
-use pyo3::types::PyCapsule;
+use pyo3::types::{PyCFunction, PyCapsule};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
@@ -14,7 +14,8 @@ use crate::interpreter::arguments;
 ///
 /// It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
 /// ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
-/// vCPU are in order; with several vCPUs, sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
+/// vCPU are in order, those of malformed requests for themselves: 4096 of these are kept beside the others, which they
+/// cannot push out. Sort by ``sequence`` (order of completion) or ``time`` (order of the exits).
 #[pyclass(name = "Events", module = "pagegate", frozen)]
 pub(crate) struct PyEvents(pub(crate) OfVm);
 
@@ -95,13 +96,17 @@ impl PyEvents {
 
     /// The events as they come, for asyncio: ``async for event in vm.events.follow()``.
     ///
-    /// From the oldest that is kept on, or from sequence number ``since``. It ends when no run is in progress and all
-    /// events were given. ``interval``: seconds between two looks at the log, 0.05 by default.
+    /// From the oldest that is kept on, or from sequence number ``since``, to the last of one run: the one that is in
+    /// progress at the call, else the last one, else the first that there will be. ``interval``: seconds between
+    /// two looks at the log, 0.05 by default.
     #[pyo3(signature = (since = 0, *, interval = 0.05))]
     fn follow<'py>(slf: &Bound<'py, Self>, since: u64, interval: f64) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let follow = py.import("pagegate.asynchronous")?.getattr("follow")?;
-        follow.call1((slf.get().0.vm.clone_ref(py), since, interval))
+        let of_vm = &slf.get().0;
+        let run = of_vm.machine(py)?.watched();
+        let end = PyCFunction::new_closure(py, None, None, move |_, _| run.end())?;
+        follow.call1((of_vm.vm.clone_ref(py), end, since, interval))
     }
 
     fn _repr_html_(&self, py: Python<'_>) -> PyResult<String> {

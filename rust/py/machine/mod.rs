@@ -6,7 +6,7 @@ pub(crate) mod event_log;
 pub(crate) mod handlers;
 pub(crate) mod host;
 mod image;
-mod input;
+pub(crate) mod input;
 mod linux;
 pub(crate) mod listener;
 pub(crate) mod marks;

@@ -28,7 +28,7 @@ impl PyLatency {
         Self { p50, p90, p99, max }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["p50", "p90", "p99", "max"])
     }
@@ -87,7 +87,7 @@ impl PyWhereabouts {
         }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["vcpu", "rip", "cr2", "symbol", "instruction"])
     }
@@ -113,7 +113,7 @@ impl PyWhereabouts {
 }
 
 /// Of a [`PyReport`].
-const FIELDS: [&str; 20] = [
+const FIELDS: [&str; 21] = [
     "reason",
     "requests",
     "conversions",
@@ -123,6 +123,7 @@ const FIELDS: [&str; 20] = [
     "hypercalls",
     "poisons",
     "malformed",
+    "malformed_dropped",
     "stale",
     "opened",
     "bytes_prefaulted",
@@ -163,6 +164,8 @@ pub(crate) struct PyReport {
     poisons: u64,
     /// Explicit requests that were refused without asking the policy, and unknown hypercalls.
     malformed: u64,
+    /// Malformed requests that the log dropped during the run to keep newer ones.
+    malformed_dropped: u64,
     /// Spurious faults: another vCPU had converted the page meanwhile, so the guest was just resumed.
     stale: u64,
     /// How often pages were opened to a vCPU without paging, in a software SEV guest.
@@ -202,6 +205,7 @@ impl PyReport {
             hypercalls: tally.hypercalls,
             poisons: tally.poisons,
             malformed: tally.malformed,
+            malformed_dropped: report.malformed_dropped,
             stale: tally.stale,
             opened: tally.opened,
             bytes_prefaulted: tally.bytes_prefaulted,
@@ -238,21 +242,22 @@ impl PyReport {
             hypercalls: fields.get("hypercalls")?,
             poisons: fields.get("poisons")?,
             malformed: fields.get("malformed")?,
+            malformed_dropped: fields.get("malformed_dropped")?,
             stale: fields.get("stale")?,
             opened: fields.get("opened")?,
             bytes_prefaulted: fields.get("bytes_prefaulted")?,
             bytes_to_private: fields.get("bytes_to_private")?,
             bytes_to_shared: fields.get("bytes_to_shared")?,
             device_accesses: fields.get("device_accesses")?,
-            first_device_access: fields.get("first_device_access")?,
-            at: fields.get("at")?,
+            first_device_access: fields.made::<PyDeviceAccess, _>("first_device_access")?,
+            at: fields.made::<PyWhereabouts, _>("at")?,
             debug_private: fields.get("debug_private")?,
-            latency: fields.get("latency")?,
+            latency: fields.made::<PyLatency, _>("latency")?,
             seconds: fields.get("seconds")?,
         })
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &FIELDS)
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use pagegate_core::error::Failure;
 use pagegate_core::machine::config::ThreadWrapper;
+use pagegate_core::machine::run::Ended;
 use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
 
@@ -27,51 +28,53 @@ pub(super) fn around(enters_python: Arc<AtomicBool>, overdue: Option<Arc<Overdue
     })
 }
 
-/// Runs a machine and keeps its report, also that of a run that fails. The policy is told before and after.
+/// Runs a machine and keeps its report, also that of a run that fails. The policy is told before and after. The run is
+/// claimed before the policy is told, so that what ends a run is heeded meanwhile, and no other one begins.
 pub(super) fn run(vm: &Bound<'_, PyAny>, parts: &Parts, timeout: Option<Duration>) -> PyResult<Py<PyReport>> {
     let py = vm.py();
     let machine = parts.machine(py)?;
+    let claim = machine.claim_run(timeout).map_err(|error| errors::raise(py, error))?;
+    let listed = ending::Listed::new(py, &machine)?;
+    if let Err(error) = prepare(vm, parts) {
+        keep(parts, None);
+        return Err(error);
+    }
+    let Ended { report, error } = py.detach(|| claim.run(&mut || look(parts.overdue.as_deref())));
+    drop(listed);
+    let report = Py::new(py, PyReport::of(py, report)?)?;
+    keep(parts, Some(report.clone_ref(py)));
+    let told = match parts.hooks() {
+        Some(hooks) => hooks.policy().tell(Moment::Done, report.bind(py)),
+        None => Ok(()),
+    };
+    let Some(error) = error else {
+        return told.map(|()| report);
+    };
+    let failure = errors::of_run(py, error, report.bind(py).as_any());
+    match told {
+        // Ctrl-C and sys.exit() are no failure of done(), and come first.
+        Err(other) if !other.is_instance_of::<PyException>(py) => return Err(other),
+        Err(other) => {
+            let note = format!("done() raised {} afterwards", other.get_type(py).name()?);
+            call::forget(py, other);
+            failure.value(py).call_method1("add_note", (note,))?;
+        }
+        Ok(()) => {}
+    }
+    Err(failure)
+}
+
+/// Tells the policy of the machine, and that a run begins.
+fn prepare(vm: &Bound<'_, PyAny>, parts: &Parts) -> PyResult<()> {
     let hooks = parts.hooks();
     parts.configure(hooks.as_ref(), vm)?;
-    if let Some(hooks) = &hooks {
-        hooks.policy().tell(Moment::Running, vm)?;
-    }
-    let ended = ending::run(py, &machine, || {
-        machine.run(timeout, &mut || look(parts.overdue.as_deref()))
-    })?;
-    let (report, error) = match ended {
-        Ok(report) => (Some(report), None),
-        Err(error) => (machine.take_failed_report(), Some(error)),
-    };
-    let report = report
-        .map(|report| Py::new(py, PyReport::of(py, report)?))
-        .transpose()?;
-    let kept = report.as_ref().map(|report| report.clone_ref(py));
-    // Two statements: the lock is released before it is dropped.
-    let last = std::mem::replace(&mut *lock(&parts.report), kept);
+    hooks.map_or(Ok(()), |hooks| hooks.policy().tell(Moment::Running, vm))
+}
+
+fn keep(parts: &Parts, report: Option<Py<PyReport>>) {
+    // Two statements: the lock is released before the last report is dropped.
+    let last = std::mem::replace(&mut *lock(&parts.report), report);
     drop(last);
-    let told = match (parts.hooks(), &report) {
-        (Some(hooks), Some(report)) => hooks.policy().tell(Moment::Done, report.bind(py)),
-        _ => Ok(()),
-    };
-    match (error, report) {
-        (None, Some(report)) => told.map(|()| report),
-        (None, None) => Err(errors::busy(py, "the run has no report")),
-        (Some(error), _) => {
-            let failure = errors::raise(py, error);
-            match told {
-                // Ctrl-C and sys.exit() are no failure of done(), and come first.
-                Err(other) if !other.is_instance_of::<PyException>(py) => return Err(other),
-                Err(other) => {
-                    let note = format!("done() raised {} afterwards", other.get_type(py).name()?);
-                    call::forget(py, other);
-                    failure.value(py).call_method1("add_note", (note,))?;
-                }
-                Ok(()) => {}
-            }
-            Err(failure)
-        }
-    }
 }
 
 /// Bytes of stack for threads, if `threading.stack_size` was told how many.

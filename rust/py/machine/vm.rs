@@ -240,7 +240,7 @@ impl PyVm {
         Ok(ram.into_iter().map(|range| (range.gpa(), range.size())).collect())
     }
 
-    /// Whether a run is in progress.
+    /// Whether a run is in progress. It is from before ``configure`` of its policy is called.
     #[getter]
     fn running(&self) -> bool {
         held(&self.0.machine).is_some_and(|machine| machine.running())
@@ -356,13 +356,15 @@ impl PyVm {
 
     /// The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
     ///
-    /// ``None`` before the first one, and if no vCPU had begun to run.
+    /// ``None`` before the first one, and if ``configure`` or ``running`` of its policy raised.
     #[getter]
     fn report(&self, py: Python<'_>) -> Option<Py<PyReport>> {
         lock(&self.0.report).as_ref().map(|report| report.clone_ref(py))
     }
 
-    /// Ends the run in progress as "stopped", from any thread, also before a vCPU runs. Does nothing without one.
+    /// Ends the run in progress as "stopped", from any thread, also while ``configure`` or ``running`` is called.
+    ///
+    /// Does nothing without one.
     fn stop(&self, py: Python<'_>) {
         if let Some(machine) = held(&self.0.machine) {
             py.detach(|| machine.stop());

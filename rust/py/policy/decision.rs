@@ -17,10 +17,10 @@ const MAX_ERRNO: i32 = 4095;
 /// The pages for which a decision is remembered: the policy is not asked again about requests for them.
 ///
 /// A remembered decision answers requests of the same kind (implicit or explicit, to private or to shared) whose pages
-/// all lie in the region. ``gpa`` and ``size``: bytes, multiples of 4096. ``uses``: how many more requests it answers,
-/// at least 1. ``seconds``: how long it holds, above 0, from the time of the request on. Without these two it holds
-/// until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept, then the oldest are dropped; where two overlap
-/// the later one holds.
+/// all lie in the region, and which the hook wants (``only``). ``gpa`` and ``size``: bytes, multiples of 4096.
+/// ``uses``: how many more requests it answers, at least 1. ``seconds``: how long it holds, above 0, from the time of
+/// the request on. Without these two it holds until ``vm.policy.forget()`` or ``replace()``. At most 4096 are kept,
+/// then the oldest are dropped; where two overlap the later one holds.
 ///
 /// Raises ValueError. A region that does not lie in guest memory, or not in the pages that its ``Convert`` names, ends
 /// the run with PolicyError.
@@ -75,10 +75,11 @@ impl PyRegion {
     /// How long it holds; ``None`` for no limit.
     #[getter]
     fn seconds(&self) -> Option<f64> {
-        self.0.nanoseconds.map(|time| time as f64 / 1e9)
+        // Not by way of a float: the object made of this has to be the same.
+        self.0.nanoseconds.map(|time| Duration::from_nanos(time).as_secs_f64())
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["gpa", "size", "uses", "seconds"])
     }
@@ -162,7 +163,7 @@ impl PyConvert {
         #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
         prefault: bool,
         discard: bool,
-        remember: Option<PyRegion>,
+        #[pyo3(from_py_with = record::made::<PyRegion, _>)] remember: Option<PyRegion>,
     ) -> PyResult<Py<Self>> {
         let convert = Self {
             to: to.map(|to| arguments::state(to, "to")).transpose()?,
@@ -186,7 +187,7 @@ impl PyConvert {
         self.to.map(State::as_str)
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["to", "gpa", "size", "prefault", "discard", "remember"])
     }
@@ -248,7 +249,7 @@ impl PyDeny {
     #[pyo3(signature = (errno = EINVAL, *, remember = None), text_signature = "(errno=22, *, remember=None)")]
     fn new(
         #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
-        remember: Option<PyRegion>,
+        #[pyo3(from_py_with = record::made::<PyRegion, _>)] remember: Option<PyRegion>,
     ) -> PyResult<Self> {
         match (1..=MAX_ERRNO).contains(&errno) {
             true => Ok(Self { errno, remember }),
@@ -258,7 +259,7 @@ impl PyDeny {
         }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["errno", "remember"])
     }
@@ -287,11 +288,11 @@ pub(crate) struct PyRetry {
 impl PyRetry {
     #[new]
     #[pyo3(signature = (*, remember = None))]
-    fn new(remember: Option<PyRegion>) -> Self {
+    fn new(#[pyo3(from_py_with = record::made::<PyRegion, _>)] remember: Option<PyRegion>) -> Self {
         Self { remember }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["remember"])
     }
@@ -324,7 +325,7 @@ impl PyStop {
         Self { reason }
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &["reason"])
     }
@@ -350,7 +351,7 @@ impl PyDiscard {
         Self
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &[])
     }

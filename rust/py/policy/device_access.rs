@@ -76,7 +76,7 @@ impl PyDeviceAccess {
         })
     }
 
-    /// Its fields by name.
+    /// Its fields by name. An equal one can be made of them.
     fn asdict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         record::asdict(slf.as_any(), &FIELDS)
     }

@@ -193,6 +193,14 @@ impl Policy for PyPolicy {
         }
     }
 
+    fn wants(&self, request: Request<'_>) -> bool {
+        let hook = match request {
+            Request::Implicit(_) => &self.memory_fault,
+            Request::Explicit(_) => &self.map_gpa_range,
+        };
+        hook.as_ref().is_some_and(|(_, filter)| wants(filter, request))
+    }
+
     fn memory_poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
         match &self.memory_poison {
             Some(hook) => ask_about_poison(hook, poison),

@@ -14,12 +14,12 @@ use crate::machine::vm::PyVm;
 
 /// Writes a machine's events to a file while it runs, from now on, in a thread of its own.
 ///
-/// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The first
-/// two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log dropped
-/// before they were written are counted as lost, and so are those above ``limit``, which bounds the file. If the file
-/// cannot be written, the run in progress ends as "stopped" and ``close`` raises the error. It may be a pipe: its
-/// reader is waited for here and in ``close``, until Ctrl-C. At the end of a ``with`` by an exception a reader that
-/// has stalled is not waited for.
+/// ``path`` ends in .parquet, .arrow (IPC file) or .arrows (IPC stream); the file is created, or overwritten. The
+/// first two can be read once the recorder is closed, the last at any time. No vCPU waits for it: events that the log
+/// dropped before they were written are counted as lost, and so are those above ``limit``, which bounds the file,
+/// with 65536 malformed requests beside the others. If the file cannot be written, the run in progress ends as
+/// "stopped" and ``close`` raises the error. It may be a pipe: its reader is waited for here and in ``close``, until
+/// Ctrl-C. At the end of a ``with`` by an exception a reader that has stalled is not waited for.
 ///
 /// Raises OSError, and ValueError for another name.
 #[pyclass(name = "Recorder", module = "pagegate.trace", frozen)]
@@ -88,6 +88,12 @@ impl PyRecorder {
     #[getter]
     fn lost(&self) -> u64 {
         lock(&self.recorded).lost
+    }
+
+    /// Malformed requests among those that are lost. 0 until it is closed.
+    #[getter]
+    fn lost_malformed(&self) -> u64 {
+        lock(&self.recorded).lost_malformed
     }
 
     /// Writes the remaining events and closes the file; a second call does nothing. Raises OSError.

@@ -8,7 +8,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{Int32Type, UInt8Type, UInt32Type, UInt64Type};
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType, RecordBatch};
 use arrow_cast::cast;
-use arrow_schema::{DataType, Schema};
+use arrow_schema::{DataType, Schema, TimeUnit};
 use arrow_select::take::take;
 
 use super::columns::{COLUMNS, OF_DEVICES, Row, Source, Vocabulary};
@@ -51,7 +51,17 @@ fn is_readable(kind: &DataType, source: Source) -> bool {
     };
     match source {
         Source::Code(..) => matches!(value, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View),
-        _ => value.is_numeric() || value.is_temporal() || *value == DataType::Boolean,
+        _ => value.is_numeric() || *value == DataType::Boolean || in_nanoseconds(value).is_some(),
+    }
+}
+
+/// The type of nanoseconds that values of a type with a unit of time become. `None` for a type without one, and for one that
+/// is no count of a single unit.
+fn in_nanoseconds(kind: &DataType) -> Option<DataType> {
+    match kind {
+        DataType::Duration(_) => Some(DataType::Duration(TimeUnit::Nanosecond)),
+        DataType::Timestamp(_, zone) => Some(DataType::Timestamp(TimeUnit::Nanosecond, zone.clone())),
+        _ => None,
     }
 }
 
@@ -103,6 +113,10 @@ fn numbers<T: ArrowPrimitiveType>(
         Some(dictionary) => &take(dictionary.values(), dictionary.keys(), None).map_err(|error| error.to_string())?,
         None => column,
     };
+    let plain = match in_nanoseconds(plain.data_type()) {
+        Some(nanoseconds) => &in_unit(plain, &nanoseconds)?,
+        None => plain,
+    };
     let cast = cast(plain, &T::DATA_TYPE).map_err(|error| error.to_string())?;
     if cast.logical_null_count() > 0 {
         return Err(format!("its values do not all fit into {}", T::DATA_TYPE));
@@ -111,6 +125,15 @@ fn numbers<T: ArrowPrimitiveType>(
         put(row, *value);
     }
     Ok(())
+}
+
+/// Times in another unit, each of which must fit.
+fn in_unit(times: &ArrayRef, kind: &DataType) -> Result<ArrayRef, String> {
+    let cast = cast(times, kind).map_err(|error| error.to_string())?;
+    match cast.logical_null_count() {
+        0 => Ok(cast),
+        _ => Err("its values in nanoseconds do not all fit into 64 bits".to_owned()),
+    }
 }
 
 /// Puts the number of each of the column's names into the rows.

@@ -24,6 +24,8 @@ struct Ring {
     chunks: Mutex<VecDeque<Arc<Chunk>>>,
     /// While the vCPU publishes an event: a number that is not above the event's. Else [`NONE_ARRIVING`].
     arriving: AtomicU64,
+    /// How many events it keeps.
+    capacity: usize,
 }
 
 const NONE_ARRIVING: u64 = u64::MAX;
@@ -31,14 +33,21 @@ const NONE_ARRIVING: u64 = u64::MAX;
 /// The last events of each vCPU. When a ring is full, its oldest are dropped.
 pub struct EventLog {
     rings: Vec<Ring>,
-    /// The events of all devices.
-    of_devices: Ring,
-    /// Theirs is written by whichever device's turn it is.
-    device_writer: Mutex<Writer>,
-    /// How many events a ring keeps.
-    capacity: usize,
+    of_devices: SideRing,
+    /// Requests that no policy saw: cheap for a guest, so they take no room from the others.
+    malformed: SideRing,
     sequence: Sequence,
 }
+
+/// Events that are written by whichever thread's turn it is.
+struct SideRing {
+    ring: Ring,
+    /// Locked before the ring's chunks. With it, how many events were written.
+    writer: Mutex<(Writer, u64)>,
+}
+
+/// How many malformed requests the log keeps, if it keeps as many others.
+const MALFORMED_KEPT: usize = 4096;
 
 /// The number of the next event of any vCPU. Shares no cache line with anything else.
 #[repr(align(128))]
@@ -75,29 +84,22 @@ struct Part {
 }
 
 impl EventLog {
-    /// A log of at most `capacity` events of all vCPUs together, 0 for none, and each vCPU's writer. The memory for them
-    /// is allocated as they come; events for which there is none are dropped.
+    /// A log of at most `capacity` events of all vCPUs together, 0 for none, and each vCPU's writer. As many of devices
+    /// are kept as of one vCPU, and malformed requests up to [`MALFORMED_KEPT`]. The memory for them is allocated as they
+    /// come; events for which there is none are dropped.
     pub(crate) fn new(capacity: usize, vcpus: usize) -> (Self, Vec<Writer>) {
+        let malformed = capacity.min(MALFORMED_KEPT);
         let capacity = capacity.div_ceil(vcpus.max(1));
         let log = Self {
-            rings: (0..vcpus).map(|_| Ring::new()).collect(),
-            of_devices: Ring::new(),
-            device_writer: Mutex::new(Writer {
-                vcpu: NO_VCPU,
-                next: 0,
-                chunk: None,
-                row: 0,
-                stage: Stage::Nothing,
-            }),
-            capacity,
+            rings: (0..vcpus).map(|_| Ring::new(capacity)).collect(),
+            of_devices: SideRing::new(capacity),
+            malformed: SideRing::new(malformed),
             sequence: Sequence::default(),
         };
         let writer = |vcpu| Writer {
             vcpu,
             next: 0,
-            chunk: (capacity > 0)
-                .then(|| log.rings[vcpu as usize].open_chunk(capacity))
-                .flatten(),
+            chunk: log.rings[vcpu as usize].open_chunk(),
             row: 0,
             stage: Stage::Nothing,
         };
@@ -108,23 +110,65 @@ impl EventLog {
     /// Completes the present event and makes it visible to readers. Does not wait for them.
     #[inline]
     pub(crate) fn publish(&self, writer: &mut Writer, latency: u64) {
+        if let Some(ring) = self.rings.get(writer.vcpu as usize) {
+            self.publish_to(ring, writer, latency);
+        }
+    }
+
+    #[inline]
+    fn publish_to(&self, ring: &Ring, writer: &mut Writer, latency: u64) {
         if writer.stage != Stage::Ended {
             writer.end_early();
         }
-        let ring = self.ring(writer);
         // Before the number is taken: a reader that sees the number counted sees this, too.
         ring.arriving.store(writer.next, Ordering::Release);
         let sequence = self.sequence.0.fetch_add(1, Ordering::AcqRel);
         writer.next = sequence + 1;
-        self.put(writer, sequence, latency);
+        ring.put(writer, sequence, latency);
         ring.arriving.store(NONE_ARRIVING, Ordering::Release);
         writer.stage = Stage::Nothing;
     }
 
-    /// Where the writer's events are. Only devices' have no vCPU.
-    #[inline]
-    fn ring(&self, writer: &Writer) -> &Ring {
-        self.rings.get(writer.vcpu as usize).unwrap_or(&self.of_devices)
+    /// Adds an event of devices or a malformed request.
+    fn publish_aside(&self, to: &SideRing, vcpu: u32, asked: &Asked, write: impl FnOnce(&mut Writer)) {
+        let (writer, written) = &mut *to.writer.lock();
+        if writer.chunk.is_none() {
+            writer.chunk = to.ring.open_chunk();
+        }
+        writer.vcpu = vcpu;
+        writer.begin(asked);
+        write(writer);
+        self.publish_to(&to.ring, writer, 0);
+        *written += 1;
+    }
+
+    /// Adds the event of a vCPU's request that reached no policy.
+    pub(crate) fn malformed(&self, vcpu: u32, asked: &Asked, errno: Errno) {
+        self.publish_aside(&self.malformed, vcpu, asked, |writer| {
+            writer.decided(&RecordedDecision::none(asked.to));
+            writer.ended(Outcome::Refused, errno.0, &Done::nothing(asked.gpa, asked.to));
+        });
+    }
+
+    /// How many malformed requests there were, kept or dropped.
+    pub(crate) fn malformed_total(&self) -> u64 {
+        self.malformed.writer.lock().1
+    }
+
+    /// How many malformed requests came before the event with this number.
+    pub(crate) fn malformed_before(&self, sequence: u64) -> u64 {
+        let (_, written) = &*self.malformed.writer.lock();
+        let parts = self.malformed.ring.parts();
+        written
+            - parts
+                .iter()
+                .map(|part| (part.to - part.find(sequence)) as u64)
+                .sum::<u64>()
+    }
+
+    /// How many malformed requests were dropped to keep newer ones.
+    pub(crate) fn malformed_dropped(&self) -> u64 {
+        self.malformed_before(0)
     }
 
     /// Adds the event of a device's access to shared pages, which nobody converts before this returns.
@@ -164,11 +208,7 @@ impl EventLog {
         decision: &RecordedDecision,
         (outcome, errno): (Outcome, i32),
     ) {
-        let mut writer = self.device_writer.lock();
-        if writer.chunk.is_none() && self.capacity > 0 {
-            writer.chunk = self.of_devices.open_chunk(self.capacity);
-        }
-        writer.begin(&Asked {
+        let asked = Asked {
             time: monotonic(),
             kind: Kind::Device,
             gpa,
@@ -180,38 +220,14 @@ impl EventLog {
             flags: 0,
             rip: 0,
             repeats: 0,
-        });
-        if let Some(mut row) = writer.draft() {
-            row.by_device(by);
-        }
-        writer.decided(decision);
-        writer.ended_with_nothing(outcome, errno);
-        self.publish(&mut writer, 0);
-    }
-
-    /// Writes the rest of the row and publishes it.
-    #[inline]
-    fn put(&self, writer: &mut Writer, sequence: u64, latency: u64) {
-        let Some(chunk) = &writer.chunk else {
-            if self.capacity > 0 {
-                self.next_chunk(writer);
-            }
-            return;
         };
-        chunk.row(writer.row).numbered(sequence, latency);
-        writer.row += 1;
-        chunk.publish(writer.row);
-        if writer.row == ROWS {
-            self.next_chunk(writer);
-        }
-    }
-
-    /// Goes on with another chunk, if there is one.
-    #[cold]
-    fn next_chunk(&self, writer: &mut Writer) {
-        writer.chunk = None; // so that it can be reused
-        writer.chunk = self.ring(writer).open_chunk(self.capacity);
-        writer.row = 0;
+        self.publish_aside(&self.of_devices, NO_VCPU, &asked, |writer| {
+            if let Some(mut row) = writer.draft() {
+                row.by_device(by);
+            }
+            writer.decided(decision);
+            writer.ended_with_nothing(outcome, errno);
+        });
     }
 
     /// How many events there were, kept or dropped.
@@ -241,7 +257,7 @@ impl EventLog {
         let parts = self.parts_since(since);
         let batches = parts.iter().map(|part| part.chunk.batch(part.from, part.to)).collect();
         match self.rings.len() {
-            1 if self.of_devices.chunks.lock().is_empty() => batches,
+            1 if [&self.of_devices, &self.malformed].iter().all(|side| side.is_empty()) => batches,
             _ => table::merge(&batches).into_iter().collect(),
         }
     }
@@ -265,7 +281,7 @@ impl EventLog {
     }
 
     /// The events that are kept, as Arrow batches that use the log's memory in place. Each batch has events of one
-    /// vCPU, in order, and the batches are ordered by their first event.
+    /// vCPU, of devices, or malformed requests, in order, and the batches are ordered by their first event.
     pub fn batches(&self) -> Vec<RecordBatch> {
         let mut parts: Vec<Part> = self.parts().filter(|part| part.from < part.to).collect();
         parts.sort_by_key(|part| part.chunk.sequence(part.from));
@@ -273,11 +289,11 @@ impl EventLog {
     }
 
     fn parts(&self) -> impl Iterator<Item = Part> {
-        self.all_rings().flat_map(|ring| ring.parts(self.capacity))
+        self.all_rings().flat_map(Ring::parts)
     }
 
     fn all_rings(&self) -> impl Iterator<Item = &Ring> {
-        self.rings.iter().chain([&self.of_devices])
+        self.rings.iter().chain([&self.of_devices.ring, &self.malformed.ring])
     }
 
     /// The last `n` events whose request was for the page at `gpa`, among others.
@@ -378,22 +394,71 @@ impl Part {
     }
 }
 
-impl Ring {
-    fn new() -> Self {
+impl SideRing {
+    fn new(capacity: usize) -> Self {
+        let writer = Writer {
+            vcpu: NO_VCPU,
+            next: 0,
+            chunk: None,
+            row: 0,
+            stage: Stage::Nothing,
+        };
         Self {
-            chunks: Mutex::default(),
-            arriving: AtomicU64::new(NONE_ARRIVING),
+            ring: Ring::new(capacity),
+            writer: Mutex::new((writer, 0)),
         }
     }
 
+    fn is_empty(&self) -> bool {
+        self.ring.chunks.lock().is_empty()
+    }
+}
+
+impl Ring {
+    fn new(capacity: usize) -> Self {
+        Self {
+            chunks: Mutex::default(),
+            arriving: AtomicU64::new(NONE_ARRIVING),
+            capacity,
+        }
+    }
+
+    /// Writes the rest of the row and publishes it.
+    #[inline]
+    fn put(&self, writer: &mut Writer, sequence: u64, latency: u64) {
+        let Some(chunk) = &writer.chunk else {
+            if self.capacity > 0 {
+                self.next_chunk(writer);
+            }
+            return;
+        };
+        chunk.row(writer.row).numbered(sequence, latency);
+        writer.row += 1;
+        chunk.publish(writer.row);
+        if writer.row == ROWS {
+            self.next_chunk(writer);
+        }
+    }
+
+    /// Goes on with another chunk, if there is one.
+    #[cold]
+    fn next_chunk(&self, writer: &mut Writer) {
+        writer.chunk = None; // so that it can be reused
+        writer.chunk = self.open_chunk();
+        writer.row = 0;
+    }
+
     /// Adds a chunk. Reuses the oldest one, if the others hold enough events and nothing refers to it, and also if there is
-    /// no memory for another: then the log keeps fewer events. `None` if that does not help.
-    fn open_chunk(&self, capacity: usize) -> Option<Arc<Chunk>> {
+    /// no memory for another: then the log keeps fewer events. `None` if that does not help, or none are kept.
+    fn open_chunk(&self) -> Option<Arc<Chunk>> {
+        if self.capacity == 0 {
+            return None;
+        }
         let mut chunks = self.chunks.lock();
         let held: usize = chunks.iter().map(|chunk| chunk.len()).sum();
         let oldest = chunks.front().map_or(0, |chunk| chunk.len());
         let mut spare = None;
-        if held - oldest >= capacity {
+        if held - oldest >= self.capacity {
             spare = chunks.pop_front().and_then(emptied);
         }
         let made = spare.or_else(|| Chunk::new().map(Arc::new));
@@ -403,14 +468,18 @@ impl Ring {
     }
 
     /// The last `capacity` published rows.
-    fn parts(&self, capacity: usize) -> Vec<Part> {
+    fn parts(&self) -> Vec<Part> {
         let chunks: Vec<Arc<Chunk>> = self.chunks.lock().iter().cloned().collect();
         let mut parts: Vec<Part> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             let to = chunk.len();
             parts.push(Part { chunk, from: 0, to });
         }
-        let mut surplus = parts.iter().map(|part| part.to).sum::<usize>().saturating_sub(capacity);
+        let mut surplus = parts
+            .iter()
+            .map(|part| part.to)
+            .sum::<usize>()
+            .saturating_sub(self.capacity);
         for part in &mut parts {
             part.from = surplus.min(part.to);
             surplus -= part.from;

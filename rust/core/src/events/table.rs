@@ -13,7 +13,7 @@ use arrow_select::take::take_record_batch;
 
 pub use super::columns::schema;
 use super::columns::{COLUMNS, Row, Source, Vocabulary};
-use super::event::Event;
+use super::event::{Event, Kind};
 
 /// The index of `sequence` in `COLUMNS`.
 const SEQUENCE_COLUMN: usize = 0;
@@ -69,6 +69,32 @@ pub(super) fn merge(batches: &Vec<RecordBatch>) -> Option<RecordBatch> {
 pub(crate) fn last_sequence(batch: &RecordBatch) -> Option<u64> {
     let sequences = batch.column(SEQUENCE_COLUMN).as_primitive::<UInt64Type>();
     sequences.values().last().copied()
+}
+
+/// How many of its rows are malformed requests.
+pub(crate) fn malformed(batch: &RecordBatch) -> u64 {
+    kinds(batch).filter(|kind| *kind == Kind::Malformed as i8).count() as u64
+}
+
+/// Its rows without those after so many malformed requests, and after so many others.
+pub(crate) fn first_rows(batch: &RecordBatch, mut others: u64, mut malformed: u64) -> RecordBatch {
+    let rows = kinds(batch).enumerate().filter_map(|(row, kind)| {
+        let left = match kind == Kind::Malformed as i8 {
+            true => &mut malformed,
+            false => &mut others,
+        };
+        *left = left.checked_sub(1)?;
+        u32::try_from(row).ok()
+    });
+    let rows = UInt32Array::from_iter_values(rows);
+    take_record_batch(batch, &rows).unwrap_or_else(|_| batch.slice(0, 0))
+}
+
+fn kinds(batch: &RecordBatch) -> impl Iterator<Item = i8> {
+    let kinds = batch
+        .column_by_name("kind")
+        .map(|column| column.as_dictionary::<Int8Type>().keys());
+    kinds.into_iter().flat_map(|keys| keys.values().iter().copied())
 }
 
 /// A batch of these events.

@@ -9,7 +9,6 @@ use super::choice::{self, Chosen};
 use super::config::{Config, Platform, ThreadWrapper};
 use super::current::Current;
 use super::pc::Pc;
-use super::report::Report;
 use super::snapshot::manifest::Made;
 use crate::devices::bus::{Bus, IoHandler, MmioHandler};
 use crate::devices::virtio::device::Device;
@@ -50,7 +49,6 @@ pub struct Machine {
     /// Bytes of stack of each vCPU thread.
     pub(super) stack: Option<usize>,
     /// Of the last run that failed.
-    pub(super) failed_report: Mutex<Option<Report>>,
     /// Whether vCPUs can map a GiB as one page.
     pub(super) gib_pages: bool,
     /// Whether vCPUs have KVM_PRE_FAULT_MEMORY.
@@ -143,7 +141,6 @@ impl Machine {
             current,
             around: config.around,
             stack: config.stack,
-            failed_report: Mutex::default(),
             gib_pages: cpuid::gib_pages(&cpuid),
             pre_fault: hypervisor.capabilities().pre_fault,
             pc,
@@ -224,7 +221,7 @@ impl Machine {
     pub fn add_device(&self, name: &str, device: Arc<dyn Device>, logs_accesses: bool) -> Result<(), Error> {
         outside_listeners()?;
         let pc = self.pc()?;
-        self.current.idle()?;
+        self.current.changeable()?;
         if pc.kernel.lock().is_some() {
             return Err(Error::Busy(
                 "this machine has booted already: add devices before boot()",

@@ -1,6 +1,6 @@
 //! Whether the machine runs, is about to, or never will again.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -10,22 +10,36 @@ use crate::vcpu::control::Control;
 
 const RUNNING: &str =
     "this machine is running already: run() cannot be called again until it has returned, nor in a hook";
+const STILL: &str = "this machine is being put aside, or resumed: wait until snapshot() or resume() has returned";
 const CLOSED: &str = "this machine is closed";
 const CLOSE_WHILE_RUNNING: &str = "the machine is running: call stop() and let run() return before close()";
+
+/// A run as those see it who read its events: of the first one there is this before it begins.
+#[derive(Default)]
+pub struct Watched(OnceLock<u64>);
+
+impl Watched {
+    /// The number of the event after its last, once it is over.
+    pub fn end(&self) -> Option<u64> {
+        self.0.get().copied()
+    }
+}
 
 /// Whether there is a run. Devices hold it too, so that a guest can end its run.
 #[derive(Default)]
 pub(super) struct Current {
     now: Mutex<Now>,
+    /// The present run or else the last one; before there was any, the first.
+    watched: Mutex<Arc<Watched>>,
     process: Process,
 }
 
-/// Nobody runs or closes the machine meanwhile.
-pub(super) struct Claim<'a>(&'a Current);
+/// Nobody runs, changes or closes the machine meanwhile.
+pub(super) struct Still<'a>(&'a Current);
 
-impl Drop for Claim<'_> {
+impl Drop for Still<'_> {
     fn drop(&mut self) {
-        self.0.over();
+        *self.0.now.lock() = Now::Idle;
     }
 }
 
@@ -33,10 +47,12 @@ impl Drop for Claim<'_> {
 enum Now {
     #[default]
     Idle,
-    /// `run` was called, and what comes before the vCPUs is done: listeners are told, vCPUs waited for. The reason why
-    /// the run is to end, if there is one already.
+    /// A run was claimed, and what comes before the vCPUs is done: the policy and listeners are told, vCPUs waited for.
+    /// The reason why the run is to end, if there is one already.
     Entering(Option<String>),
     Running(Arc<Control>),
+    /// It is put aside, or made to go on from a snapshot.
+    Still,
     Closed,
 }
 
@@ -57,7 +73,7 @@ impl Current {
                 drop(now);
                 control.stop(reason);
             }
-            Now::Idle | Now::Closed => {}
+            Now::Idle | Now::Still | Now::Closed => {}
         }
     }
 
@@ -65,18 +81,25 @@ impl Current {
         matches!(*self.now.lock(), Now::Entering(_) | Now::Running(_))
     }
 
-    /// `run` was called. Until [`over`](Self::over) nobody else can call it, nor close the machine.
+    /// A run is claimed. Until [`over`](Self::over) nobody else can claim one, nor close the machine.
     pub(super) fn enter(&self) -> Result<(), Error> {
         let mut now = self.now.lock();
         now.idle()?;
         *now = Now::Entering(None);
+        drop(now);
+        let mut watched = self.watched.lock();
+        if watched.end().is_some() {
+            *watched = Arc::default();
+        }
         Ok(())
     }
 
-    /// As `run` does, until what is returned is dropped: for what must not be done while the machine runs.
-    pub(super) fn claim(&self) -> Result<Claim<'_>, Error> {
-        self.enter()?;
-        Ok(Claim(self))
+    /// Until what is returned is dropped there is no run, nor can one be claimed.
+    pub(super) fn still(&self) -> Result<Still<'_>, Error> {
+        let mut now = self.now.lock();
+        now.idle()?;
+        *now = Now::Still;
+        Ok(Still(self))
     }
 
     /// Why the run that is entered is to end already.
@@ -87,9 +110,12 @@ impl Current {
         }
     }
 
-    /// Why no run can begin now.
-    pub(super) fn idle(&self) -> Result<(), Error> {
-        self.now.lock().idle()
+    /// Why its devices cannot change now: vCPUs run, or it is closed. Before they run, a policy may still add some.
+    pub(super) fn changeable(&self) -> Result<(), Error> {
+        match &*self.now.lock() {
+            Now::Entering(_) => Ok(()),
+            now => now.idle(),
+        }
     }
 
     /// The vCPUs of the run that was entered begin. If it is to end already, the control is told.
@@ -102,9 +128,16 @@ impl Current {
         }
     }
 
-    /// The run is over.
-    pub(super) fn over(&self) {
+    /// The run is over, after so many events of all runs.
+    pub(super) fn over(&self, events: u64) {
+        // It is not set yet: `enter` has put a new one there.
+        let _ = self.watched().0.set(events);
         *self.now.lock() = Now::Idle;
+    }
+
+    /// The run in progress, else the last one, else the first.
+    pub(super) fn watched(&self) -> Arc<Watched> {
+        self.watched.lock().clone()
     }
 
     /// No run can begin any more.
@@ -112,6 +145,9 @@ impl Current {
         let mut now = self.now.lock();
         if matches!(*now, Now::Entering(_) | Now::Running(_)) {
             return Err(Error::Busy(CLOSE_WHILE_RUNNING));
+        }
+        if matches!(*now, Now::Still) {
+            return Err(Error::Busy(STILL));
         }
         *now = Now::Closed;
         Ok(())
@@ -123,6 +159,7 @@ impl Now {
         match self {
             Now::Idle => Ok(()),
             Now::Entering(_) | Now::Running(_) => Err(Error::Busy(RUNNING)),
+            Now::Still => Err(Error::Busy(STILL)),
             Now::Closed => Err(Error::Busy(CLOSED)),
         }
     }

@@ -2,19 +2,19 @@
 //!
 //! - [`config`]: the parameters, and their checks; `choice`: what this host gives for them; [`assembly`]: the machine
 //! - `pc`: the devices of a PC; `devices`: their threads during a run; `boot`: Linux before its first run
-//! - `start`: images and registers before a run; `run`: a run with its threads; `entering`: what ends it before they run;
-//!   `current`: the run in progress; [`report`]: what a run did
+//! - `start`: images and registers before a run; [`run`]: a run with its threads; `entering`: what ends it before they run;
+//!   [`current`]: the run in progress; [`report`]: what a run did
 //! - [`snapshot`]: a machine that is put aside, and goes on
 
 pub mod assembly;
 mod boot;
 mod choice;
 pub mod config;
-mod current;
+pub mod current;
 mod devices;
 mod entering;
 mod pc;
 pub mod report;
-mod run;
+pub mod run;
 pub mod snapshot;
 mod start;

@@ -19,6 +19,8 @@ pub struct Report {
     pub device_accesses: u64,
     /// The first of them.
     pub device_access: Option<DeviceAccess>,
+    /// Malformed requests that the log dropped meanwhile.
+    pub malformed_dropped: u64,
     /// Exits, requests and conversions, counted.
     pub tally: Tally,
     /// From the call to its return.

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 use parking_lot::MutexGuard;
 
 use super::assembly::{Machine, outside_listeners};
-use super::current::Current;
+use super::current::Watched;
 use super::entering::Entering;
 use super::report::Report;
+use crate::devices::virtio::run::Accesses;
 use crate::error::{ConvertError, Error, Failure};
 use crate::memory::guest_memory::LOOK_AGAIN;
-use crate::vcpu::asker::Asker;
+use crate::vcpu::asker::{Asker, Whereabouts};
 use crate::vcpu::control::Control;
 use crate::vcpu::run_loop;
 use crate::vcpu::signal::Installed;
@@ -21,54 +22,131 @@ use crate::vcpu::tally::Tally;
 /// Bytes of a thread's stack where there is no limit to it.
 const STACK: usize = 8 << 20;
 
-impl Machine {
+/// A run that was claimed: nobody else can begin one, nor close the machine, until this is dropped or has run. A stop and
+/// the deadline hold from the claim on, so that what is done before the vCPUs run is a part of the run.
+pub struct Claim<'a> {
+    over: Over<'a>,
+    begun: Instant,
+    deadline: Option<Instant>,
+    tally: Tally,
+}
+
+/// Gives the claim up when dropped, also after a panic.
+struct Over<'a>(&'a Machine);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.current.over(self.0.events().total());
+    }
+}
+
+/// What a run did until it ended.
+struct Done {
+    tally: Tally,
+    at: Option<Whereabouts>,
+    accesses: Arc<Accesses>,
+}
+
+/// A run that is over.
+pub struct Ended {
+    /// What it did; if it failed, its reason is "livelock" or "failed".
+    pub report: Report,
+    /// Why it failed.
+    pub error: Option<Error>,
+}
+
+impl Claim<'_> {
     /// Runs every started vCPU, each in a thread of its own, until something ends the run. `interrupt` is called some
     /// forty times a second; its failure ends the run. So does what ends it before a vCPU runs, while listeners are told
     /// or a vCPU is waited for.
     ///
+    /// It fails with `Busy` if no vCPU was started; with a listener's failure, as `HostConversion`, if one that failed
+    /// before fails again; else with the first failure of the run.
+    pub fn run(self, interrupt: &mut dyn FnMut() -> Result<(), Failure>) -> Ended {
+        let Self {
+            over,
+            begun,
+            deadline,
+            tally,
+        } = self;
+        let mut done = Done {
+            tally,
+            at: None,
+            accesses: Arc::default(),
+        };
+        let dropped = over.0.events().malformed_dropped();
+        let (reason, error) = match over.0.run_claimed(deadline, interrupt, &mut done) {
+            Ok(reason) => (reason, None),
+            Err(error @ Error::Livelock { .. }) => ("livelock".to_owned(), Some(error)),
+            Err(error) => ("failed".to_owned(), Some(error)),
+        };
+        let (device_accesses, device_access) = done.accesses.take();
+        let report = Report {
+            reason,
+            at: done.at,
+            debug_private: over.0.debug_private(),
+            device_accesses,
+            device_access,
+            malformed_dropped: over.0.events().malformed_dropped().saturating_sub(dropped),
+            tally: done.tally,
+            duration: begun.elapsed(),
+        };
+        Ended { report, error }
+    }
+}
+
+impl Machine {
+    /// Claims a run, whose `timeout` begins now.
+    ///
     /// # Errors
-    /// `Busy` if a run is in progress, no vCPU was started, or a listener calls this; a listener's failure, as
-    /// `HostConversion`, if one that failed before fails again; else the first failure of the run.
+    /// `Busy` if there is one already, the machine is closed, or a listener calls this; `Host` without memory for what is
+    /// counted.
+    pub fn claim_run(&self, timeout: Option<Duration>) -> Result<Claim<'_>, Error> {
+        outside_listeners()?;
+        let begun = Instant::now();
+        // Before anything has begun: there may be no memory for it.
+        let tally = Tally::new()?;
+        self.current.enter()?;
+        Ok(Claim {
+            over: Over(self),
+            begun,
+            deadline: timeout.and_then(|timeout| begun.checked_add(timeout)),
+            tally,
+        })
+    }
+
+    /// Claims a run and carries it out.
+    ///
+    /// # Errors
+    /// Those of [`Machine::claim_run`] and [`Claim::run`].
     pub fn run(
         &self,
         timeout: Option<Duration>,
         interrupt: &mut dyn FnMut() -> Result<(), Failure>,
     ) -> Result<Report, Error> {
-        outside_listeners()?;
-        /// Clears `current` when the run is over, also after a panic.
-        struct Over<'a>(&'a Current);
-        impl Drop for Over<'_> {
-            fn drop(&mut self) {
-                self.0.over();
-            }
-        }
-        let begun = Instant::now();
-        let deadline = timeout.and_then(|timeout| begun.checked_add(timeout));
-        self.current.enter()?;
-        let over = Over(&self.current);
-        // Before anything has begun: there may be no memory for them.
-        let mut total = Tally::new()?;
+        let Ended { report, error } = self.claim_run(timeout)?.run(interrupt);
+        error.map_or(Ok(report), Err)
+    }
+
+    fn run_claimed(
+        &self,
+        deadline: Option<Instant>,
+        interrupt: &mut dyn FnMut() -> Result<(), Failure>,
+        done: &mut Done,
+    ) -> Result<String, Error> {
         let mut entering = Entering::new(&self.current, deadline, interrupt);
         let failed = |failure| Error::HostConversion(ConvertError::Listener(failure));
         let told = self.memory.tell_listeners_again(&mut || entering.goes_on());
         told.map_err(failed)?;
         let vcpus = self.vcpus_to_run(&mut entering)?;
         if let Some(end) = entering.end() {
-            return Ok(Report {
-                reason: end?,
-                at: None,
-                debug_private: self.debug_private(),
-                device_accesses: 0,
-                device_access: None,
-                tally: total,
-                duration: begun.elapsed(),
-            });
+            return end;
         }
         let _signal = Installed::install()?;
         let control = self.begin(&vcpus);
         let mut tallies = vcpus.iter().map(|_| Tally::new()).collect::<Result<Vec<_>, _>>()?;
         let stack = self.stack.unwrap_or_else(usual_stack);
-        let accesses = Arc::default();
+        let accesses = &done.accesses;
         std::thread::scope(|scope| {
             let mut threads = Vec::new();
             for (vcpu, tally) in vcpus.into_iter().zip(&mut tallies) {
@@ -85,7 +163,7 @@ impl Machine {
                     }
                 }
             }
-            let devices = self.start_devices(scope, &control, stack, &accesses);
+            let devices = self.start_devices(scope, &control, stack, accesses);
             control.wait(deadline, interrupt);
             devices.end(&control, interrupt);
             for thread in threads {
@@ -94,35 +172,9 @@ impl Machine {
                 }
             }
         });
-        tallies.iter().for_each(|tally| total.add(tally));
-        drop(over);
-        let (device_accesses, device_access) = accesses.take();
-        let end = control.take_end();
-        let report = Report {
-            reason: match &end {
-                Ok(reason) => reason.clone(),
-                Err(Error::Livelock { .. }) => "livelock".to_owned(),
-                Err(_) => "failed".to_owned(),
-            },
-            at: control.take_whereabouts(),
-            debug_private: self.debug_private(),
-            device_accesses,
-            device_access,
-            tally: total,
-            duration: begun.elapsed(),
-        };
-        match end {
-            Ok(_) => Ok(report),
-            Err(error) => {
-                *self.failed_report.lock() = Some(report);
-                Err(error)
-            }
-        }
-    }
-
-    /// The report of the last run that failed after its vCPUs had begun, once: its reason is "livelock" or "failed".
-    pub fn take_failed_report(&self) -> Option<Report> {
-        self.failed_report.lock().take()
+        tallies.iter().for_each(|tally| done.tally.add(tally));
+        done.at = control.take_whereabouts();
+        control.take_end()
     }
 
     /// The vCPUs that are to run, locked; none if the run is to end already.
@@ -199,6 +251,11 @@ impl Machine {
     /// Ends the run in progress, from any thread, also one whose vCPUs have not begun yet; without one it does nothing.
     pub fn stop(&self) {
         self.current.stop("stopped");
+    }
+
+    /// The run in progress, else the last one, else the first that there will be.
+    pub fn watched(&self) -> Arc<Watched> {
+        self.current.watched()
     }
 
     /// Whether a run is in progress.

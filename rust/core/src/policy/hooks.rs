@@ -48,6 +48,13 @@ pub trait Policy: Send + Sync {
         Ok(Decision::Deny(Errno(libc::EACCES)))
     }
 
+    /// Whether it judges such a request itself. One that it does not is left to the default: no decision that it made about
+    /// others and that is remembered answers it.
+    fn wants(&self, request: Request<'_>) -> bool {
+        let _ = request;
+        true
+    }
+
     /// Is told what was converted for a request, where that is not what was asked for: widened, other pages, the other
     /// state. No hook of Python's.
     fn converted(&self, request: Request<'_>, range: Range, to: State) {

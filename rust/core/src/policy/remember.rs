@@ -50,13 +50,15 @@ impl<P: Policy> Remember<P> {
 
 impl<P: Policy> Policy for Remember<P> {
     fn memory_fault(&self, fault: &ImplicitRequest) -> Result<Decision, Failure> {
-        self.rules
-            .ask(Request::Implicit(fault), || self.policy.memory_fault(fault))
+        let request = Request::Implicit(fault);
+        let wants = || self.policy.wants(request);
+        self.rules.ask(request, wants, || self.policy.memory_fault(fault))
     }
 
     fn map_gpa_range(&self, call: &ExplicitRequest) -> Result<Decision, Failure> {
-        self.rules
-            .ask(Request::Explicit(call), || self.policy.map_gpa_range(call))
+        let request = Request::Explicit(call);
+        let wants = || self.policy.wants(request);
+        self.rules.ask(request, wants, || self.policy.map_gpa_range(call))
     }
 
     fn memory_poison(&self, poison: &ImplicitRequest) -> Result<Decision, Failure> {
@@ -70,6 +72,10 @@ impl<P: Policy> Policy for Remember<P> {
 
     fn device_access(&self, access: &DeviceAccess) -> Result<Decision, Failure> {
         self.policy.device_access(access)
+    }
+
+    fn wants(&self, request: Request<'_>) -> bool {
+        self.policy.wants(request)
     }
 
     fn converted(&self, request: Request<'_>, range: Range, to: State) {
@@ -118,14 +124,17 @@ struct Piece {
 struct Pieces(BTreeMap<u64, Piece>);
 
 impl Rules {
-    /// Answers a request by a rule, if one holds for it. Else asks the policy, and makes a rule if it says so.
+    /// Answers a request by a rule, if one holds for it and the policy wants such requests. Else asks the policy, and
+    /// makes a rule if it says so.
     fn ask(
         &self,
         request: Request<'_>,
+        wants: impl FnOnce() -> bool,
         policy: impl FnOnce() -> Result<Decision, Failure>,
     ) -> Result<Decision, Failure> {
         let epoch = self.epoch.load(Ordering::SeqCst);
         if self.any.load(Ordering::SeqCst)
+            && wants()
             && let Some(known) = self.tables.read().kinds[kind(request)].find(request)
         {
             self.spared.fetch_add(1, Ordering::Relaxed);

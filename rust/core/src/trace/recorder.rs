@@ -37,7 +37,12 @@ pub struct Recorded {
     pub written: u64,
     /// Events that are not: the log dropped them before they were taken from it, or they are above the limit.
     pub lost: u64,
+    /// Malformed requests among the lost.
+    pub lost_malformed: u64,
 }
+
+/// How many malformed requests are written at most, beside the others: a guest makes them at little cost.
+const MALFORMED_LIMIT: u64 = 1 << 16;
 
 /// Writes every event from its start on, in a thread of its own. No vCPU waits for it.
 pub struct Recorder {
@@ -67,7 +72,7 @@ struct State {
 
 impl Recorder {
     /// Creates or truncates the file and starts the thread. At most `limit` events are written, because a guest can
-    /// make any number of requests. `failed` is called, once, if writing fails before [`finish`](Self::finish). `watch`
+    /// make any number of requests, and beside them as many malformed requests, up to [`MALFORMED_LIMIT`]. `failed` is called, once, if writing fails before [`finish`](Self::finish). `watch`
     /// is called, again and again, while the reader of a pipe is waited for.
     ///
     /// # Errors
@@ -88,9 +93,14 @@ impl Recorder {
             let waiting = move |stalled| of_sink.goes_on(stalled);
             let mut writing = Writing {
                 next: about.first(),
+                malformed_before: log.malformed_before(about.first()),
+                room: Room {
+                    others: limit,
+                    malformed: limit.min(MALFORMED_LIMIT),
+                },
+                malformed: 0,
                 log,
                 output: Output::create(&name, &about, Box::new(waiting))?,
-                limit,
                 pending: Vec::new(),
                 rows: 0,
                 since: Instant::now(),
@@ -219,12 +229,38 @@ impl Progress {
     }
 }
 
+/// How many more events are written.
+struct Room {
+    others: u64,
+    malformed: u64,
+}
+
+impl Room {
+    /// The batch without the rows for which there is no room.
+    fn fit(&mut self, batch: RecordBatch) -> RecordBatch {
+        let malformed = table::malformed(&batch);
+        let others = batch.num_rows() as u64 - malformed;
+        let kept = match (others <= self.others, malformed) {
+            (true, malformed) if malformed <= self.malformed => batch,
+            (_, 0) => batch.slice(0, self.others as usize),
+            _ => table::first_rows(&batch, self.others, self.malformed),
+        };
+        self.others -= others.min(self.others);
+        self.malformed -= malformed.min(self.malformed);
+        kept
+    }
+}
+
 struct Writing {
     log: Arc<EventLog>,
     /// The sequence number to go on with.
     next: u64,
     output: Output<'static>,
-    limit: u64,
+    /// How many malformed requests there were before the first event.
+    malformed_before: u64,
+    /// How many were taken to be written.
+    malformed: u64,
+    room: Room,
     /// Batches that are not in the file yet, and their rows.
     pending: Vec<RecordBatch>,
     rows: u64,
@@ -242,14 +278,16 @@ impl Writing {
             let found = batch.num_rows() as u64;
             self.recorded.lost += last + 1 - self.next - found;
             self.next = last + 1;
-            let kept = found.min(self.limit - self.recorded.written - self.rows);
-            self.recorded.lost += found - kept;
+            let kept = self.room.fit(batch);
+            let rows = kept.num_rows() as u64;
+            self.recorded.lost += found - rows;
+            self.malformed += table::malformed(&kept);
             if self.rows == 0 {
                 self.since = Instant::now();
             }
-            if kept > 0 {
-                self.pending.push(batch.slice(0, kept as usize));
-                self.rows += kept;
+            if rows > 0 {
+                self.pending.push(kept);
+                self.rows += rows;
             }
         }
         match self.rows >= FLUSH_ROWS || self.since.elapsed() >= FLUSH_AFTER {
@@ -272,6 +310,8 @@ impl Writing {
         self.write()?;
         // Events that the log dropped after the last one that was taken.
         self.recorded.lost += self.log.total() - self.next;
+        let malformed = self.log.malformed_total() - self.malformed_before;
+        self.recorded.lost_malformed = malformed.saturating_sub(self.malformed).min(self.recorded.lost);
         self.output.close()?;
         Ok(self.recorded)
     }

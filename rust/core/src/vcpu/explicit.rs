@@ -84,7 +84,10 @@ fn malformed(vcpu: &mut RunningVcpu<'_>, call: &Hypercall, errno: Errno) {
         _ => State::Private,
     };
     let rip = if vcpu.context.is_pc { vcpu.rip() } else { 0 };
-    vcpu.record_other(
+    vcpu.close_request();
+    let index = vcpu.state.index;
+    vcpu.context.events.malformed(
+        index,
         &Asked {
             time: vcpu.exited,
             kind: Kind::Malformed,
@@ -98,8 +101,7 @@ fn malformed(vcpu: &mut RunningVcpu<'_>, call: &Hypercall, errno: Errno) {
             rip,
             repeats: 0,
         },
-        Outcome::Refused,
-        errno.0,
+        errno,
     );
 }
 

@@ -7,7 +7,6 @@ use parking_lot::Mutex;
 
 use super::signal;
 use crate::errno::Errno;
-use crate::hypervisor::raw;
 use crate::hypervisor::vm::ImmediateExit;
 
 /// Kicks one vCPU.
@@ -44,7 +43,7 @@ impl Kick {
         if self.set_immediate_exit()
             && let Some(thread) = *self.thread.lock()
             && sends(self.times.fetch_add(1, Ordering::Relaxed))
-            && !raw::signal_thread(thread, signal::number())
+            && !signal::send(thread)
         {
             // The queue is full; the next kick tries it again.
             self.times.store(0, Ordering::Relaxed);
@@ -93,9 +92,8 @@ impl Kick {
     /// The calling thread runs this vCPU until the guard drops. The signal is [`Installed`](signal::Installed)
     /// meanwhile.
     pub(crate) fn attach(&self) -> Result<Attached<'_>, Errno> {
-        // The thread inherits the signal mask of the thread that created it, which may block this signal.
-        vmm_sys_util::signal::unblock_signal(signal::number()).map_err(|_| Errno(libc::EINVAL))?;
-        *self.thread.lock() = Some(raw::thread_id());
+        signal::unblock()?;
+        *self.thread.lock() = Some(signal::this_thread());
         Ok(Attached(self))
     }
 }

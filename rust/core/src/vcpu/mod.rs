@@ -26,7 +26,7 @@ mod request;
 pub(crate) mod run_loop;
 pub mod running;
 pub(crate) mod saved;
-pub(crate) mod signal;
+pub mod signal;
 pub(crate) mod state;
 pub mod tally;
 mod unpaged;

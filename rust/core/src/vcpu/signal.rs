@@ -11,7 +11,7 @@ use vmm_sys_util::signal::{SIGRTMAX, SIGRTMIN};
 
 use crate::errno::{EBUSY, Errno};
 use crate::error::Error;
-use crate::hypervisor::raw::Disposition;
+use crate::hypervisor::raw::{self, Disposition};
 
 /// The runs in progress, and what the process did with the signal before the first of them.
 static RUNS: Mutex<Option<(usize, Disposition)>> = Mutex::new(None);
@@ -19,21 +19,39 @@ static RUNS: Mutex<Option<(usize, Disposition)>> = Mutex::new(None);
 static NUMBER: AtomicI32 = AtomicI32::new(0);
 
 /// The signal of the runs in progress.
-pub(super) fn number() -> libc::c_int {
+fn number() -> libc::c_int {
     NUMBER.load(Ordering::Relaxed)
+}
+
+/// The calling thread, for [`send`].
+pub fn this_thread() -> libc::pid_t {
+    raw::thread_id()
+}
+
+/// Sends it to a thread of this process. Returns whether it was sent: too many may be waiting to be taken.
+pub fn send(thread: libc::pid_t) -> bool {
+    raw::signal_thread(thread, number())
+}
+
+/// Has the calling thread take the signal: it inherits the mask of the thread that created it, which may block it.
+///
+/// # Errors
+/// EINVAL, which cannot be while it is [`Installed`].
+pub fn unblock() -> Result<(), Errno> {
+    vmm_sys_util::signal::unblock_signal(number()).map_err(|_| Errno(libc::EINVAL))
 }
 
 extern "C" fn do_nothing(_: libc::c_int) {}
 
 /// One run's share in the signal's handler. No vCPU thread may outlive it.
-pub(crate) struct Installed(());
+pub struct Installed(());
 
 impl Installed {
     /// Installs it, on a signal that nobody handles.
     ///
     /// # Errors
     /// EBUSY if all real-time signals are handled, or somebody else has replaced it since another run began.
-    pub(crate) fn install() -> Result<Self, Error> {
+    pub fn install() -> Result<Self, Error> {
         let failed = |what| move |errno| Error::Host { what, errno };
         let mut runs = RUNS.lock();
         if let Some((count, _)) = runs.as_mut() {

@@ -63,8 +63,8 @@ fn its_address() {
         let net = Net::new(link.into(), mac)?;
         let bytes = net.config().unwrap();
         assert_eq!(bytes[..6], net.mac());
-        assert_eq!(bytes[6..], [0; 6]);
-        assert_eq!(net.features(), 1 << 5);
+        assert_eq!(bytes[6..], [1, 0, 0, 0, 0, 0], "the link is up");
+        assert_eq!(net.features(), 1 << 5 | 1 << 16);
         Ok::<_, Error>(net.mac())
     };
     assert_eq!(config(Some(ADDRESS)).unwrap(), ADDRESS);

@@ -72,6 +72,11 @@ pub trait Device: Send + Sync {
     /// A failure ends the run.
     fn process(&self, queues: &mut Vec<Queue>, index: usize) -> Result<(), Failure>;
 
+    /// Whether its configuration space changed by itself since it was last asked, after each turn.
+    fn config_changed(&self) -> bool {
+        false
+    }
+
     /// What to wait for besides requests, asked again before each wait.
     fn sources(&self) -> Vec<Source<'_>> {
         Vec::new()

@@ -4,8 +4,10 @@
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
 use rustix::io::Errno as Cause;
 use rustix::net::{AddressFamily, SocketType};
@@ -23,6 +25,11 @@ const QUEUE: u16 = 256;
 const RECEIVE: usize = 0;
 /// Feature: the configuration space has the address.
 const MAC: u64 = 1 << 5;
+/// Feature: the configuration space says whether there is a link.
+const STATUS: u64 = 1 << 16;
+/// Where it says so, and that there is one.
+const STATUS_AT: usize = 6;
+const LINK_UP: u8 = 1;
 /// A header's bytes, and the one that says that a frame is in one buffer.
 const HEADER: usize = 12;
 const NUM_BUFFERS: usize = 10;
@@ -35,6 +42,10 @@ pub struct Net {
     /// The configuration space.
     config: [u8; 12],
     received: Mutex<Received>,
+    /// The socket was shut down: no frame comes any more.
+    is_down: AtomicBool,
+    /// The driver has not been told of that.
+    went_down: AtomicBool,
 }
 
 /// The frame that was received last.
@@ -122,6 +133,8 @@ impl Net {
                 bytes: vec![0; TOO_LONG],
                 len: 0,
             }),
+            is_down: AtomicBool::new(false),
+            went_down: AtomicBool::new(false),
         })
     }
 
@@ -133,12 +146,22 @@ impl Net {
     /// Moves frames from the link into the guest's buffers, until one of the two runs out.
     fn receive(&self, queue: &mut Queue) -> Result<(), Failure> {
         let Received { bytes, len } = &mut *self.received.lock();
+        let mut came_to_nothing = true;
         for _ in 0..queue.size() {
             if *len == 0 {
+                if self.is_down() {
+                    return Ok(());
+                }
                 match rustix::io::read(&self.link, &mut bytes[..]) {
-                    // The latter may have been cut off.
+                    // What a socket that was shut down says differs from kind to kind.
+                    Ok(0) | Err(Cause::AGAIN) if came_to_nothing && self.is_shut_down()? => {
+                        self.is_down.store(true, Ordering::Relaxed);
+                        self.went_down.store(true, Ordering::Relaxed);
+                        return Ok(());
+                    }
+                    // An empty datagram, and one that may have been cut off.
                     Ok(0 | TOO_LONG) => continue,
-                    Ok(count) => *len = count,
+                    Ok(count) => (*len, came_to_nothing) = (count, false),
                     // The last two are of a socket whose other end is closed.
                     Err(Cause::AGAIN | Cause::CONNREFUSED | Cause::CONNRESET) => return Ok(()),
                     Err(Cause::INTR) => continue,
@@ -157,6 +180,21 @@ impl Net {
             queue.complete(request, done.map_or(0, |()| packet.len() as u32));
         }
         Ok(())
+    }
+
+    fn is_down(&self) -> bool {
+        self.is_down.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing can be received at the socket any more. It is readable for ever then.
+    fn is_shut_down(&self) -> Result<bool, Failure> {
+        let ends = PollFlags::RDHUP | PollFlags::HUP;
+        let mut polled = [PollFd::new(&self.link, ends)];
+        match poll(&mut polled, Some(&Timespec::default())) {
+            Ok(_) => Ok(polled[0].revents().intersects(ends)),
+            Err(Cause::INTR) => Ok(false),
+            Err(errno) => Err(std::io::Error::from(errno).into()),
+        }
     }
 
     /// Moves the guest's frames to the link. Those that it does not take are lost, as on any network.
@@ -218,7 +256,7 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        MAC
+        MAC | STATUS
     }
 
     fn queues(&self) -> &[u16] {
@@ -226,7 +264,13 @@ impl Device for Net {
     }
 
     fn config(&self) -> Result<Vec<u8>, Failure> {
-        Ok(self.config.to_vec())
+        let mut config = self.config;
+        config[STATUS_AT] = if self.is_down() { 0 } else { LINK_UP };
+        Ok(config.to_vec())
+    }
+
+    fn config_changed(&self) -> bool {
+        self.went_down.swap(false, Ordering::Relaxed)
     }
 
     fn process(&self, queues: &mut Vec<Queue>, index: usize) -> Result<(), Failure> {
@@ -237,10 +281,10 @@ impl Device for Net {
         }
     }
 
-    /// The link, unless a frame waits for a buffer.
+    /// The link, unless a frame waits for a buffer, or none comes any more.
     fn sources(&self) -> Vec<Source<'_>> {
         match self.received.lock().len {
-            0 => vec![Source {
+            0 if !self.is_down() => vec![Source {
                 fd: self.link.as_fd(),
                 events: EventSet::IN,
                 queue: RECEIVE,

@@ -155,6 +155,10 @@ impl VirtioFunction {
             }
             self.tell(queue);
         }
+        if self.device.config_changed() {
+            let refresh = self.refresh_begins();
+            self.set_space(refresh, self.device.config()?);
+        }
         processed
     }
 

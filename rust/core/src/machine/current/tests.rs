@@ -32,7 +32,7 @@ fn a_stop_is_not_lost_once_a_run_is_entered() {
                 current.enter().unwrap();
                 current.begin(control.clone());
                 until(|| control.leaving());
-                current.over();
+                current.over(0);
             });
             until(|| current.running());
             current.stop("stopped");
@@ -58,7 +58,7 @@ fn a_closed_machine_begins_no_run_and_one_that_runs_is_not_closed() {
                             assert!(!was_closed, "it began after it was closed");
                             assert!(current.close().is_err(), "it was closed while it ran");
                             assert!(!closed.load(Ordering::SeqCst));
-                            current.over();
+                            current.over(0);
                         } else if was_closed {
                             break;
                         }
@@ -69,6 +69,6 @@ fn a_closed_machine_begins_no_run_and_one_that_runs_is_not_closed() {
             until(|| current.close().is_ok());
             closed.store(true, Ordering::SeqCst);
         });
-        assert!(current.idle().is_err());
+        assert!(current.changeable().is_err());
     }
 }

@@ -104,7 +104,7 @@ impl Machine {
             Error::Invalid(why) => Error::Invalid(format!("{}: it is damaged: {why}", folder.display())),
             other => other,
         };
-        let _claimed = self.current.claim()?;
+        let _still = self.current.still()?;
         if saved.vcpus.len() != self.vcpus.len() || saved.pc.is_some() != self.pc.is_some() {
             return Err(damaged(Error::Invalid(
                 "its state is that of another machine".to_owned(),

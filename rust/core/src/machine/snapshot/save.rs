@@ -32,7 +32,7 @@ impl Machine {
                     .to_owned(),
             ));
         }
-        let _claimed = self.current.claim()?;
+        let _still = self.current.still()?;
         let new = NewFolder::new(folder)?;
         let mut vcpus = Vec::new();
         for index in 0..self.vcpus.len() {

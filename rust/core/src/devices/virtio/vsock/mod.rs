@@ -18,10 +18,11 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
+use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 use vmm_sys_util::epoll::EventSet;
 
 use self::packet::Header;
-use self::streams::{Epolls, Streams, WAKE};
+use self::streams::{Epolls, RETRY, Streams, WAKE};
 use super::device::{Device, Source};
 use super::queue::{Queue, Request, total};
 use super::wake::Wake;
@@ -78,7 +79,8 @@ impl Vsock {
     /// A guest with this context ID. `listener` is the socket at `path`, which is removed in the end.
     ///
     /// # Errors
-    /// `Invalid` for a context ID that is not a guest's; those of epoll_create(2), epoll_ctl(2) and eventfd(2).
+    /// `Invalid` for a context ID that is not a guest's; those of epoll_create(2), epoll_ctl(2),
+    /// timerfd_create(2) and eventfd(2).
     pub fn new(cid: u32, listener: UnixListener, path: PathBuf) -> Result<Self, Error> {
         if !(3..u32::MAX).contains(&cid) {
             return Err(Error::Invalid(format!(
@@ -94,14 +96,17 @@ impl Vsock {
                 path.display()
             )));
         }
-        let what = "create a vsock device's epoll";
+        let what = "create a vsock device's epoll and timer";
         let failed = |errno: rustix::io::Errno| Error::Host {
             what,
             errno: errno.into(),
         };
         let epoll = || epoll::create(CreateFlags::CLOEXEC).map_err(failed);
         let (reads, writes, wake) = (epoll()?, epoll()?, Wake::new()?);
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let retry = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(failed)?;
         epoll::add(&reads, &wake, EventData::new_u64(WAKE), EventFlags::IN).map_err(failed)?;
+        epoll::add(&reads, &retry, EventData::new_u64(RETRY), EventFlags::IN).map_err(failed)?;
         listener.set_nonblocking(true).map_err(|error| Error::Host {
             what: "have a vsock device's socket not block",
             errno: error.into(),
@@ -113,7 +118,7 @@ impl Vsock {
             writes,
             wake,
             state: Mutex::new(State {
-                streams: Streams::new(cid, path, listener),
+                streams: Streams::new(cid, path, listener, retry),
                 starved: false,
                 streams_ended: false,
             }),

@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsString;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::time::{Itimerspec, TimerfdTimerFlags, Timespec, timerfd_settime};
 
 use super::connection::{Connection, Outgoing, Ports};
 use super::packet::{HOST, Header, STREAM, op};
@@ -24,8 +25,11 @@ const MOST_REFUSALS: usize = 1024;
 const FIRST_PORT: u32 = 1 << 30;
 /// What the listening socket is in the epoll, where streams have numbers from 0 on.
 const LISTENER: u64 = u64::MAX;
-/// What [`super::Vsock`] adds to it.
+/// What [`super::Vsock`] adds to it: its own wake, and the timer of [`Streams`].
 pub(super) const WAKE: u64 = u64::MAX - 1;
+pub(super) const RETRY: u64 = u64::MAX - 2;
+/// How long a process without room for one more stream waits before it tries again. That it has room again, nobody says.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// The epolls of sockets that are waited for until they can be read, and until they can be written.
 #[derive(Clone, Copy)]
@@ -47,8 +51,10 @@ pub(super) struct Streams {
     path: PathBuf,
     listener: UnixListener,
     listening: bool,
-    /// This process had no room for one more, and none has become free since.
+    /// This process had no room for one more, and no stream has ended and [`RETRY_AFTER`] has not passed since.
     crowded: bool,
+    /// A timerfd, in the epoll of reads.
+    retry: OwnedFd,
     connections: BTreeMap<u64, Connection>,
     ids: BTreeMap<Ports, u64>,
     unanswered: BTreeSet<u64>,
@@ -60,13 +66,15 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    pub(super) fn new(cid: u32, path: PathBuf, listener: UnixListener) -> Self {
+    /// `retry`: a timerfd that does not block, which is [`RETRY`] in the epoll of reads.
+    pub(super) fn new(cid: u32, path: PathBuf, listener: UnixListener, retry: OwnedFd) -> Self {
         Self {
             cid,
             path,
             listener,
             listening: false,
             crowded: false,
+            retry,
             connections: BTreeMap::new(),
             ids: BTreeMap::new(),
             unanswered: BTreeSet::new(),
@@ -96,6 +104,12 @@ impl Streams {
         for id in ready(epolls.reads)? {
             match (id, self.connections.get_mut(&id)) {
                 (LISTENER, _) => self.accept(epolls)?,
+                (RETRY, _) => {
+                    // It fails only if it has been set again meanwhile.
+                    let _ = rustix::io::read(&self.retry, &mut [0; 8]);
+                    self.crowded = false;
+                    self.listen(epolls)?;
+                }
                 (_, Some(connection)) if connection.is_greeting() => {
                     match connection.greeting() {
                         Ok(Some(guest)) => self.request(id, guest),
@@ -287,7 +301,10 @@ impl Streams {
             (true, false) => {
                 let data = EventData::new_u64(LISTENER);
                 match epoll::add(epolls.reads, &self.listener, data, EventFlags::IN) {
-                    Err(Errno::NOSPC | Errno::NOMEM) => (self.crowded, wanted) = (true, false),
+                    Err(Errno::NOSPC | Errno::NOMEM) => {
+                        self.wait_for_room()?;
+                        wanted = false;
+                    }
                     added => added?,
                 }
             }
@@ -296,6 +313,19 @@ impl Streams {
         }
         self.listening = wanted;
         Ok(())
+    }
+
+    /// Accepts nobody until a stream ends, or for a while.
+    fn wait_for_room(&mut self) -> Result<(), Errno> {
+        self.crowded = true;
+        let after = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec {
+                tv_sec: 0,
+                tv_nsec: RETRY_AFTER.as_nanos() as _,
+            },
+        };
+        timerfd_settime(&self.retry, TimerfdTimerFlags::empty(), &after).map(drop)
     }
 
     /// Whether one more program of the host can connect.
@@ -314,7 +344,7 @@ impl Streams {
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    self.crowded = true;
+                    self.wait_for_room()?;
                     return self.listen(epolls);
                 }
                 Err(errno) => return Err(errno),

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 use rustix::event::epoll::CreateFlags;
+use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 
 use super::*;
 
@@ -37,7 +38,8 @@ fn streams_that_are_closed_leave_nothing() {
         reads: reads.as_fd(),
         writes: writes.as_fd(),
     };
-    let mut streams = Streams::new(GUEST, path.clone(), UnixListener::bind(&path).unwrap());
+    let retry = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK).unwrap();
+    let mut streams = Streams::new(GUEST, path.clone(), UnixListener::bind(&path).unwrap(), retry);
     // The guest gives no buffers, so that this waits at the front, and one stream stays open.
     streams.receive(&header(op::RW, 1), Some(&[]), epolls).unwrap();
     streams.receive(&header(op::REQUEST, 2), Some(&[]), epolls).unwrap();
