@@ -14,6 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -473,3 +474,12 @@ def test_nothing_is_left_of_many(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="devices has 1"):
             Vm.resume(tmp_path / "saved", hypervisor=Fake(), devices=[Echo()])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_trace_of_it_begins_with_the_states_that_were_put_aside(machine, resumed, tmp_path: Path) -> None:
+    vm = machine(enforcement="memslots")
+    vm.convert(4 * PAGE, 2 * PAGE, to="private")
+    vm.snapshot(tmp_path / "saved")
+    again = resumed(tmp_path / "saved")
+    told = pyarrow.table(again.events).schema.metadata
+    assert told[b"pagegate.others"] == b"4000+2000" or b"4" in told[b"pagegate.others"], told

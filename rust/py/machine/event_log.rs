@@ -46,7 +46,7 @@ impl PyEvents {
     /// Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows.
     #[getter]
     fn debug_private(&self) -> bool {
-        self.0.parts.about.debug_private()
+        self.0.parts.about().debug_private()
     }
 
     /// The kept events with this sequence number or a higher one.
@@ -65,12 +65,12 @@ impl PyEvents {
         requested_schema: Option<Bound<'py, PyCapsule>>,
     ) -> PyResult<Bound<'py, PyCapsule>> {
         let machine = self.0.machine(py)?;
-        let (schema, batches) = py.detach(|| (self.0.parts.about.schema(), machine.events().batches()));
+        let (schema, batches) = py.detach(|| (self.0.parts.about().schema(), machine.events().batches()));
         arrow::stream(py, &schema, batches.into_iter(), requested_schema)
     }
 
     fn __arrow_c_schema__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyCapsule>> {
-        arrow::schema(py, &self.0.parts.about.schema())
+        arrow::schema(py, &self.0.parts.about().schema())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -82,7 +82,7 @@ pub(crate) struct Parts {
     /// The Python policy that has been told of this machine.
     pub(super) configured: Mutex<Weak<Remember<PyPolicy>>>,
     /// The page states before the first event, for traces made of the log.
-    pub(crate) about: About,
+    about: Mutex<About>,
     /// What ``vm.console`` is, made when it is first asked for.
     pub(super) console: PyOnceLock<Py<PyAny>>,
     pub(super) shared_bit: Option<u32>,
@@ -109,7 +109,7 @@ impl Parts {
         let views = *machine.memory().views();
         Self {
             memory: machine.memory().size(),
-            about: About::now(machine.events(), machine.memory(), machine.debug_private()),
+            about: Mutex::new(About::now(machine.events(), machine.memory(), machine.debug_private())),
             console: PyOnceLock::new(),
             report: Mutex::default(),
             configured: Mutex::default(),
@@ -129,6 +129,18 @@ impl Parts {
             enters_python,
             overdue,
         }
+    }
+}
+
+impl Parts {
+    /// The page states before the first event, for traces made of the log.
+    pub(crate) fn about(&self) -> About {
+        lock(&self.about).clone()
+    }
+
+    /// No event has been logged yet, and page states are others than when the machine was made.
+    pub(super) fn is_new(&self, machine: &Machine) {
+        *lock(&self.about) = About::now(machine.events(), machine.memory(), machine.debug_private());
     }
 }
 

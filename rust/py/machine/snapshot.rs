@@ -56,5 +56,7 @@ pub(super) fn resume(
         }
     }
     let resumed = py.detach(|| machine.resume(snapshot, &mut attach::check_signals));
-    resumed.map_err(|error| errors::raise(py, error))
+    resumed.map_err(|error| errors::raise(py, error))?;
+    parts.is_new(&machine);
+    Ok(())
 }

@@ -125,6 +125,10 @@ impl Machine {
             check(&folder, name, found, wanted)?;
         }
         self.memory.set_kept(saved.kept);
+        // Before the interrupt controllers and devices, which may raise an interrupt of a vCPU.
+        for (index, saved) in saved.vcpus.iter().enumerate() {
+            self.idle_vcpu(index)?.restore(saved)?;
+        }
         if let (Some(pc), Some(saved)) = (&self.pc, saved.pc) {
             if let Some(wanted) = manifest.sums.kernel {
                 let bytes = read(&folder, name::KERNEL, LARGEST_KERNEL, watch)?;
@@ -133,9 +137,6 @@ impl Machine {
                 *pc.kernel.lock() = Some(Arc::new(RunningKernel::new(kernel)));
             }
             pc.restore(saved)?;
-        }
-        for (index, saved) in saved.vcpus.iter().enumerate() {
-            self.idle_vcpu(index)?.restore(saved)?;
         }
         let what = "set the guest's clock";
         let set = self.hypervisor.set_clock(&saved.clock);

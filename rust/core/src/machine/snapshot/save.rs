@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::input::Watch;
 use crate::machine::assembly::{Machine, outside_listeners};
 use crate::memory::address::State;
+use crate::vcpu::saved::SavedVcpu;
 
 impl Machine {
     /// Writes all of the machine to a new folder, of which only its owner can read anything: memory, private pages
@@ -34,19 +35,13 @@ impl Machine {
         }
         let _still = self.current.still()?;
         let new = NewFolder::new(folder)?;
-        let mut vcpus = Vec::new();
-        for index in 0..self.vcpus.len() {
-            let mut vcpu = self.idle_vcpu(index)?;
-            vcpu.settle(&self.kicks[index], self.memory.pause());
-            vcpus.push(vcpu);
-        }
+        // Before a vCPU is locked: a device may call Python.
+        let pc = self.pc.as_ref().map(|pc| pc.save()).transpose()?;
         let failed = |what| move |errno| Error::Host { what, errno };
-        let msrs = self.hypervisor.msr_indices().map_err(failed("list the MSRs"))?;
-        let vcpus = vcpus.iter().map(|vcpu| vcpu.save(&msrs, self.pc.is_some()));
         let saved = Saved {
-            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vcpus: self.save_vcpus()?,
             clock: self.hypervisor.clock().map_err(failed("read the guest's clock"))?,
-            pc: self.pc.as_ref().map(|pc| pc.save()).transpose()?,
+            pc,
             kept: self.memory.has_kept(),
         };
         let state = as_json(&saved)?;
@@ -81,6 +76,18 @@ impl Machine {
         };
         new.write(name::MANIFEST, &as_json(&manifest)?)?;
         new.finish()
+    }
+
+    fn save_vcpus(&self) -> Result<Vec<SavedVcpu>, Error> {
+        let what = "list the MSRs";
+        let msrs = self.hypervisor.msr_indices();
+        let msrs = msrs.map_err(|errno| Error::Host { what, errno })?;
+        let save = |index| {
+            let mut vcpu = self.idle_vcpu(index)?;
+            vcpu.settle(&self.kicks[index], self.memory.pause());
+            vcpu.save(&msrs, self.pc.is_some())
+        };
+        (0..self.vcpus.len()).map(save).collect()
     }
 }
 
