@@ -83,6 +83,8 @@ mod _core {
     use crate::interpreter::arguments::timeout_seconds;
     #[pymodule_export]
     use crate::interpreter::ending::end;
+    #[pymodule_export]
+    use crate::interpreter::sizes::{number_of_bytes, whole_number};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

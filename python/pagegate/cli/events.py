@@ -15,13 +15,12 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from pagegate._core import event_words
+from pagegate._core import event_words, whole_number
 from pagegate.cli import symbols
 from pagegate.cli.parameters import Size
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import put, put_line
 from pagegate.cli.summary import line, size
-from pagegate.loading.options import integer
 from pagegate.trace import read
 
 if TYPE_CHECKING:
@@ -48,10 +47,10 @@ class _Span(click.ParamType[range]):
         begin, dash, last = str(value).partition("-")
         try:
             if plus:
-                return range(integer(first), integer(first) + integer(length))
+                return range(whole_number(first), whole_number(first) + whole_number(length))
             if dash:
-                return range(integer(begin), integer(last) + 1 if last else 1 << 64)
-            return range(integer(begin), integer(begin) + 1)
+                return range(whole_number(begin), whole_number(last) + 1 if last else 1 << 64)
+            return range(whole_number(begin), whole_number(begin) + 1)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

@@ -68,7 +68,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
     default=machine.DEFAULT_MEMORY,
     show_default=True,
     metavar="M",
-    help="The machine's memory, as 512M or 4G.",
+    help="The machine's memory, such as 512M or 4G.",
 )
 @click.option("--deterministic", is_flag=True, help="Let the machine's clock count instructions, one nanosecond each.")
 @click.option(
@@ -182,7 +182,7 @@ def _build(jobs: int | None, suite: str | None) -> None:
     default=machine.DEFAULT_MEMORY,
     show_default=True,
     metavar="M",
-    help="The machine's memory, as 512M or 4G.",
+    help="The machine's memory, such as 512M or 4G.",
 )
 @_suite
 @click.pass_context

@@ -98,7 +98,11 @@ impl PyEvents {
     /// From the oldest that is kept on, or from sequence number ``since``. It ends when no run is in progress and all
     /// events were given. ``interval``: seconds between two looks at the log, 0.05 by default.
     #[pyo3(signature = (since = 0, *, interval = 0.05))]
-    fn follow<'py>(slf: &Bound<'py, Self>, since: u64, interval: f64) -> PyResult<Bound<'py, PyAny>> {
+    fn follow<'py>(
+        slf: &Bound<'py, Self>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::since, _>)] since: u64,
+        #[pyo3(from_py_with = arguments::real::<arguments::named::interval>)] interval: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let follow = py.import("pagegate.asynchronous")?.getattr("follow")?;
         follow.call1((slf.get().0.vm.clone_ref(py), since, interval))
