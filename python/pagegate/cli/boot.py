@@ -26,6 +26,7 @@ from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import counted, put
 from pagegate.cli.recording import Recording, events_option, limit_option
 from pagegate.cli.summary import Ran, size
+from pagegate.cli.telling import tell
 from pagegate.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ def _tell(booted: Booted, policy: str | None) -> None:
 
 def _status(booted: Booted) -> int:
     if booted.ran.interrupted:
-        click.echo("interrupted", err=True)
+        tell("interrupted")
         return INTERRUPTED
     if not booted.well:
-        click.echo(f"pagegate: {booted.complaint()}", err=True)
+        tell(f"pagegate: {booted.complaint()}")
     return 0 if booted.well else 1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from pagegate.cli.telling import tell
 from pagegate.trace import Recorder
 
 if TYPE_CHECKING:
@@ -70,11 +71,11 @@ class Recording:
         except OSError as error:
             self.failure = error
             if exc is not None:
-                click.echo(f"pagegate: {self._file}: {error.strerror}", err=True)
+                tell(f"pagegate: {self._file}: {error.strerror}")
             return
         if self._recorder.lost:
             what = f"{self._recorder.lost} requests are not in {self._file}"
-            click.echo(f"pagegate: {what}: above --events-limit, or too fast to be written", err=True)
+            tell(f"pagegate: {what}: above --events-limit, or too fast to be written")
 
     def check(self, *, interrupted: bool) -> None:
         """Raises the file's error. After Ctrl-C, which decides the exit status, it is only said."""
@@ -82,4 +83,4 @@ class Recording:
             return
         if not interrupted:
             raise self.failure
-        click.echo(f"pagegate: {self._file}: {self.failure.strerror}", err=True)
+        tell(f"pagegate: {self._file}: {self.failure.strerror}")
