@@ -7,6 +7,7 @@ import re
 import click
 from pagegate.cli import cli
 
+_WIDTH = 100
 _PLACE = "<!-- the commands -->"
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+([\w/.-]+)(?:#[\w-]*)?\)")
 """A link to a file of the checkout that is no page."""
@@ -20,7 +21,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def _command(command: click.Command, path: list[str]) -> list[str]:
     """A command's section, and those of its subcommands."""
-    ctx = click.Context(command, info_name=" ".join(path))
+    # By default it is as wide as the terminal that the site is built at.
+    ctx = click.Context(command, info_name=" ".join(path), terminal_width=_WIDTH)
     lines = [f"{'#' * (len(path) + 1)} {' '.join(path)}", "", "```text", ctx.get_usage(), "```", ""]
     if command.help:
         lines += [_paragraphs(command.help), ""]

@@ -131,9 +131,7 @@ def test_a_live_line_of_requests(image, policy):
         console.expect("ready")
         console.type(b"\x01r")
         console.expect("pagegate: 0 implicit, 0 explicit")
-        console.expect(
-            "pagegate: 0 implicit, 1 explicit; 4 KiB shared, 524284 KiB private; the last: explicit, 0x100000"
-        )
+        console.expect("pagegate: 0 implicit, 1 explicit; 4 KiB shared, 524284 KiB private; the last:")
         console.type(b"\x01x")
         assert console.end() == 0
 

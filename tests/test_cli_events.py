@@ -35,9 +35,12 @@ def rows(folder, *arguments):
 
 def test_events_as_lines(folder, some):
     told = pagegate("events", "some.parquet", cwd=folder).stdout.splitlines()
-    assert len(told) == len(some)
-    assert re.match(r" +0 +0\.000000 s  vCPU \d  (implicit|explicit) 0x\w+ \+ .* → converted", told[0])
-    assert len(pagegate("events", "some.parquet", "--limit", 3, cwd=folder).stdout.splitlines()) == 3
+    assert told[0].split() == ["event", "seconds", "vCPU", "kind", "gpa", "size", "to", "outcome"]
+    assert len(told) == 1 + len(some)
+    assert re.match(
+        r" +0 0\.000000 +\d (implicit|explicit) 0x\w+ +\d+ (K|M)iB (shared|private) +converted  \d", told[1]
+    )
+    assert len(pagegate("events", "some.parquet", "--limit", 3, cwd=folder).stdout.splitlines()) == 1 + 3
 
 
 def test_all_columns_for_programs(folder, some):

@@ -184,3 +184,21 @@ def test_the_site_builds_strictly_and_without_a_network(tmp_path):
     commands = (tmp_path / "site" / "reference" / "commands.html").read_text()
     assert all(f"pagegate {name}" in commands for name in cli.list_commands(click.Context(cli)))
     assert not re.search(r'(?:src|href)="https?://(?!squidfunk)[^"]+\.(?:js|css|woff2?)"', page)
+
+
+def test_the_reference_of_the_command_line_is_the_same_at_any_terminal() -> None:
+    code = "import runpy; print(runpy.run_path('docs/hooks.py')['on_page_markdown']('<!-- the commands -->'))"
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": columns},
+        ).stdout
+        for columns in ("40", "80", "200")
+    }
+    assert len(made) == 1
+    assert "Usage: pagegate testbed [OPTIONS] -- COMMAND..." in made.pop()

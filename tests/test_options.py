@@ -6,8 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from pagegate import PolicyError, policies
-from pagegate.loading import options
+from pagegate import PolicyError, _core, policies
 from pagegate.script import load
 
 TEXT = """
@@ -184,4 +183,4 @@ def test_an_annotation_that_does_not_resolve(write):
 @pytest.mark.parametrize("text", ["", "x", "1.5", "K", "0x", "1 2", "12Q", "0b2"])
 def test_invalid_whole_numbers_are_refused(text):
     with pytest.raises(ValueError):  # noqa: PT011
-        options.integer(text)
+        _core.whole_number(text)

@@ -36,13 +36,35 @@ def test_the_parts_say_what_is_in_the_trace(some):
     )
     changed = sum(event.changed * (1 if event.done_to == "shared" else -1) for event in events)
     assert shared[-1] == pytest.approx((read.shared_bytes + changed) / (1 << 20))
-    drawn = sum(len(each.get_segments()) for each in places.collections)
+    drawn = len(places.collections[0].get_segments())
+    assert len(places.collections[1].get_offsets()) == drawn
     assert drawn == sum(event.changed > 0 for event in events)
     assert {line.get_label() for line in latencies.lines} == {"implicit", "explicit"}
     longest = {kind: max(event.latency for event in events if event.kind == kind) for kind in ("implicit", "explicit")}
     assert {line.get_label(): line.get_xdata()[-1] * 1000 for line in latencies.lines} == pytest.approx(longest)
     assert sum(bar.get_width() for bar in decisions.patches) == len(events)
     assert "swiotlb_map" in [text.get_text() for text in decisions.get_yticklabels()] or not rips
+
+
+def test_axes_have_units_and_legends_cover_nothing(some):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plot.figure(some)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
+        ("time in seconds", "MiB"),
+        ("time in seconds", "gpa in MiB"),
+        ("latency in µs", "requests that took no longer, in %"),
+        ("requests", ""),
+    ]
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        title = axes.title if axes.title.get_text() else axes._left_title
+        assert legend.y0 >= axes.get_window_extent().y1
+        assert not legend.overlaps(title.get_window_extent())
+        # Written as they are read, not as powers.
+        assert not any("$" in text.get_text() for text in axes.get_xticklabels(which="both"))
 
 
 @pytest.mark.parametrize("requests", [0, 1])
@@ -87,4 +109,4 @@ def test_a_long_trace_is_thinned():
     read = trace.synthetic(60_000)
     figure = plot.figure(read)
     assert len(figure.axes[0].lines[0].get_xdata()) <= 20_001
-    assert sum(len(each.get_segments()) for each in figure.axes[1].collections) <= 40_002
+    assert len(figure.axes[1].collections[0].get_segments()) <= 20_001

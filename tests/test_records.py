@@ -178,7 +178,7 @@ def _fields(report):
 @pytest.mark.parametrize(
     ("wrong", "kind", "said"),
     [
-        (lambda vm: Vm("64X"), ValueError, "memory: '64X' is no whole number, such as 64, 0x40, 64K, 64M or 1G"),
+        (lambda vm: Vm("64X"), ValueError, "memory is '64X': it must be a whole number, such as 64, 0x40, 64K"),
         (lambda vm: Vm(1.5), TypeError, "memory is 1.5: it must be an int, such as 64 << 20, or text such as 64M"),
         (lambda vm: Vm(-1), ValueError, "memory is -1, which is out of range: it must be between 0 and"),
         (lambda vm: Vm("1M", events=-1), ValueError, "events is -1, which is out of range"),

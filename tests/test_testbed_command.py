@@ -274,7 +274,7 @@ class TestRun:
             ({"argv": []}, "argv is empty"),
             ({"cpus": 0}, "at least 1"),
             ({"cpus": 2, "deterministic": True}, "deterministic needs cpus=1"),
-            ({"memory": "lots"}, "as 512M or 4G"),
+            ({"memory": "lots"}, "memory is .lots.: it must be a whole number"),
             ({"timeout": 0}, "above 0 seconds"),
             ({"timeout": float("nan")}, "timeout is nan"),
             ({"env": {"A B": "c"}}, "no name for an environment variable"),
@@ -314,7 +314,7 @@ class TestMachine:
 
     def test_the_clock_is_ordinary_by_default(self, fake_machine):
         assert testbed.run(["true"]) == 0
-        assert "--memory 4G" in fake_machine.read_text()
+        assert "--memory 4096M" in fake_machine.read_text()
         assert "icount" not in fake_machine.read_text()
         assert "--append=nohz=off --append=highres=off" in fake_machine.read_text()
 
@@ -399,7 +399,8 @@ class TestCommand:
             (["--cpus", "1"], "there is no COMMAND"),
             (["--"], "there is no COMMAND"),
             (["--deterministic", "--cpus", "2", "--", "true"], "deterministic needs cpus=1"),
-            (["--memory", "x", "--", "true"], "as 512M or 4G"),
+            (["--memory", "x", "--", "true"], "memory is 'x': it must be a whole number, such as 64"),
+            (["--memory", "4", "--", "true"], "it must be a positive multiple of 1 MiB, such as 512M or 4G"),
             (["--cpus", "1", "build"], "--cpus does not go with build"),
             (["selftest", "--", "true"], "a COMMAND does not go with selftest"),
         ],

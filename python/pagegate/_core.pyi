@@ -33,6 +33,16 @@ def timeout_seconds(timeout: float | None) -> float:
     ValueError if they are negative or no number of seconds.
     """
 
+def whole_number(text: str) -> int:
+    """A whole number as text, which may end in a unit: 64, 0x40, 64K, 2MiB, 1G. ValueError for anything else."""
+
+def number_of_bytes(value: int | str, name: str) -> int:
+    """An argument that is a number of bytes or an address, for which text with a unit does, too.
+
+    ``name``: what messages call it. TypeError for what is neither an int nor text, ValueError for other text and for
+    what is negative or above 64 bits.
+    """
+
 def script_guest() -> bytes:
     """The machine code that executes a ``pagegate.guests.Script``: long mode, position-independent."""
 
@@ -128,7 +138,9 @@ class Region:
     the run with PolicyError.
     """
 
-    def __new__(cls, gpa: int, size: int, *, uses: int | None = None, seconds: float | None = None) -> Self: ...
+    def __new__(
+        cls, gpa: int | str, size: int | str, *, uses: int | None = None, seconds: float | None = None
+    ) -> Self: ...
     @property
     def gpa(self) -> int:
         """Start in bytes."""
@@ -151,8 +163,8 @@ class Region:
 class Convert:
     """Converts pages: those that were asked for, to the state that was asked for, unless the arguments say otherwise.
 
-    ``to``: "private" or "shared". ``gpa`` and ``size``: bytes, multiples of 4096, inside guest memory; else the run
-    ends with PolicyError.
+    ``to``: "private" or "shared". ``gpa`` and ``size``: bytes, multiples of 4096, inside guest memory, or text such as
+    "2M"; outside of it the run ends with PolicyError.
 
     A page that changes state loses its bytes and reads as zeroes. So widen only to pages that hold nothing the guest
     needs, or that are in the wanted state already.
@@ -168,8 +180,8 @@ class Convert:
     def __new__(
         cls,
         to: _State | None = None,
-        gpa: int | None = None,
-        size: int | None = None,
+        gpa: int | str | None = None,
+        size: int | str | None = None,
         *,
         prefault: bool = False,
         discard: bool = True,
@@ -326,7 +338,7 @@ class Quota(Builtin):
 
 @final
 class Window(Builtin):
-    """Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes.
+    """Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes, or "GPA+SIZE".
 
     For guests whose shared buffers lie in one place, such as a swiotlb window. Elsewhere an explicit request gets
     EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``. ``gpa``
@@ -336,7 +348,7 @@ class Window(Builtin):
     chain.
     """
 
-    def __new__(cls, ranges: Sequence[tuple[int, int]], then: object | None = None) -> Self: ...
+    def __new__(cls, ranges: Sequence[tuple[int | str, int | str] | str], then: object | None = None) -> Self: ...
 
 @final
 class RateLimit(Builtin):
@@ -372,11 +384,11 @@ class MemoryFault:
 
     def __new__(
         cls,
-        gpa: int,
+        gpa: int | str,
         *,
         private: bool = False,
         vcpu: int = 0,
-        size: int = 4096,
+        size: int | str = 4096,
         flags: int | None = None,
         errno: int = 14,
         state: _State | None = None,
@@ -454,11 +466,11 @@ class MemoryPoison(MemoryFault):
 
     def __new__(
         cls,
-        gpa: int,
+        gpa: int | str,
         *,
         private: bool = False,
         vcpu: int = 0,
-        size: int = 4096,
+        size: int | str = 4096,
         flags: int | None = None,
         errno: int = 133,
         state: _State | None = None,
@@ -481,12 +493,12 @@ class MapGpaRange:
 
     def __new__(
         cls,
-        gpa: int,
-        size: int = 4096,
+        gpa: int | str,
+        size: int | str = 4096,
         *,
         to: _State,
         vcpu: int = 0,
-        page_size: int = 4096,
+        page_size: int | str = 4096,
         raw: int | None = None,
         state: Literal["private", "shared", "mixed"] | None = None,
         time: int = 0,
@@ -1134,15 +1146,15 @@ class Attributes:
     """The state of every page. This is the only copy: KVM has no ioctl to read attributes back."""
 
     def _repr_html_(self) -> str: ...
-    def is_private(self, gpa: int) -> bool:
+    def is_private(self, gpa: int | str) -> bool:
         """Whether the page that holds ``gpa`` is private. IndexError outside memory."""
-    def state(self, gpa: int, size: int | None = None) -> Literal["private", "shared", "mixed"]:
+    def state(self, gpa: int | str, size: int | str | None = None) -> Literal["private", "shared", "mixed"]:
         """The state of a range of whole pages, by default of the page at ``gpa``.
 
         ``gpa`` and ``size``: bytes, multiples of 4096. IndexError for a gpa outside memory, ValueError for what is no
         range of pages in memory.
         """
-    def runs(self, gpa: int = 0, size: int | None = None) -> list[tuple[int, int, _State]]:
+    def runs(self, gpa: int | str = 0, size: int | str | None = None) -> list[tuple[int, int, _State]]:
         """Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending, by default of all memory.
 
         Raises as ``state`` does.
@@ -1204,7 +1216,7 @@ class Vcpu:
 class Vm:
     """A virtual machine in which a policy decides whether pages are converted.
 
-    ``memory``: bytes from gpa 0 on, a multiple of 4096, or text such as "64M". ``vcpus``: at least 1. ``policy``: any
+    ``memory``: bytes from gpa 0 on, a multiple of 4096. ``vcpus``: at least 1. ``policy``: any
     object with hooks, see ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected".
     ``enforcement``: "auto", "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory), "traps" (the
     same on the view that a page is not in, with host memory on both sides) or "memslots" (on any host). ``shared_bit``:
@@ -1216,6 +1228,8 @@ class Vm:
 
     Where KVM shadows page tables, the memslots of each TiB take it seconds, and 2 GiB of the host's memory. Ctrl-C ends
     the wait.
+
+    Sizes and addresses, here and in the methods, may be text, too: "64M", "2MiB", "0x1000".
 
     ``platform``: "bare" (no interrupts; a HLT ends the vCPU) or "pc" (for Linux, see ``boot``; memory above 3 GiB
     goes on at 4 GiB). ``confidential``: "sev" for a guest that believes in SEV, all of it private at first, with the
@@ -1279,7 +1293,7 @@ class Vm:
     @property
     def events(self) -> Events:
         """The log of requests."""
-    def load(self, image: Buffer | str | PathLike[str], at: int = 0x1000) -> int:
+    def load(self, image: Buffer | str | PathLike[str], at: int | str = 0x1000) -> int:
         """Loads bytes, a raw file or an ELF file's segments into guest memory, and returns the entry point.
 
         ``image``: bytes, which are loaded as they are, or a path. ``at``: where they go, for what is no ELF file. Pages
@@ -1317,7 +1331,7 @@ class Vm:
         Handlers are called on vCPU threads. A read answered with anything else ends the run with PolicyError. A port
         without a handler reads as ones. Raises ValueError for the doorbell and for a port that has a handler already.
         """
-    def on_mmio(self, gpa: int, size: int, handler: Callable[[Mmio], Any]) -> None:
+    def on_mmio(self, gpa: int | str, size: int | str, handler: Callable[[Mmio], Any]) -> None:
         """Sets the handler of ``size`` bytes outside guest memory and its views; otherwise as ``on_io``.
 
         With two views it answers accesses through either: the bit in ``gpa`` that selects one is ignored.
@@ -1384,18 +1398,18 @@ class Vm:
 
         Does nothing without one.
         """
-    def read(self, gpa: int, n: int) -> bytes:
+    def read(self, gpa: int | str, n: int | str) -> bytes:
         """Reads ``n`` bytes of shared pages, and with ``debug_private`` of private ones.
 
         Raises PrivateMemoryError, which names the first private page, and ValueError outside memory.
         """
-    def write(self, gpa: int, data: Buffer) -> None:
+    def write(self, gpa: int | str, data: Buffer) -> None:
         """Writes ``data`` to shared pages, and with ``debug_private`` to private ones.
 
         Raises PrivateMemoryError, which names the first private page, and ValueError outside memory; then nothing is
         written.
         """
-    def convert(self, gpa: int, size: int, *, to: _State) -> None:
+    def convert(self, gpa: int | str, size: int | str, *, to: _State) -> None:
         """Converts pages without asking the policy. They lose their bytes and read as zeroes.
 
         ``gpa`` and ``size``: bytes, multiples of 4096. Raises ValueError for what is no range of pages in memory,
@@ -1568,7 +1582,7 @@ class Trial:
     def __new__(cls, policy: object | None, memory: int | str, initial: str) -> Self: ...
     def judge(self, request: MemoryFault | MapGpaRange) -> Convert | Deny | Discard | Retry | Stop:
         """Asks the policy, and converts in the map what it converts. ValueError for a request outside memory."""
-    def state(self, gpa: int, size: int) -> Literal["private", "shared", "mixed"]:
+    def state(self, gpa: int | str, size: int | str) -> Literal["private", "shared", "mixed"]:
         """The state of a range of whole pages."""
     def runs(self) -> list[tuple[int, int, _State]]:
         """Maximal runs of one state as ``(gpa, size, state)`` in bytes, ascending."""

@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import Final, Literal, NoReturn, TypeAlias
 
-from pagegate._core import Vm, probe, script_guest
+from pagegate._core import Vm, number_of_bytes, probe, script_guest
 
 PAGE: Final = 4096
 _RECORD = struct.Struct("<Q3Q4Q")
@@ -45,8 +45,9 @@ def hypercall_instruction() -> Literal["vmcall", "vmmcall"]:
 class Script:
     """A list of operations for one vCPU. Each method appends one and returns its number, from 0.
 
-    Addresses are linear addresses, which mode "long" maps to the same guest-physical ones; with a shared bit,
-    ``address | 1 << bit`` is the shared view. A word is 8 bytes. The script itself has to lie in shared memory.
+    Addresses and sizes are ints, or text such as "2M". Addresses are linear ones, which mode "long" maps to the same
+    guest-physical ones; with a shared bit, ``address | 1 << bit`` is the shared view. A word is 8 bytes. The script
+    itself has to lie in shared memory.
 
     Raises TypeError and ValueError for arguments that an operation cannot have.
     """
@@ -80,7 +81,7 @@ class Script:
         """The number of operations, which is also the number of the next one."""
         return len(self._operations)
 
-    def _append(self, operation: int, **words: int) -> int:
+    def _append(self, operation: int, **words: int | str) -> int:
         """Appends an operation with up to three words, which are passed by the names that errors call them."""
         a, b, c = (*(_checked(name.rstrip("_"), word) for name, word in words.items()), 0, 0, 0)[:3]
         self._operations.append((operation, a, b, c))
@@ -90,36 +91,37 @@ class Script:
         """HLT, for good. There is one at the end of every script anyway."""
         return self._append(_HALT)
 
-    def fill(self, address: int, size: int, byte: int) -> int:
+    def fill(self, address: int | str, size: int | str, byte: int) -> int:
         """Fills ``size`` bytes, a multiple of 8, with ``byte``."""
         return self._append(_FILL, address=address, size=_words(size), byte=_word(byte))
 
-    def check(self, address: int, size: int, byte: int) -> int:
+    def check(self, address: int | str, size: int | str, byte: int) -> int:
         """Compares ``size`` bytes, a multiple of 8, with ``byte``. Result: how many words differ."""
         return self._append(_CHECK, address=address, size=_words(size), byte=_word(byte))
 
-    def read(self, address: int) -> int:
+    def read(self, address: int | str) -> int:
         """Reads a word. Result: the word."""
         return self._append(_READ, address=address)
 
-    def write(self, address: int, word: int) -> int:
+    def write(self, address: int | str, word: int) -> int:
         """Writes a word."""
         return self._append(_WRITE, address=address, _=0, word=word)
 
-    def map(self, gpa: int, size: int, *, to: State, page_size_hint: int = 0) -> int:
+    def map(self, gpa: int | str, size: int | str, *, to: State, page_size_hint: int = 0) -> int:
         """KVM_HC_MAP_GPA_RANGE on ``size`` bytes, a positive multiple of 4096. Result: RAX.
 
         ``page_size_hint``: 0 for 4096 bytes, 1 for 2 MiB, 2 for 1 GiB. For malformed requests use ``map_raw``.
         """
         if to not in ("private", "shared"):
             raise ValueError(f'to is {to!r}: it must be "private" or "shared"')
-        if _checked("size", size) == 0 or size % PAGE:
+        size = _checked("size", size)
+        if size == 0 or size % PAGE:
             raise ValueError(f"size is {size}: it must be a positive multiple of {PAGE}")
         # Bit 4 means private.
         _checked("page_size_hint", page_size_hint, _ENCRYPTED - 1)
         return self.map_raw(gpa, size // PAGE, _ENCRYPTED * (to == "private") | page_size_hint)
 
-    def map_raw(self, gpa: int, pages: int, attributes: int) -> int:
+    def map_raw(self, gpa: int | str, pages: int, attributes: int) -> int:
         """KVM_HC_MAP_GPA_RANGE with any RBX, RCX and RDX. Result: RAX."""
         return self._append(self._map, gpa=gpa, pages=pages, attributes=attributes)
 
@@ -137,11 +139,12 @@ class Script:
             raise ValueError(f"to is {to}: a loop goes back, and there are {len(self)} operations before it")
         return self._append(_LOOP, to=to, times=times, times_=times)
 
-    def barrier(self, address: int, vcpus: int) -> int:
+    def barrier(self, address: int | str, vcpus: int) -> int:
         """Waits until ``vcpus`` scripts have come here, each time anew. The word at ``address`` must be 0 at first.
 
         Each barrier of a script has a word of its own, else ValueError: it would find the other's count there.
         """
+        address = _checked("address", address)
         if address in self._barriers:
             raise ValueError(
                 f"address {address:#x} is operation {self._barriers[address]}'s, a barrier, too: take another"
@@ -149,15 +152,15 @@ class Script:
         self._barriers[address] = len(self)
         return self._append(_BARRIER, address=address, _=0, vcpus=vcpus)
 
-    def add(self, address: int, word: int) -> int:
+    def add(self, address: int | str, word: int) -> int:
         """Adds to the word at ``address``, atomically. Result: the word before."""
         return self._append(_ADD, address=address, _=0, word=word)
 
-    def touch(self, address: int, count: int, stride: int = PAGE) -> int:
+    def touch(self, address: int | str, count: int, stride: int | str = PAGE) -> int:
         """Reads one byte at ``address`` and every ``stride`` bytes after it, ``count`` in all."""
         return self._append(_TOUCH, address=address, count=count, stride=stride)
 
-    def goto_unless(self, address: int, word: int, to: int) -> int:
+    def goto_unless(self, address: int | str, word: int, to: int) -> int:
         """Goes to operation ``to`` unless the word at ``address`` is ``word``."""
         self._targets.append(("goto_unless", len(self), _checked("to", to)))
         return self._append(_UNLESS, to=to, address=address, word=word)
@@ -166,11 +169,11 @@ class Script:
         """Counts how often it is executed. Result: the count."""
         return self._append(_COUNT)
 
-    def dirty(self, address: int, count: int, stride: int = PAGE) -> int:
+    def dirty(self, address: int | str, count: int, stride: int | str = PAGE) -> int:
         """Writes one byte at ``address`` and every ``stride`` bytes after it, ``count`` in all."""
         return self._append(_DIRTY, address=address, count=count, stride=stride)
 
-    def image(self, at: int = 0x1000) -> tuple[bytes, int]:
+    def image(self, at: int | str = 0x1000) -> tuple[bytes, int]:
         """The code and this script as one image, to be loaded and entered at gpa ``at``, and what RDI must be."""
         for name, operation, to in self._targets:
             if to > len(self):
@@ -178,13 +181,15 @@ class Script:
                     f"operation {operation}, {name}, goes to {to}: the last is {len(self)}, the end's halt"
                 )
         code = script_guest()
+        at = _checked("at", at)
         table = -(-(at + len(code)) // PAGE) * PAGE
         records = [_RECORD.pack(*operation, 0, 0, 0, 0) for operation in [*self._operations, (_HALT, 0, 0, 0)]]
         return code.ljust(table - at, b"\0") + b"".join(records), table
 
-    def start(self, vm: Vm, vcpu: int = 0, *, at: int = 0x1000) -> int:
+    def start(self, vm: Vm, vcpu: int = 0, *, at: int | str = 0x1000) -> int:
         """Loads code and script at gpa ``at`` and starts a vCPU there. Returns the gpa after the last byte."""
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
+        at = _checked("at", at)
         image, table = self.image(at)
         vm.load(image, at)
         vm.vcpus[vcpu].start(mode="long", rip=at | shared, rdi=table | shared)
@@ -208,7 +213,13 @@ def is_script(image: Path) -> bool:
         return file.read(len(code)) == code
 
 
-def _checked(name: str, value: int, most: int = _MOST) -> int:
+_SIZES = ("address", "at", "gpa", "size", "stride")
+"""Arguments that may be text with a unit, too."""
+
+
+def _checked(name: str, value: int | str, most: int = _MOST) -> int:
+    if name in _SIZES and isinstance(value, str):
+        return number_of_bytes(value, name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not 0 <= value <= most:
@@ -226,8 +237,9 @@ def _access(size: int) -> int:
     return size
 
 
-def _words(size: int) -> int:
-    if _checked("size", size) % _WORD:
+def _words(size: int | str) -> int:
+    size = _checked("size", size)
+    if size % _WORD:
         raise ValueError(f"size is {size}: it must be a multiple of {_WORD}")
     return size // _WORD
 

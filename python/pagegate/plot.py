@@ -40,6 +40,8 @@ _ASKED = ("implicit", "explicit", "poison")
 _POINTS = 20_000
 """Points of a curve, and bars, at most: more cannot be told apart, and take long to draw."""
 _BARS = 12
+_SLOTS = 6
+"""There is room for so many bars, so that two are not as thick as a plot."""
 _MIB = 1 << 20
 _INCHES = (12.0, 9.0)
 
@@ -56,7 +58,7 @@ def figure(source: object, *, symbols: Mapping[int, str] | None = None, title: s
     events = list(trace)
     begun = min((event.time for event in events), default=0)
     _draw_states(states, trace, events, begun)
-    _draw_places(places, trace, events, begun)
+    _draw_places(places, events, begun)
     places.set(xlim=states.get_xlim(), ylim=(0, trace.memory / _MIB))
     _draw_latencies(latencies, events)
     _draw_decisions(decisions, events, symbols or {})
@@ -114,25 +116,24 @@ def _draw_states(axes: Axes, trace: Trace, events: list[Event], begun: int) -> N
     bytes_private = [trace.memory / _MIB - count for count in bytes_shared]
     axes.step(times, bytes_private, where="post", color=_COLOURS["private"], label="private")
     axes.step(times, bytes_shared, where="post", color=_COLOURS["shared"], label="shared")
-    axes.set(title="Bytes private and shared", xlabel="seconds", ylabel="MiB", ylim=(0, trace.memory / _MIB * 1.05))
-    axes.legend()
+    axes.set(xlabel="time in seconds", ylabel="MiB", ylim=(0, trace.memory / _MIB * 1.05))
+    _name(axes, "Bytes private and shared")
 
 
-def _draw_places(axes: Axes, trace: Trace, events: list[Event], begun: int) -> None:
-    least = trace.memory / _MIB / 400
-    """What is smaller would not be seen."""
+def _draw_places(axes: Axes, events: list[Event], begun: int) -> None:
+    # In the order of time, so that neither of the two hides the other.
+    done = _thinned([event for event in events if event.changed])
+    times = [(event.time - begun) / 1e9 for event in done]
+    colours = [_COLOURS[event.done_to] for event in done]
+    first = [event.done_gpa / _MIB for event in done]
+    last = [(event.done_gpa + event.done_size) / _MIB for event in done]
+    axes.vlines(times, first, last, colors=colours, linewidth=2)
+    # Of a page the line would not be seen.
+    axes.scatter(times, first, c=colours, s=5, marker="s", linewidths=0)
     for to, colour in _COLOURS.items():
-        done = _thinned([event for event in events if event.changed and event.done_to == to])
-        axes.vlines(
-            [(event.time - begun) / 1e9 for event in done],
-            [event.done_gpa / _MIB for event in done],
-            [max((event.done_gpa + event.done_size) / _MIB, event.done_gpa / _MIB + least) for event in done],
-            colors=colour,
-            linewidth=1.5,
-            label=f"to {to}",
-        )
-    axes.set(title="Conversions", xlabel="seconds", ylabel="gpa in MiB")
-    axes.legend()
+        axes.plot([], [], "s", color=colour, label=f"to {to}")
+    axes.set(xlabel="time in seconds", ylabel="gpa in MiB")
+    _name(axes, "Conversions")
 
 
 def _draw_latencies(axes: Axes, events: list[Event]) -> None:
@@ -140,12 +141,34 @@ def _draw_latencies(axes: Axes, events: list[Event]) -> None:
         times = sorted(event.latency / 1000 for event in events if event.kind == kind)
         if times:
             part = [100 * (at + 1) / len(times) for at in range(len(times))]
-            curve = _thinned(list(zip(times, part, strict=True)))
+            # From 0 on, which is all that there is to see of one request.
+            curve = _thinned([(times[0], 0.0), *zip(times, part, strict=True)])
             axes.step([time for time, _ in curve], [each for _, each in curve], where="post", label=kind)
-            axes.set_xscale("log")
-    axes.set(title="Latency, exit to resume", xlabel="µs, at most", ylabel="% of requests", ylim=(0, 101))
-    if axes.has_data():
-        axes.legend()
+            axes.set_xscale("log", subs=[2, 5])
+            axes.xaxis.set_major_formatter(_plain)
+            axes.xaxis.set_minor_formatter(_plain)
+    axes.set(xlabel="latency in µs", ylabel="requests that took no longer, in %", ylim=(0, 101))
+    _name(axes, "Latency, exit to resume")
+
+
+def _plain(value: float, _position: object) -> str:
+    return f"{value:g}"
+
+
+def _name(axes: Axes, title: str) -> None:
+    """The title, and beside it what the colours mean, where it covers nothing."""
+    axes.set_title(title, loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            ncols=len(labels),
+            loc="lower right",
+            bbox_to_anchor=(1.0, 1.0),
+            borderaxespad=0.2,
+            frameon=False,
+            handlelength=1.2,
+            columnspacing=1.2,
+        )
 
 
 def _draw_decisions(axes: Axes, events: list[Event], symbols: Mapping[int, str]) -> None:
@@ -163,6 +186,5 @@ def _draw_decisions(axes: Axes, events: list[Event], symbols: Mapping[int, str])
         if any(widths):
             axes.barh(names, widths, left=left, color=colour, label=decision)
             left = [before + width for before, width in zip(left, widths, strict=True)]
-    axes.set(title="Requests by decision", xlabel="requests")
-    if ranked:
-        axes.legend()
+    axes.set(xlabel="requests", ylim=(min(0, len(ranked) - _SLOTS) - 0.6, max(1, len(ranked)) - 0.4))
+    _name(axes, "Requests by decision")

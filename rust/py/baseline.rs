@@ -6,7 +6,7 @@ use pagegate_baseline::{Measured, Mode, Plan, Start, Work};
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::interpreter::arguments;
+use crate::interpreter::{arguments, sizes};
 
 /// Runs a guest in a bare loop around KVM's ioctls: no policy, no checks, no page states, no records.
 ///
@@ -24,14 +24,14 @@ use crate::interpreter::arguments;
 #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
 pub(crate) fn bare_loop(
     py: Python<'_>,
-    #[pyo3(from_py_with = arguments::size::<arguments::named::memory>)] memory: u64,
+    #[pyo3(from_py_with = sizes::size::<arguments::named::memory, _>)] memory: u64,
     vcpus: Vec<(u64, Vec<u8>, u64)>,
     enforcement: &str,
     #[pyo3(from_py_with = arguments::integer::<arguments::named::marks, _>)] marks: u16,
     #[pyo3(from_py_with = arguments::integer::<arguments::named::memslots, _>)] memslots: u32,
     #[pyo3(from_py_with = arguments::optional::<arguments::named::shared_bit, _>)] shared_bit: Option<u32>,
     doorbell: bool,
-    #[pyo3(from_py_with = arguments::integer::<arguments::named::block, _>)] block: u64,
+    #[pyo3(from_py_with = sizes::size::<arguments::named::block, _>)] block: u64,
     work: &str,
     #[pyo3(from_py_with = arguments::timeout)] timeout: Option<Duration>,
 ) -> PyResult<(u64, u64, u64)> {

@@ -84,6 +84,8 @@ mod _core {
     #[pymodule_export]
     use crate::interpreter::ending::end;
     #[pymodule_export]
+    use crate::interpreter::sizes::{number_of_bytes, whole_number};
+    #[pymodule_export]
     use crate::machine::input::regular_file;
 
     #[pymodule_init]

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import pyarrow
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -481,5 +481,5 @@ def test_a_trace_of_it_begins_with_the_states_that_were_put_aside(machine, resum
     vm.convert(4 * PAGE, 2 * PAGE, to="private")
     vm.snapshot(tmp_path / "saved")
     again = resumed(tmp_path / "saved")
-    told = pyarrow.table(again.events).schema.metadata
+    told = pa.table(again.events).schema.metadata
     assert told[b"pagegate.others"] == b"4000+2000" or b"4" in told[b"pagegate.others"], told

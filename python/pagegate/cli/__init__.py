@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pagegate.cli import streams
+from pagegate.cli.telling import fitting, tell
 from pagegate.cli.version import version_option
 from pagegate.errors import KvmUnavailable, NotSupported, PagegateError, PolicyTimeoutError, TestbedError
 from pagegate.loading import policy_file
@@ -49,7 +51,7 @@ class _Commands(click.Group):
             return None
         module, name = _COMMANDS[cmd_name].split(":")
         command = getattr(importlib.import_module(module), name)
-        return command if isinstance(command, click.Command) else None
+        return fitting(command) if isinstance(command, click.Command) else None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,7 +86,7 @@ def main() -> None:
 def _run() -> int | str | None:
     try:
         try:
-            return cli.main(prog_name="pagegate", standalone_mode=False) or 0
+            return fitting(cli).main(prog_name="pagegate", standalone_mode=False) or 0
         finally:
             # An error of the interpreter's own flush at exit could not be reported.
             if sys.stdout is not None:
@@ -97,10 +99,12 @@ def _told(error: BaseException) -> int | str | None:
     """Reports on stderr what ended the command, and returns the exit status."""
     try:
         if isinstance(error, click.ClickException):
-            error.show()
+            shown = io.StringIO()
+            error.show(shown)
+            tell(shown.getvalue().rstrip())
             return error.exit_code
         if isinstance(error, click.Abort | KeyboardInterrupt):
-            click.echo("interrupted", err=True)
+            tell("interrupted")
             return _INTERRUPTED
         hooks = policy_file.frames(traceback.extract_tb(error.__traceback__))
         if isinstance(error, SystemExit) and not hooks:
@@ -120,7 +124,7 @@ def _told(error: BaseException) -> int | str | None:
 
 
 def _say(error: BaseException, text: str) -> None:
-    click.echo("\n".join([f"pagegate: {text}", *getattr(error, "__notes__", ())]), err=True)
+    tell("\n".join([f"pagegate: {text}", *getattr(error, "__notes__", ())]))
 
 
 def _tell_of_the_system(error: OSError) -> None:

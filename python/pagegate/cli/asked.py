@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.table import Table
-from rich.text import Text
-
-from pagegate.cli.printing import printable
+from pagegate.cli.printing import Rows, printable
 from pagegate.cli.summary import size
 
 if TYPE_CHECKING:
@@ -45,20 +42,15 @@ def count(vm: Vm, events: Iterable[Event]) -> Counter[Asked]:
     return counts
 
 
-def table(counts: Counter[Asked]) -> Table:
+def table(counts: Counter[Asked]) -> Rows:
     """The most frequent ones, one on a row, and the others as the last row."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    made.add_column("asked")
-    made.add_column("to")
-    made.add_column("size", justify="right")
-    made.add_column("times", justify="right")
-    made.add_column("by", overflow="fold")
+    made = Rows("asked", "to", "size", "times", "by", right=(2, 3))
     ranked = counts.most_common()
     shown = ranked if len(ranked) <= _ROWS else ranked[: _ROWS - 1]
     for asked, times in shown:
-        made.add_row(asked.kind, asked.to, size(asked.size), str(times), Text(printable(asked.symbol or "?")))
+        made.add(asked.kind, asked.to, size(asked.size), str(times), printable(asked.symbol or "?"))
     if rest := ranked[len(shown) :]:
-        made.add_row("others", "", "", str(sum(times for _, times in rest)), Text(f"in {len(rest)} more ways"))
+        made.add("others", "", "", str(sum(times for _, times in rest)), f"in {len(rest)} more ways")
     return made
 
 

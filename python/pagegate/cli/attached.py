@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 from pagegate.cli.life import SoFar
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.summary import strip
+from pagegate.cli.telling import folded
 from pagegate.cli.terminal import HELP, Keys, Output, Raw, descriptor, is_ours
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ class Attached:
         begin = "\n" if self._amid_line and self._own.is_terminal and self._output.is_terminal else ""
         self._amid_line = self._amid_line and not begin
         try:
-            self._own.write(f"{begin}pagegate: {text.rstrip()}\n".encode(errors="replace"))
+            text = f"pagegate: {text.rstrip()}"
+            # What has colours fits, and they would be counted.
+            text = text if "\x1b" in text else folded(text, err=True)
+            self._own.write(f"{begin}{text}\n".encode(errors="replace"))
         except OSError:
             # Where standard error cannot be written there is nobody to tell.
             return

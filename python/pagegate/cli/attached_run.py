@@ -20,6 +20,7 @@ from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import counted, put
 from pagegate.cli.recording import Recording
 from pagegate.cli.summary import Ran, size
+from pagegate.cli.telling import tell
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,12 +102,12 @@ def _tell(booted: Booted, policy: str | None) -> None:
 
 def _status(booted: Booted, saving: Saving | None) -> int:
     if booted.ran.interrupted:
-        click.echo("interrupted", err=True)
+        tell("interrupted")
         return INTERRUPTED
     if not booted.well:
-        click.echo(f"pagegate: {booted.complaint()}", err=True)
+        tell(f"pagegate: {booted.complaint()}")
         return 1
     if saving is not None and booted.saved is None:
-        click.echo(f"pagegate: nothing was saved: {booted.ending()}", err=True)
+        tell(f"pagegate: nothing was saved: {booted.ending()}")
         return 1
     return 0

@@ -10,6 +10,7 @@ import click
 from pagegate import Convert, Policy, guests, measure, policies, probe, workload
 from pagegate.cli.parameters import policy_options
 from pagegate.cli.policy_argument import PolicyName, made
+from pagegate.cli.telling import tell
 from pagegate.errors import KvmUnavailable
 
 if TYPE_CHECKING:
@@ -128,13 +129,15 @@ def bench(  # noqa: PLR0913 - one for each option
         seconds = min(bare)
         facts["bare"] = {"seconds": seconds, "ns_per_request": seconds * _NANO / requests}
         facts["ratio"] = facts["seconds"] / seconds
-    click.echo(json.dumps(facts) if as_json else _text(facts))
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        tell(_text(facts), err=False)
     asked = fastest.report.requests
     if fastest.report.conversions != asked:
-        click.echo(
+        tell(
             f"pagegate: {asked - fastest.report.conversions} of {asked} requests converted nothing"
-            f"{', and the bare loop converts for each' if compare else ''}",
-            err=True,
+            f"{', and the bare loop converts for each' if compare else ''}"
         )
     return 0
 

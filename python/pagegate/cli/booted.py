@@ -7,11 +7,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from pagegate.cli import asked, places
-from pagegate.cli.printing import counted, printable, times
+from pagegate.cli.printing import Pairs, counted, printable, times
 from pagegate.cli.summary import Ran, legend, malformed, size, strip
 
 if TYPE_CHECKING:
@@ -138,25 +137,25 @@ class Booted:
     def summary(self, width: int) -> Group:
         """The summary as text, for so many columns."""
         ran, report, vm = self.ran, self.ran.report, self.ran.vm
-        rows = Table(box=None, show_header=False, pad_edge=False)
-        rows.add_row("asked", ran.asked())
+        rows = Pairs()
+        rows.add("asked", ran.asked())
         if report.malformed:
-            rows.add_row("", malformed(report))
+            rows.add("", malformed(report))
         if report.opened:
             opened = f"pages were opened {times(report.opened)} to a vCPU without paging, no policy asked"
-            rows.add_row("unpaged", opened)
+            rows.add("unpaged", opened)
         if decided := ran.decided():
-            rows.add_row("decided", decided)
+            rows.add("decided", decided)
         to_private, to_shared = size(report.bytes_to_private), size(report.bytes_to_shared)
-        rows.add_row("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
+        rows.add("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
         private = vm.attributes.private_bytes
-        rows.add_row("now", f"{size(private)} private, {size(vm.memory - private)} shared")
+        rows.add("now", f"{size(private)} private, {size(vm.memory - private)} shared")
         if report.requests:
-            rows.add_row("latency", f"{ran.latency()} (from exit to resume)")
-        rows.add_row("ended", Text(f"{report.reason} after {ran.seconds:.2f} s: {self.ending()}"))
+            rows.add("latency", f"{ran.latency()} (from exit to resume)")
+        rows.add("ended", Text(f"{report.reason} after {ran.seconds:.2f} s: {self.ending()}"))
         if self.panic is None and report.reason not in ("poweroff", "reboot"):
             for first, place in enumerate(places.lines(vm, report)):
-                rows.add_row("" if first else "at", Text(place))
+                rows.add("" if first else "at", Text(place))
         parts: list[RenderableType] = [Text(), strip(vm, width), legend(), Text(), rows]
         if self.counts:
             parts += [Text(), asked.table(self.counts)]

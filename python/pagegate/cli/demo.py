@@ -20,6 +20,7 @@ from pagegate.cli.policy_argument import made, policy_option
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import put, put_line
 from pagegate.cli.summary import Ran, event_facts, facts, line, size, strip, summary
+from pagegate.cli.telling import tell
 from pagegate.demo import guest as demo_guest
 from pagegate.loading.expression import File
 
@@ -115,7 +116,7 @@ def demo(*, policy: Expression | None, as_json: bool) -> int:
             note = ", the demo's pauses not counted" if watch.pace > 0 else ""
             put(console, summary(ran, console.width, note))
     for failure in failures:
-        click.echo(f"pagegate: the guest found {failure}", err=True)
+        tell(f"pagegate: the guest found {failure}")
     if not ran.halted:
-        click.echo(f"pagegate: {ran.ending()}", err=True)
+        tell(f"pagegate: {ran.ending()}")
     return 0 if ran.halted and not failures else 1

@@ -7,13 +7,12 @@ import platform
 from typing import Any
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from pagegate import Host, probe
 from pagegate.cli.linux_host import LinuxHost, linux_host
+from pagegate.cli.printing import Pairs, put, put_line
 from pagegate.cli.printing import console as terminal_on
-from pagegate.cli.printing import put, put_line
 
 _PRIVATE = 8
 _FLAGS = {1: "MMAP", 2: "INIT_SHARED"}
@@ -40,20 +39,19 @@ def _yes(value: object) -> str:
     return "yes" if value else "no"
 
 
-def _table(host: Host, linux: LinuxHost) -> Table:
+def _table(host: Host, linux: LinuxHost) -> Pairs:
     flags = [name for bit, name in _FLAGS.items() if host.guest_memfd_flags & bit]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_row("kernel", platform.release())
-    table.add_row("VM types", ", ".join(host.vm_types))
-    table.add_row("private attribute", _yes(host.memory_attributes & _PRIVATE))
-    table.add_row("guest_memfd", _yes(host.guest_memfd) + (f" ({', '.join(flags)})" if flags else ""))
-    table.add_row("KVM_HC_MAP_GPA_RANGE exits", _yes(host.exit_hypercall))
-    table.add_row("KVM_PRE_FAULT_MEMORY", _yes(host.pre_fault))
-    table.add_row("vCPUs, memslots", f"{host.max_vcpus}, {host.max_memslots}")
-    table.add_row("enforcement here", f"[bold]{host.enforcement}[/bold]")
+    table = Pairs()
+    table.add("kernel", platform.release())
+    table.add("VM types", ", ".join(host.vm_types))
+    table.add("private attribute", _yes(host.memory_attributes & _PRIVATE))
+    table.add("guest_memfd", _yes(host.guest_memfd) + (f" ({', '.join(flags)})" if flags else ""))
+    table.add("KVM_HC_MAP_GPA_RANGE exits", _yes(host.exit_hypercall))
+    table.add("KVM_PRE_FAULT_MEMORY", _yes(host.pre_fault))
+    table.add("vCPUs, memslots", f"{host.max_vcpus}, {host.max_memslots}")
+    table.add("enforcement here", Text(str(host.enforcement), "bold"))
     why = f" ({linux.why})" if linux.enforcement else ""
-    table.add_row("for a Linux guest", f"[bold]{linux.enforcement or 'none'}[/bold]{why}")
+    table.add("for a Linux guest", Text(linux.enforcement or "none", "bold").append(why, "not bold"))
     return table
 
 

@@ -8,20 +8,20 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 from rich.text import Text
 
-from pagegate._core import event_words
+from pagegate._core import event_words, whole_number
 from pagegate.cli import symbols
 from pagegate.cli.parameters import Size
+from pagegate.cli.printing import Rows, put, put_line
 from pagegate.cli.printing import console as terminal_on
-from pagegate.cli.printing import put, put_line
-from pagegate.cli.summary import line, size
-from pagegate.loading.options import integer
+from pagegate.cli.summary import outcome, size
+from pagegate.cli.telling import tell
 from pagegate.trace import read
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ class _Span(click.ParamType[range]):
         begin, dash, last = str(value).partition("-")
         try:
             if plus:
-                return range(integer(first), integer(first) + integer(length))
+                return range(whole_number(first), whole_number(first) + whole_number(length))
             if dash:
-                return range(integer(begin), integer(last) + 1 if last else 1 << 64)
-            return range(integer(begin), integer(begin) + 1)
+                return range(whole_number(begin), whole_number(last) + 1 if last else 1 << 64)
+            return range(whole_number(begin), whole_number(begin) + 1)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -159,7 +159,7 @@ def events(  # noqa: PLR0913 - one for each option
     else:
         _print_events(found, names, form, limit)
     if trace.truncated:
-        click.echo("pagegate: the trace ends in the middle: its writer was killed", err=True)
+        tell("pagegate: the trace ends in the middle: its writer was killed")
     return 0
 
 
@@ -169,25 +169,45 @@ def _function(event: Event, names: dict[int, str]) -> str:
 
 
 def _print_events(found: Iterator[Event], names: dict[int, str], form: str | None, limit: int | None) -> None:
-    out, writer, begun = terminal_on(), csv.writer(sys.stdout), None
-    for number, event in enumerate(found):
-        if limit is not None and number >= limit:
-            return
-        facts = {**event.asdict(), "symbol": names.get(event.rip)} if form else {}
-        if form == "csv":
+    found = found if limit is None else islice(found, limit)
+    if form == "csv":
+        writer = csv.writer(sys.stdout)
+        for number, event in enumerate(found):
+            facts = _all_of(event, names)
             if number == 0:
                 writer.writerow(facts)
             writer.writerow(facts.values())
-        elif form == "jsonl":
-            click.echo(json.dumps(facts))
-        else:
-            begun = event.time if begun is None else begun
-            text = Text(f"{event.sequence:7} {(event.time - begun) / 1e9:10.6f} s  ")
-            # Of a device's access there is no vCPU.
-            text.append(f"device {event.device}" if event.device else f"vCPU {event.vcpu}").append(line(event))
-            if function := names.get(event.rip):
-                text.append(f"  {function}")
-            put_line(out, text)
+    elif form == "jsonl":
+        for event in found:
+            click.echo(json.dumps(_all_of(event, names)))
+    else:
+        _print_lines(list(found), names)
+
+
+def _all_of(event: Event, names: dict[int, str]) -> dict[str, Any]:
+    return {**event.asdict(), "symbol": names.get(event.rip)}
+
+
+def _print_lines(found: list[Event], names: dict[int, str]) -> None:
+    """One line for each, which an ordinary request's is at 80 columns."""
+    if not found:
+        return
+    out, begun = terminal_on(), found[0].time
+    number = max(len("event"), len(str(found[-1].sequence)))
+    seconds = max(8, len(f"{(found[-1].time - begun) / 1e9:.6f}"))
+    who = max(len("vCPU"), *(len(str(event.device or "")) for event in found))
+    heading = (
+        f"{'event':>{number}} {'seconds':>{seconds}} {'vCPU':{who}} {'kind':8} {'gpa':10} {'size':7} {'to':7} outcome"
+    )
+    put_line(out, Text(heading, "dim"))
+    for event in found:
+        text = Text(f"{event.sequence:{number}} {(event.time - begun) / 1e9:{seconds}.6f} ")
+        # Of a device's access there is no vCPU.
+        text.append(f"{event.device or event.vcpu:>{who}} ")
+        text.append(f"{event.kind:8} {event.gpa:#010x} {size(event.size):>7} {event.to:7} ").append(outcome(event))
+        if function := names.get(event.rip):
+            text.append(f"  {function}")
+        put_line(out, text)
 
 
 def _key(event: Event, name: str, names: dict[int, str]) -> str:
@@ -226,15 +246,11 @@ def _print_sums(
         writer.writerow([*keys, "times", "asked", "changed", "longest"])
         writer.writerows([*key, each.times, each.asked, each.changed, each.longest] for key, each in shown)
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in keys:
-        table.add_column(name, overflow="fold")
-    for name in ("times", "asked for", "changed"):
-        table.add_column(name, justify="right")
-    table.add_column("outcomes")
+    numbers = range(len(keys), len(keys) + 3)
+    table = Rows(*keys, "times", "asked for", "changed", "outcomes", right=numbers)
     for key, each in shown:
         outcomes = ", ".join(f"{count} {name}" for name, count in each.outcomes.items())
-        table.add_row(*(Text(part) for part in key), str(each.times), size(each.asked), size(each.changed), outcomes)
+        table.add(*key, str(each.times), size(each.asked), size(each.changed), outcomes)
     out = terminal_on()
     put(out, table)
     if len(ranked) > len(shown):

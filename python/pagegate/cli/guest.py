@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pagegate.cli.telling import tell
 from pagegate.linux import initramfs, kernel
 from pagegate.testbed import progress
 
@@ -57,10 +58,9 @@ def fetch(*, suite: str | None, package: str | None, debs: tuple[Path, ...], upd
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if got.lacks:
-        click.echo(
+        tell(
             f"pagegate: {got.release} is built without {' and '.join(got.lacks)}: as a guest it does not convert its "
-            "pages between private and shared",
-            err=True,
+            "pages between private and shared"
         )
     click.echo(got.image)
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pagegate.loading.options import integer
+from pagegate._core import whole_number
 
 _PAGE = 4096
 _MOST_MEMORY = 16 << 40
@@ -28,7 +28,7 @@ class Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Reads the number and its unit."""
         try:
-            count = value if isinstance(value, int) else integer(value)
+            count = value if isinstance(value, int) else whole_number(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if count <= 0 or count % _PAGE:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import click
 
+from pagegate.cli.telling import tell
 from pagegate.trace import Recorder
 
 if TYPE_CHECKING:
@@ -70,15 +71,15 @@ class Recording:
         except OSError as error:
             self.failure = error
             if exc is not None:
-                click.echo(f"pagegate: {self._file}: {error.strerror}", err=True)
+                tell(f"pagegate: {self._file}: {error.strerror}")
             return
         malformed = self._recorder.lost_malformed
         if lost := self._recorder.lost - malformed:
             what = f"{lost} requests are not in {self._file}"
-            click.echo(f"pagegate: {what}: above --events-limit, or too fast to be written", err=True)
+            tell(f"pagegate: {what}: above --events-limit, or too fast to be written")
         if malformed:
             what = f"{malformed} malformed requests are not in {self._file}"
-            click.echo(f"pagegate: {what}: too many, or too fast to be written", err=True)
+            tell(f"pagegate: {what}: too many, or too fast to be written")
 
     def check(self, *, interrupted: bool) -> None:
         """Raises the file's error. After Ctrl-C, which decides the exit status, it is only said."""
@@ -86,4 +87,4 @@ class Recording:
             return
         if not interrupted:
             raise self.failure
-        click.echo(f"pagegate: {self._file}: {self.failure.strerror}", err=True)
+        tell(f"pagegate: {self._file}: {self.failure.strerror}")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 from rich.text import Text
 
 from pagegate.cli.parameters import Size, policy_options
 from pagegate.cli.policy_argument import PolicyName, made
+from pagegate.cli.printing import Rows, put, put_line
 from pagegate.cli.printing import console as terminal_on
-from pagegate.cli.printing import put, put_line
 from pagegate.cli.summary import size
 from pagegate.trace import read
 from pagegate.trace import replay as replay_trace
@@ -152,7 +151,7 @@ def _converted(event: Event) -> str:
 def _print(found: Replay, names: list[str], show: int, *, truncated: bool) -> None:
     console = terminal_on()
     missing = f", and {found.missing} are missing from the trace" if found.missing else ""
-    console.print(f"{found.requests} requests{missing}; {found.different} would be decided otherwise")
+    put_line(console, Text(f"{found.requests} requests{missing}; {found.different} would be decided otherwise"))
     if truncated:
         console.print("[yellow]the trace ends in the middle: its writer was killed[/yellow]")
     console.print()
@@ -215,19 +214,16 @@ def _size(count: int) -> str:
     return f"{count / _MIB:,.1f} MiB" if count >= 10 * _MIB else size(count)
 
 
-def _table(found: Replay, names: list[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column()
+def _table(found: Replay, names: list[str]) -> Rows:
     columns = [found.recorded, *found.policies]
-    for heading in ("recorded", *names):
-        table.add_column(Text(heading, overflow="fold"), justify="right")
+    table = Rows("", "recorded", *names, right=range(1, len(columns) + 1))
     for name in _COUNTS:
         if any(getattr(judged, name) for judged in columns):
-            table.add_row(name, *(str(getattr(judged, name)) for judged in columns))
+            table.add(name, *(str(getattr(judged, name)) for judged in columns))
     for name, what in _BYTES.items():
-        table.add_row(what, *(_size(getattr(judged, name)) for judged in columns))
-    table.add_row("ping-pongs", *(str(judged.ping_pongs) for judged in columns))
+        table.add(what, *(_size(getattr(judged, name)) for judged in columns))
+    table.add("ping-pongs", *(str(judged.ping_pongs) for judged in columns))
     ends = ("-" if judged.ends is None else f"event {judged.ends}" for judged in columns)
-    table.add_row("would end the run", *ends)
-    table.add_row("other than recorded", "", *(str(judged.differences) for judged in found.policies))
+    table.add("would end the run", *ends)
+    table.add("other than recorded", "", *(str(judged.differences) for judged in found.policies))
     return table

@@ -25,6 +25,7 @@ from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import counted, put, put_line
 from pagegate.cli.recording import Recording, events_option, limit_option
 from pagegate.cli.summary import Ran, facts, size, summary
+from pagegate.cli.telling import tell
 from pagegate.guests import is_script
 from pagegate.loading import guest_file
 from pagegate.loading.watch import Changes, Watcher
@@ -81,7 +82,7 @@ def _start_image(vm: Vm, image: Path) -> None:
         raise click.UsageError(f"{image} cannot be started in {size(vm.memory)} of memory: {error}") from None
 
 
-@click.command()
+@click.command(short_help="Runs IMAGE, or another guest (--guest), under a policy.")
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
 @policy_option
 @policy_options
@@ -215,12 +216,12 @@ def _tell(ran: Ran, policy: str | None) -> None:
 
 def _status(ran: Ran) -> int:
     if ran.interrupted:
-        click.echo("interrupted", err=True)
+        tell("interrupted")
         return INTERRUPTED
     # Reaching --timeout is no failure: the user asked for it.
     if ran.halted or (ran.report.reason == "timeout" and not ran.outcomes["stopped"]):
         return 0
-    click.echo(f"pagegate: {ran.ending()}", err=True)
+    tell(f"pagegate: {ran.ending()}")
     return 1
 
 
@@ -232,4 +233,4 @@ def _watched(policy: Expression | None) -> Changes:
 
 
 def _say(text: str) -> None:
-    click.echo(f"pagegate: {text}", err=True)
+    tell(f"pagegate: {text}")

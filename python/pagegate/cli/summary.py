@@ -8,11 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from pagegate.cli import places
-from pagegate.cli.printing import counted, times
+from pagegate.cli.printing import Pairs, counted, times
 
 if TYPE_CHECKING:
     from pagegate import Event, Report, Vm
@@ -63,6 +62,7 @@ def legend() -> Text:
     legend = Text("  ")
     for mark, style, word in (("█", "magenta", "private"), ("░", "cyan", "shared"), ("▒", "yellow", "mixed")):
         legend.append(mark, style).append(f" {word}   ")
+    legend.rstrip()
     return legend
 
 
@@ -77,7 +77,12 @@ def _how(event: Event) -> str:
 def line(event: Event) -> Text:
     """One request on a line: what was asked for, and what came of it."""
     text = Text(f"  {event.kind:8} {event.gpa:#010x} + {size(event.size):8} to {event.to:7} → ")
-    text.append(event.outcome, _STYLE.get(event.outcome, "yellow"))
+    return text.append(outcome(event))
+
+
+def outcome(event: Event) -> Text:
+    """What came of a request, and how long that took."""
+    text = Text(event.outcome, _STYLE.get(event.outcome, "yellow"))
     if event.outcome == "denied" or event.errno:
         text.append(f", errno {event.errno}")
     elif event.outcome == "converted" and (event.done_gpa, event.done_size) != (event.gpa, event.size):
@@ -161,24 +166,24 @@ class Ran:
 def summary(ran: Ran, width: int, note: str = "") -> Group:
     """The summary as text, for so many columns. ``note`` is added to the run's time."""
     vm, report = ran.vm, ran.report
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("asked", ran.asked())
+    table = Pairs()
+    table.add("asked", ran.asked())
     if report.malformed:
-        table.add_row("", malformed(report))
+        table.add("", malformed(report))
     if decided := ran.decided():
-        table.add_row("decided", decided)
+        table.add("decided", decided)
     if dropped := vm.events.dropped - report.malformed_dropped:
-        table.add_row("", f"and {counted(dropped, 'older request')}, which the log dropped")
+        table.add("", f"and {counted(dropped, 'older request')}, which the log dropped")
     to_private, to_shared = size(report.bytes_to_private), size(report.bytes_to_shared)
-    table.add_row("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
+    table.add("done", f"{to_private} to private, {to_shared} to shared, by {vm.enforcement}")
     usage = vm.memory_usage()
     at_most = "" if usage.exact else "at most "
-    table.add_row("resident", f"{size(usage.shared)} shared, {at_most}{size(usage.private)} private")
+    table.add("resident", f"{size(usage.shared)} shared, {at_most}{size(usage.private)} private")
     if report.requests:
-        table.add_row("latency", f"{ran.latency()} (from exit to resume)")
-    table.add_row("ended", Text(f"{report.reason} after {ran.seconds:.2f} s{note}"))
+        table.add("latency", f"{ran.latency()} (from exit to resume)")
+    table.add("ended", Text(f"{report.reason} after {ran.seconds:.2f} s{note}"))
     for first, place in enumerate(places.lines(vm, report)):
-        table.add_row("" if first else "at", Text(place))
+        table.add("" if first else "at", Text(place))
     return Group(Text(), strip(vm, width), legend(), Text(), table)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pagegate.cli.telling import tell
 from pagegate.trace import synthetic
 
 
@@ -14,7 +15,7 @@ class _Trace(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            click.echo("pagegate: `pagegate trace FILE` is `pagegate trace synth FILE` now", err=True)
+            tell("pagegate: `pagegate trace FILE` is `pagegate trace synth FILE` now")
             args = ["synth", *args]
         return super().parse_args(ctx, args)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pagegate import __version__, probe
+from pagegate.cli.telling import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ def text() -> str:
 
 def _print(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 - as click calls it
     if wanted and not ctx.resilient_parsing:
-        click.echo(text())
+        tell(text(), err=False)
         ctx.exit()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagegate import policies
+from pagegate._core import whole_number
 from pagegate.errors import PolicyError
 from pagegate.loading import options as _options
 from pagegate.loading import policy_file
@@ -196,7 +197,7 @@ def _split(text: str) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        _options.integer(text)
+        whole_number(text)
     except ValueError:
         try:
             float(text)
@@ -209,6 +210,6 @@ def _range(text: str) -> tuple[int, int] | None:
     """A range of addresses, GPA+SIZE."""
     gpa, plus, size = text.partition("+")
     try:
-        return (_options.integer(gpa), _options.integer(size)) if plus else None
+        return (whole_number(gpa), whole_number(size)) if plus else None
     except ValueError:
         return None

@@ -8,21 +8,18 @@ import difflib
 import enum
 import inspect
 import math
-import re
 import sys
 import types
 import typing
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from pagegate._core import Builtin
+from pagegate._core import Builtin, whole_number
 from pagegate.errors import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_INTEGER = re.compile(r"([+-]?(?:0x[0-9a-f_]+|0b[01_]+|0o[0-7_]+|[0-9_]+))(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
-_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NOTHING = inspect.Parameter.empty
 _SETS_AND_LISTS: tuple[type, ...] = (list, set, frozenset)
@@ -37,15 +34,6 @@ _BUILTIN: dict[str, object] = {
     "size": int,
     "window": float,
 }
-
-
-def integer(text: str) -> int:
-    """A whole number: 64, 0x40, 64K, 64M, 1G. ValueError for anything else."""
-    match = _INTEGER.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is no whole number, such as 64, 0x40, 64K, 64M or 1G")
-    number, unit = match.groups(default="")
-    return int(number, 0) << _SHIFTS[unit.lower()]
 
 
 def call(
@@ -182,7 +170,7 @@ def _converted(kind: Any, text: str) -> Any:  # noqa: PLR0911 - one line for eac
     if kind in (str, Any, object):
         return text
     if kind is int:
-        return integer(text)
+        return whole_number(text)
     if kind is float:
         return _real(text)
     raise _Unwritable("make it in the file")

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pagegate.cli.parameters import Seconds
+from pagegate.cli.telling import tell
 from pagegate.testbed import builder, machine, progress, selftests, supervisor, terminal
 
 _COMMAND = f"{__name__}.command"
@@ -53,6 +54,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
 @click.group(
     "testbed",
     cls=_TestbedGroup,
+    short_help="Runs COMMAND in a machine whose KVM has software-protected VMs.",
     invoke_without_command=True,
     subcommand_metavar="-- COMMAND...",
 )
@@ -68,7 +70,7 @@ def _mapping(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]
     default=machine.DEFAULT_MEMORY,
     show_default=True,
     metavar="M",
-    help="The machine's memory, as 512M or 4G.",
+    help="The machine's memory, such as 512M or 4G.",
 )
 @click.option("--deterministic", is_flag=True, help="Let the machine's clock count instructions, one nanosecond each.")
 @click.option(
@@ -117,9 +119,7 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
         raise click.UsageError("there is no COMMAND: write it after --", ctx)
     try:
         if terminal.is_ours():
-            click.echo(
-                "pagegate: this terminal is the command's, once the machine has booted; Ctrl-] ends both", err=True
-            )
+            tell("pagegate: this terminal is the command's, once the machine has booted; Ctrl-] ends both")
             with terminal.raw():
                 status = machine.run(terminal.command(sys.executable, command), stdin=0, **options)
         else:
@@ -127,7 +127,7 @@ def testbed(ctx: click.Context, /, **options: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error), ctx) from error
     except supervisor.TestbedTimeoutError as error:
-        click.echo(f"pagegate: {error}", err=True)
+        tell(f"pagegate: {error}")
         status = TIMED_OUT
     ctx.exit(status)
 
@@ -146,7 +146,7 @@ _suite = click.option(
 )
 
 
-@testbed.command("build")
+@testbed.command("build", short_help="Builds the machine's kernel, if it is not built yet.")
 @click.option(
     "--jobs",
     "-j",
@@ -156,7 +156,7 @@ _suite = click.option(
 )
 @_suite
 def _build(jobs: int | None, suite: str | None) -> None:
-    """Build the machine's kernel, if it is not built yet.
+    """Builds the machine's kernel, if it is not built yet.
 
     The source is Debian's package linux-source: 7.3 if it is offered, else the newest. It is downloaded and unpacked,
     not installed, into pagegate/testbed in $XDG_CACHE_HOME or ~/.cache, where it takes 2 GB; the directory `sources`
@@ -167,7 +167,7 @@ def _build(jobs: int | None, suite: str | None) -> None:
     click.echo(image)
 
 
-@testbed.command("selftest")
+@testbed.command("selftest", short_help="Runs the kernel's own tests of private memory in the machine.")
 @click.option("--kernel", type=click.Path(path_type=Path), metavar="IMAGE", help="Test this kernel.")
 @click.option(
     "--cpus",
@@ -182,12 +182,12 @@ def _build(jobs: int | None, suite: str | None) -> None:
     default=machine.DEFAULT_MEMORY,
     show_default=True,
     metavar="M",
-    help="The machine's memory, as 512M or 4G.",
+    help="The machine's memory, such as 512M or 4G.",
 )
 @_suite
 @click.pass_context
 def _selftest(ctx: click.Context, /, kernel: Path | None, cpus: int, memory: str, suite: str | None) -> None:
-    """Run the kernel's own tests of private memory in the machine.
+    """Runs the kernel's own tests of private memory in the machine.
 
     They are built once, from the source of the kernel's series. Prints one line for each test; the exit status is 1 if
     one failed.

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pagegate._core import number_of_bytes
 from pagegate.errors import TestbedError
 from pagegate.testbed.kernel import find_kernel
 from pagegate.testbed.supervisor import Sink, Supervisor, Tail
@@ -34,7 +35,6 @@ PASSED_ENVIRONMENT = (
 _OVERLAID = tuple(map(Path, ("/etc", "/lib", "/home", "/opt", "/srv", "/usr", "/var", "/tmp")))  # noqa: S108
 _HIDDEN = tuple(map(Path, ("/dev", "/proc", "/run", "/sys", "/var/cache", "/var/log", "/var/tmp")))  # noqa: S108
 
-_MEMORY = re.compile(r"[1-9][0-9]*[MG]")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 _MOUNT_9P = "version=9p2000.L,trans=virtio,access=any,msize=512000"
@@ -51,7 +51,7 @@ def run(  # noqa: PLR0913
     *,
     kernel: str | os.PathLike[str] | None = None,
     cpus: int | None = None,
-    memory: str = DEFAULT_MEMORY,
+    memory: int | str = DEFAULT_MEMORY,
     deterministic: bool = False,
     rw: Sequence[str | os.PathLike[str]] = (),
     env: Mapping[str, str] | None = None,
@@ -70,7 +70,7 @@ def run(  # noqa: PLR0913
         argv: the command and its arguments, which arrive exactly as they are.
         kernel: the kernel image; None looks for one as `find_kernel` does.
         cpus: how many CPUs the command has; None is 2, or 1 if `deterministic`.
-        memory: the machine's memory, with the unit M or G (MiB or GiB).
+        memory: the machine's memory: bytes, whole MiB of them, or text such as 512M or 4G.
         deterministic: the machine's clock counts instructions, one nanosecond each. Needs one CPU.
         rw: directories below which what the command writes is kept: it writes to the host's own.
         env: variables to set as well; they replace passed ones of the same name.
@@ -94,15 +94,16 @@ def run(  # noqa: PLR0913
         raise ValueError(f"cpus is {cpus}: a machine has at least 1")
     if deterministic and cpus != 1:
         raise ValueError(f"deterministic needs cpus=1, not {cpus}: only one CPU's instructions can be the clock")
-    if not _MEMORY.fullmatch(memory):
-        raise ValueError(f"memory is {memory!r}: write a whole number and its unit, as 512M or 4G")
+    mebibytes, rest = divmod(number_of_bytes(memory, "memory"), 1 << 20)
+    if mebibytes == 0 or rest:
+        raise ValueError(f"memory is {memory!r}: it must be a positive multiple of 1 MiB, such as 512M or 4G")
     if timeout is not None and not timeout > 0:  # which NaN is not either
         raise ValueError(f"timeout is {timeout}: it must be above 0 seconds")
     machine = _Machine(
         command=command,
         kernel=find_kernel(kernel),
         cpus=cpus,
-        memory=memory,
+        memory=f"{mebibytes}M",
         deterministic=deterministic,
         writable=_writable_directories(rw),
         environment=_environment(os.environ, env or {}),

@@ -68,7 +68,7 @@ def selftest(  # noqa: PLR0913
     kernel: str | os.PathLike[str] | None = None,
     *,
     cpus: int = DEFAULT_CPUS,
-    memory: str = DEFAULT_MEMORY,
+    memory: int | str = DEFAULT_MEMORY,
     suite: str | None = None,
     reporter: Reporter | None = None,
     on_outcome: Callable[[Outcome], object] | None = None,
@@ -80,7 +80,7 @@ def selftest(  # noqa: PLR0913
     Args:
         kernel: the kernel image; None looks for one as `find_kernel` does.
         cpus: how many CPUs the machine has.
-        memory: the machine's memory, as 512M or 4G.
+        memory: the machine's memory, such as 512M or 4G.
         suite: a Debian suite to take the tests' source from instead of those that apt is set up for.
         reporter: is told how far building the tests is.
         on_outcome: is called as each test ends.

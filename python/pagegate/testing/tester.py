@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pagegate._core import MapGpaRange, MemoryFault, MemoryPoison, Trial
-from pagegate.loading.options import integer
+from pagegate._core import MapGpaRange, MemoryFault, MemoryPoison, Trial, number_of_bytes
 
 if TYPE_CHECKING:
     from pagegate.guests import State
@@ -31,7 +30,7 @@ class PolicyTester:
         self, policy: object | None = None, *, memory: int | str = 64 << 20, initial: State = "private"
     ) -> None:
         """``policy`` and ``memory``: as for ``Vm``; ``None`` converts as asked. ``initial``: of all pages."""
-        self.memory: Final = integer(memory) if isinstance(memory, str) else memory
+        self.memory: Final = number_of_bytes(memory, "memory")
         self.time = 0
         """Nanoseconds: the time of the next request. Built-in policies use the times of requests, not a clock."""
         self._trial = Trial(policy, memory, initial)
@@ -45,7 +44,7 @@ class PolicyTester:
             raise ValueError(f"{seconds} seconds are more than a machine's clock holds")
         self.time = time
 
-    def fault(self, gpa: int, *, private: bool | None = None, **fields: Any) -> Decision:
+    def fault(self, gpa: int | str, *, private: bool | None = None, **fields: Any) -> Decision:
         """Asks about an implicit request: an access to the page at ``gpa``.
 
         ``private``: whether the access is to private memory; by default to the state that the page is not in.
@@ -54,16 +53,18 @@ class PolicyTester:
         if private is None:
             private = state == "shared"
         elif state == ("private" if private else "shared"):
-            raise ValueError(f"the page at {gpa:#x} is {state} already: such an access is no request")
+            raise ValueError(
+                f"the page at {number_of_bytes(gpa, 'gpa'):#x} is {state} already: such an access is no request"
+            )
         fields = {"time": self.time, "state": state, **fields}
         return self.ask(MemoryFault(gpa, private=private, **fields))
 
-    def call(self, gpa: int, size: int = _PAGE, *, to: State, **fields: Any) -> Decision:
+    def call(self, gpa: int | str, size: int | str = _PAGE, *, to: State, **fields: Any) -> Decision:
         """Asks about an explicit request, KVM_HC_MAP_GPA_RANGE; ``size`` in bytes."""
         fields = {"time": self.time, "state": self.state(gpa, size), **fields}
         return self.ask(MapGpaRange(gpa, size, to=to, **fields))
 
-    def poison(self, gpa: int, **fields: Any) -> Decision:
+    def poison(self, gpa: int | str, **fields: Any) -> Decision:
         """Asks about an access to a poisoned page, by default to the state that it is in."""
         state = self._whole(gpa, fields.get("size", _PAGE))
         fields = {"private": state == "private", "time": self.time, "state": state, **fields}
@@ -73,7 +74,7 @@ class PolicyTester:
         """Asks about this request as it is. Its ``state`` and ``time`` need not be those of the tester."""
         return self._trial.judge(request)
 
-    def state(self, gpa: int, size: int = _PAGE) -> Literal["private", "shared", "mixed"]:
+    def state(self, gpa: int | str, size: int | str = _PAGE) -> Literal["private", "shared", "mixed"]:
         """The state of a range of whole pages."""
         return self._trial.state(gpa, size)
 
@@ -86,8 +87,9 @@ class PolicyTester:
         """Bytes that are shared."""
         return self._trial.shared_bytes
 
-    def _whole(self, gpa: int, size: int) -> State:
+    def _whole(self, gpa: int | str, size: int | str) -> State:
         state = self.state(gpa, size)
         if state == "mixed":
+            gpa, size = number_of_bytes(gpa, "gpa"), number_of_bytes(size, "size")
             raise ValueError(f"{gpa:#x} + {size:#x} is mixed: KVM reports a fault for pages of one state")
         return state

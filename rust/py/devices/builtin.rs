@@ -107,7 +107,11 @@ pub(crate) struct PyBlock;
 impl PyBlock {
     #[new]
     #[pyo3(signature = (path, read_only = false))]
-    fn new(py: Python<'_>, path: PathBuf, read_only: bool) -> Made<Self> {
+    fn new(
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::path_named::<arguments::named::path>)] path: PathBuf,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::read_only>)] read_only: bool,
+    ) -> Made<Self> {
         let made = py.detach(|| {
             // Before it is opened: a pipe would keep this call until somebody writes to it.
             let kind = std::fs::metadata(&path)?.file_type();
@@ -187,7 +191,7 @@ impl PyVsock {
     fn new(
         py: Python<'_>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::cid, _>)] cid: u32,
-        path: PathBuf,
+        #[pyo3(from_py_with = arguments::path_named::<arguments::named::path>)] path: PathBuf,
     ) -> Made<Self> {
         let listener = UnixListener::bind(&path).map_err(|error| match error.raw_os_error() {
             Some(errno @ EADDRINUSE) if vsock::is_left_over(&path) => {
@@ -226,8 +230,13 @@ pub(crate) struct PyNet {
 impl PyNet {
     #[new]
     #[pyo3(signature = (tap, mac = None, *, create = false))]
-    fn new(py: Python<'_>, tap: &Bound<'_, PyAny>, mac: Option<&str>, create: bool) -> Made<Self> {
-        let parsed = mac.map(|text| net::parse_address(text).ok_or(text)).transpose();
+    fn new(
+        py: Python<'_>,
+        tap: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::mac>)] mac: Option<String>,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::create>)] create: bool,
+    ) -> Made<Self> {
+        let parsed = mac.map(|text| net::parse_address(&text).ok_or(text)).transpose();
         let mac =
             parsed.map_err(|text| PyValueError::new_err(format!("mac is {text:?}: write it as 52:54:00:12:34:56")))?;
         let (link, name) = match tap.extract::<String>() {

@@ -42,7 +42,11 @@ impl PyConsolePort {
     }
 
     /// Gives the guest bytes to read, and returns how many were taken: at most 64 KiB wait to be read.
-    fn write(&self, py: Python<'_>, #[pyo3(from_py_with = arguments::bytes)] data: Vec<u8>) -> usize {
+    fn write(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::bytes_named::<arguments::named::data>)] data: Vec<u8>,
+    ) -> usize {
         py.detach(|| self.console.write(&data))
     }
 

@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyMemoryError, PyRuntimeError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::interpreter::{arguments, errors};
+use crate::interpreter::{arguments, errors, sizes};
 
 /// The most bytes that one read copies.
 const MOST: u64 = 64 << 20;
@@ -209,7 +209,7 @@ impl PyDeviceRequest {
         &self,
         py: Python<'py>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::offset, _>)] offset: u64,
-        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
+        #[pyo3(from_py_with = sizes::optional::<arguments::named::size>)] size: Option<u64>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let size = size.unwrap_or_else(|| total(&self.readable).saturating_sub(offset));
         if size > MOST {
@@ -232,7 +232,7 @@ impl PyDeviceRequest {
     fn write(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::bytes)] data: Vec<u8>,
+        #[pyo3(from_py_with = arguments::bytes_named::<arguments::named::data>)] data: Vec<u8>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::offset, _>)] offset: u64,
     ) -> PyResult<()> {
         let from = &data;

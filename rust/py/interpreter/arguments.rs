@@ -24,25 +24,38 @@ pub(crate) fn state(word: &str, what: &str) -> PyResult<State> {
 }
 
 /// `None` for "auto".
-pub(crate) fn enforcement(word: &str) -> PyResult<Option<EnforcementMode>> {
+pub(crate) fn enforcement(value: &Bound<'_, PyAny>) -> PyResult<Option<EnforcementMode>> {
     let modes = EnforcementMode::ALL.map(|mode| (mode.as_str(), Some(mode)));
-    choose(word, "enforcement", modes.into_iter().chain([("auto", None)]))
+    choose(
+        &text::<named::enforcement>(value)?,
+        "enforcement",
+        modes.into_iter().chain([("auto", None)]),
+    )
 }
 
-pub(crate) fn platform(word: &str) -> PyResult<Platform> {
-    choose(word, "platform", [("bare", Platform::Bare), ("pc", Platform::Pc)])
+pub(crate) fn platform(value: &Bound<'_, PyAny>) -> PyResult<Platform> {
+    choose(
+        &text::<named::platform>(value)?,
+        "platform",
+        [("bare", Platform::Bare), ("pc", Platform::Pc)],
+    )
 }
 
 /// `None` for an ordinary guest.
-pub(crate) fn confidential(word: Option<&str>) -> PyResult<Option<Confidential>> {
+pub(crate) fn confidential(value: &Bound<'_, PyAny>) -> PyResult<Option<Confidential>> {
     let kinds = [("sev", Confidential::Sev)];
-    word.map(|word| choose(word, "confidential", kinds)).transpose()
+    let word = optional_text::<named::confidential>(value)?;
+    word.map(|word| choose(&word, "confidential", kinds)).transpose()
 }
 
 /// `None` for "auto".
-pub(crate) fn vm_type(word: &str) -> PyResult<Option<VmType>> {
+pub(crate) fn vm_type(value: &Bound<'_, PyAny>) -> PyResult<Option<VmType>> {
     let types = VmType::ALL.map(|kind| (kind.as_str(), Some(kind)));
-    choose(word, "vm_type", types.into_iter().chain([("auto", None)]))
+    choose(
+        &text::<named::vm_type>(value)?,
+        "vm_type",
+        types.into_iter().chain([("auto", None)]),
+    )
 }
 
 pub(crate) fn choose<T>(word: &str, what: &str, choices: impl IntoIterator<Item = (&'static str, T)>) -> PyResult<T> {
@@ -109,38 +122,79 @@ macro_rules! named {
 }
 
 named! {
-    at "",
+    append "",
+    at "0x1000, or text such as 1M",
     block "",
     burst "",
     cid "",
+    confidential "",
+    cr2 "",
+    create "",
+    cycles "",
+    data "",
+    debug_private "",
+    discard "",
+    enforcement "",
     errno "errno.EINVAL",
     events "",
+    executed "",
     flags "",
-    gpa "0x10_0000",
+    gpa "0x10_0000, or text such as 1M",
     head "",
+    hypervisor "",
+    initial "",
+    initrd "",
+    instruction "",
+    interval "",
     keep "",
+    kernel "",
     limit "",
+    log_accesses "",
+    mac "52:54:00:12:34:56",
     marks "",
+    max "",
     max_shared "8 << 20, or text such as 8M",
     memory "64 << 20, or text such as 64M",
     memslots "",
-    n "",
+    n "4096, or text such as 4K",
+    name "",
     offset "",
-    page_size "",
+    p50 "",
+    p90 "",
+    p99 "",
+    page_size "4096, or text such as 4K",
+    path "",
+    per_second "",
+    platform "",
+    policy_timeout "",
     port "0x3f8",
+    prefault "",
+    private "",
+    private_memory "",
     private_bit "",
     raw "",
+    read_only "",
+    reason "",
+    region "",
+    remember "",
     repeats "",
     requests "",
     rip "",
+    seconds "",
     seed "",
     sequence "",
     shared_bit "",
-    size "",
+    since "",
+    size "4096, or text such as 4K",
+    state "",
+    symbol "",
     time "",
+    to "",
     uses "",
     vcpu "",
     vcpus "",
+    vm_type "",
+    window "",
     written "",
 }
 
@@ -154,26 +208,6 @@ pub(crate) fn optional<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResu
     match value.is_none() {
         true => Ok(None),
         false => integer::<N, T>(value).map(Some),
-    }
-}
-
-/// A number of bytes: an integer, or text such as "64M".
-pub(crate) fn size<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<u64> {
-    match value.is_instance_of::<PyString>() {
-        true => {
-            let number = value.py().import("pagegate.loading.options")?.getattr("integer")?;
-            let number = call::call(&number, value).map_err(|error| named_error(value, N::NAME, &error))?;
-            integer::<N, u64>(&number)
-        }
-        false => integer::<N, u64>(value),
-    }
-}
-
-/// As [`size`], or None.
-pub(crate) fn optional_size<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
-    match value.is_none() {
-        true => Ok(None),
-        false => size::<N>(value).map(Some),
     }
 }
 
@@ -208,11 +242,6 @@ pub(crate) fn integer_named<T: Integer>(value: &Bound<'_, PyAny>, name: &str, su
             false => error,
         },
     )
-}
-
-/// A ValueError that says which argument an error is about.
-fn named_error(value: &Bound<'_, PyAny>, name: &str, error: &PyErr) -> PyErr {
-    PyValueError::new_err(format!("{name}: {}", error.value(value.py())))
 }
 
 /// The seconds of a ``timeout`` argument, infinity for ``None``.
@@ -251,6 +280,100 @@ pub(crate) fn timeout(value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
     Ok(Duration::try_from_secs_f64(timeout_seconds(value)?).ok())
 }
 
+/// An argument of text with this name, for `from_py_with`.
+pub(crate) fn text<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<String> {
+    extract::<N, String>(value, "text")
+}
+
+/// As [`text`], or None.
+pub(crate) fn optional_text<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+    extract::<N, Option<String>>(value, "text, or None")
+}
+
+/// An argument that is True or False.
+pub(crate) fn flag<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    extract::<N, bool>(value, "True or False")
+}
+
+/// The state of a page, as an argument with this name.
+pub(crate) fn state_named<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<State> {
+    match value.cast::<PyString>() {
+        Ok(word) => state(word.to_str()?, N::NAME),
+        Err(_) => Err(wrong::<N>(value, "\"private\" or \"shared\"")?),
+    }
+}
+
+/// As [`state_named`], or None.
+pub(crate) fn optional_state<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<State>> {
+    match value.is_none() {
+        true => Ok(None),
+        false => state_named::<N>(value).map(Some),
+    }
+}
+
+/// A real number. What an object's own `__float__` raises is passed on.
+pub(crate) fn real<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    match call::float(value) {
+        // An int that no float is as large as.
+        Err(error) if error.is_instance_of::<PyOverflowError>(value.py()) => {
+            call::forget(value.py(), error);
+            Ok(f64::INFINITY)
+        }
+        Err(error) if error.is_instance_of::<PyTypeError>(value.py()) && !value.get_type().hasattr("__float__")? => {
+            call::forget(value.py(), error);
+            Err(wrong::<N>(value, "a number")?)
+        }
+        number => number,
+    }
+}
+
+/// As [`real`], or None.
+pub(crate) fn optional_real<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<f64>> {
+    match value.is_none() {
+        true => Ok(None),
+        false => real::<N>(value).map(Some),
+    }
+}
+
+/// A path, as an argument with this name.
+pub(crate) fn path_named<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
+    match value.extract() {
+        Err(_) if !value.get_type().hasattr("__fspath__")? => Err(wrong::<N>(value, "a path")?),
+        path => path,
+    }
+}
+
+/// As [`path_named`], or None.
+pub(crate) fn optional_path<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<PathBuf>> {
+    match value.is_none() {
+        true => Ok(None),
+        false => path_named::<N>(value).map(Some),
+    }
+}
+
+/// An argument of a type that runs no code of others when it is read.
+pub(crate) fn extract<N: Named, T>(value: &Bound<'_, PyAny>, must_be: &str) -> PyResult<T>
+where
+    T: for<'a, 'py> FromPyObject<'a, 'py>,
+{
+    match value.extract() {
+        Ok(extracted) => Ok(extracted),
+        Err(_) => Err(wrong::<N>(value, must_be)?),
+    }
+}
+
+/// The TypeError for an argument of a wrong type.
+fn wrong<N: Named>(value: &Bound<'_, PyAny>, must_be: &str) -> PyResult<PyErr> {
+    let such_as = match N::SUCH_AS.is_empty() {
+        true => String::new(),
+        false => format!(", such as {}", N::SUCH_AS),
+    };
+    let (name, value) = (N::NAME, call::repr(value)?);
+    Ok(PyTypeError::new_err(format!(
+        "{name} is {value}: it must be {must_be}{such_as}"
+    )))
+}
+
 /// A path. TypeError with this text for what is none; what its `__fspath__` raises stays what it is.
 pub(crate) fn path(value: &Bound<'_, PyAny>, otherwise: &'static str) -> PyResult<PathBuf> {
     value
@@ -261,16 +384,14 @@ pub(crate) fn path(value: &Bound<'_, PyAny>, otherwise: &'static str) -> PyResul
         })
 }
 
-/// A list of pairs of numbers.
-pub(crate) fn pairs(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u64, u64)>> {
-    value.extract().map_err(
-        |error: PyErr| match error.is_instance_of::<PyOverflowError>(value.py()) {
-            true => PyValueError::new_err(format!("ranges is {value}, which has numbers that are out of range")),
-            false => PyTypeError::new_err(format!(
-                "ranges is {value}: it must be a list of (gpa, size), such as [(0x100_0000, 64 << 10)]"
-            )),
-        },
-    )
+/// The bytes of a bytes-like object, as an argument with this name.
+pub(crate) fn bytes_named<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    match bytes(value) {
+        Err(error) if error.is_instance_of::<PyTypeError>(value.py()) && !value.get_type().hasattr("__buffer__")? => {
+            Err(wrong::<N>(value, "bytes, or what has the buffer protocol")?)
+        }
+        bytes => bytes,
+    }
 }
 
 /// The bytes of any bytes-like object.

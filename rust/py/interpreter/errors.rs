@@ -139,7 +139,7 @@ fn noted(py: Python<'_>, error: PyErr, notes: impl IntoIterator<Item = String>) 
 }
 
 /// Whether it is the PolicyError that the binding raises, and not the hook's own exception.
-fn is_policy_error(py: Python<'_>, error: &PyErr) -> bool {
+pub(crate) fn is_policy_error(py: Python<'_>, error: &PyErr) -> bool {
     is_a(py, error, "PolicyError")
 }
 

@@ -10,3 +10,4 @@ pub(crate) mod judged;
 pub(crate) mod overdue;
 pub(crate) mod record;
 pub(crate) mod reuse;
+pub(crate) mod sizes;

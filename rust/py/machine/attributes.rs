@@ -8,7 +8,7 @@ use pyo3::types::PyList;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
-use crate::interpreter::arguments;
+use crate::interpreter::{arguments, sizes};
 
 /// The state of every page. This is the only copy: KVM has no ioctl to read attributes back.
 #[pyclass(name = "Attributes", module = "pagegate", frozen)]
@@ -51,7 +51,7 @@ impl PyAttributes {
     fn is_private(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
     ) -> PyResult<bool> {
         let machine = self.0.machine(py)?;
         let page = self.page(&machine, gpa)?;
@@ -65,8 +65,8 @@ impl PyAttributes {
     fn runs<'py>(
         &self,
         py: Python<'py>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::optional::<arguments::named::size>)] size: Option<u64>,
     ) -> PyResult<Bound<'py, PyList>> {
         let machine = self.0.machine(py)?;
         let start = self.page(&machine, gpa)?;
@@ -91,8 +91,8 @@ impl PyAttributes {
     fn state(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::optional::<arguments::named::size>)] size: Option<u64>,
     ) -> PyResult<&'static str> {
         let machine = self.0.machine(py)?;
         let start = self.page(&machine, gpa)?;

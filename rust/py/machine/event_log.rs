@@ -100,7 +100,11 @@ impl PyEvents {
     /// progress at the call, else the last one, else the first that there will be. ``interval``: seconds between
     /// two looks at the log, 0.05 by default.
     #[pyo3(signature = (since = 0, *, interval = 0.05))]
-    fn follow<'py>(slf: &Bound<'py, Self>, since: u64, interval: f64) -> PyResult<Bound<'py, PyAny>> {
+    fn follow<'py>(
+        slf: &Bound<'py, Self>,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::since, _>)] since: u64,
+        #[pyo3(from_py_with = arguments::real::<arguments::named::interval>)] interval: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let follow = py.import("pagegate.asynchronous")?.getattr("follow")?;
         let of_vm = &slf.get().0;

@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
+use crate::interpreter::arguments;
 use crate::interpreter::call;
 use crate::policy::decision::PyRegion;
 
@@ -43,10 +44,10 @@ impl PyPolicyHandle {
 
     /// Drops remembered decisions for the pages of a region, or all: the policy is asked again.
     #[pyo3(signature = (region = None))]
-    fn forget(&self, py: Python<'_>, region: Option<&PyRegion>) {
+    fn forget(&self, py: Python<'_>, #[pyo3(from_py_with = of_region)] region: Option<PyRegion>) {
         let hooks = self.0.parts.hooks();
         if let Some(hooks) = hooks {
-            py.detach(|| hooks.forget(region.map(PyRegion::range)));
+            py.detach(|| hooks.forget(region.as_ref().map(PyRegion::range)));
         }
     }
 
@@ -65,4 +66,9 @@ impl PyPolicyHandle {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         self.0.traverse(&visit)
     }
+}
+
+/// Which decisions are forgotten.
+fn of_region(value: &Bound<'_, PyAny>) -> PyResult<Option<PyRegion>> {
+    arguments::extract::<arguments::named::region, _>(value, "a Region, or None")
 }

@@ -5,6 +5,7 @@ use pagegate_core::vcpu::asker::Whereabouts;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::interpreter::arguments;
 use crate::interpreter::record::{self, Fields};
 use crate::policy::device_access::PyDeviceAccess;
 
@@ -24,7 +25,12 @@ pub(crate) struct PyLatency {
 impl PyLatency {
     #[new]
     #[pyo3(signature = (*, p50, p90, p99, max))]
-    fn new(p50: u64, p90: u64, p99: u64, max: u64) -> Self {
+    fn new(
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::p50, _>)] p50: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::p90, _>)] p90: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::p99, _>)] p99: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::max, _>)] max: u64,
+    ) -> Self {
         Self { p50, p90, p99, max }
     }
 
@@ -77,7 +83,13 @@ impl From<Whereabouts> for PyWhereabouts {
 impl PyWhereabouts {
     #[new]
     #[pyo3(signature = (*, vcpu, rip, cr2, symbol = None, instruction = None))]
-    fn new(vcpu: u32, rip: u64, cr2: u64, symbol: Option<String>, instruction: Option<String>) -> Self {
+    fn new(
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::rip, _>)] rip: u64,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::cr2, _>)] cr2: u64,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::symbol>)] symbol: Option<String>,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::instruction>)] instruction: Option<String>,
+    ) -> Self {
         Self {
             vcpu,
             rip,

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use pagegate_core::hypervisor::host::{EnforcementMode, VmType};
 use pagegate_core::machine::assembly::Machine;
-use pagegate_core::machine::config::Config;
+use pagegate_core::machine::config::{Confidential, Config, Platform};
 use pagegate_core::memory::address::State;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -22,13 +23,13 @@ use super::report::PyReport;
 use super::vcpu::PyVcpu;
 use super::{image, linux, runs, snapshot};
 use crate::devices::builtin;
-use crate::interpreter::{arguments, attach, errors};
+use crate::interpreter::{arguments, attach, errors, sizes};
 use crate::policy::judge::Judge;
 use crate::testing::fake::PyFake;
 
 /// A virtual machine in which a policy decides whether pages are converted.
 ///
-/// ``memory``: bytes from gpa 0 on, a multiple of 4096, or text such as "64M". ``vcpus``: at least 1. ``policy``: any
+/// ``memory``: bytes from gpa 0 on, a multiple of 4096. ``vcpus``: at least 1. ``policy``: any
 /// object with hooks, see ``Policy``; ``None`` converts as asked. ``vm_type``: "auto", "default" or "sw-protected".
 /// ``enforcement``: "auto", "attributes" (by KVM_SET_MEMORY_ATTRIBUTES, on hosts with private memory), "traps" (the
 /// same on the view that a page is not in, with host memory on both sides) or "memslots" (on any host). ``shared_bit``:
@@ -40,6 +41,8 @@ use crate::testing::fake::PyFake;
 ///
 /// Where KVM shadows page tables, the memslots of each TiB take it seconds, and 2 GiB of the host's memory. Ctrl-C ends
 /// the wait.
+///
+/// Sizes and addresses, here and in the methods, may be text, too: "64M", "2MiB", "0x1000".
 ///
 /// ``platform``: "bare" (no interrupts; a HLT ends the vCPU) or "pc" (for Linux, see ``boot``; memory above 3 GiB
 /// goes on at 4 GiB). ``confidential``: "sev" for a guest that believes in SEV, all of it private at first, with the
@@ -55,32 +58,35 @@ pub(crate) struct PyVm(pub(crate) Arc<Parts>);
 #[pymethods]
 impl PyVm {
     #[new]
-    #[pyo3(signature = (memory, *, vcpus = 1, policy = None, vm_type = "auto", enforcement = "auto", shared_bit = None,
+    #[pyo3(signature = (memory, *, vcpus = 1, policy = None, vm_type = None, enforcement = None, shared_bit = None,
                         private_bit = None, initial = None, events = 65536, memslots = 1, hypervisor = None,
-                        platform = "bare", confidential = None, debug_private = false, policy_timeout = None))]
+                        platform = Platform::Bare, confidential = None, debug_private = false, policy_timeout = None),
+           text_signature = "(memory, *, vcpus=1, policy=None, vm_type='auto', enforcement='auto', shared_bit=None, \
+                             private_bit=None, initial=None, events=65536, memslots=1, hypervisor=None, \
+                             platform='bare', confidential=None, debug_private=False, policy_timeout=None)")]
     #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
     fn new(
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::size::<arguments::named::memory>)] memory: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::memory, _>)] memory: u64,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpus, _>)] vcpus: u32,
         policy: Option<&Bound<'_, PyAny>>,
-        vm_type: &str,
-        enforcement: &str,
+        #[pyo3(from_py_with = arguments::vm_type)] vm_type: Option<VmType>,
+        #[pyo3(from_py_with = arguments::enforcement)] enforcement: Option<EnforcementMode>,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::shared_bit, _>)] shared_bit: Option<u32>,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::private_bit, _>)] private_bit: Option<u32>,
-        initial: Option<&str>,
+        #[pyo3(from_py_with = arguments::optional_state::<arguments::named::initial>)] initial: Option<State>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::events, _>)] events: usize,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::memslots, _>)] memslots: u32,
-        hypervisor: Option<&PyFake>,
-        platform: &str,
-        confidential: Option<&str>,
-        debug_private: bool,
-        policy_timeout: Option<f64>,
+        #[pyo3(from_py_with = fake)] hypervisor: Option<Py<PyFake>>,
+        #[pyo3(from_py_with = arguments::platform)] platform: Platform,
+        #[pyo3(from_py_with = arguments::confidential)] confidential: Option<Confidential>,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::debug_private>)] debug_private: bool,
+        #[pyo3(from_py_with = arguments::optional_real::<arguments::named::policy_timeout>)] policy_timeout: Option<
+            f64,
+        >,
     ) -> PyResult<Self> {
-        let platform = arguments::platform(platform)?;
-        let confidential = arguments::confidential(confidential)?;
         let initial = match initial {
-            Some(initial) => arguments::state(initial, "initial")?,
+            Some(initial) => initial,
             None if confidential.is_some() => State::Private,
             None => State::Shared,
         };
@@ -90,8 +96,8 @@ impl PyVm {
         let config = Config {
             memory,
             vcpus,
-            vm_type: arguments::vm_type(vm_type)?,
-            enforcement: arguments::enforcement(enforcement)?,
+            vm_type,
+            enforcement,
             shared_bit,
             private_bit,
             initial,
@@ -103,7 +109,7 @@ impl PyVm {
             policy: judge.policy.clone(),
             around: Some(runs::around(enters_python.clone(), overdue.clone())),
             stack: runs::stack(py)?,
-            hypervisor: hypervisor.map(PyFake::vm),
+            hypervisor: hypervisor.map(|fake| fake.get().vm()),
         };
         let machine = py
             .detach(|| Machine::new_watched(config, &mut attach::check_signals))
@@ -195,7 +201,7 @@ impl PyVm {
         &self,
         py: Python<'_>,
         image: &Bound<'_, PyAny>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::at, _>)] at: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::at, _>)] at: u64,
     ) -> PyResult<u64> {
         image::load(py, &*self.0.machine(py)?, image, at)
     }
@@ -208,9 +214,16 @@ impl PyVm {
     ///
     /// Raises OSError, ValueError that says what is wrong with a file or does not fit, PagegateError without
     /// ``platform="pc"``, if a kernel was booted already, or while the machine runs.
-    #[pyo3(signature = (kernel, *, initrd = None, append = ""))]
-    fn boot(&self, py: Python<'_>, kernel: PathBuf, initrd: Option<PathBuf>, append: &str) -> PyResult<()> {
-        linux::boot(py, &*self.0.machine(py)?, &kernel, initrd.as_deref(), append)
+    #[pyo3(signature = (kernel, *, initrd = None, append = String::new()),
+           text_signature = "($self, kernel, *, initrd=None, append='')")]
+    fn boot(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::path_named::<arguments::named::kernel>)] kernel: PathBuf,
+        #[pyo3(from_py_with = arguments::optional_path::<arguments::named::initrd>)] initrd: Option<PathBuf>,
+        #[pyo3(from_py_with = arguments::text::<arguments::named::append>)] append: String,
+    ) -> PyResult<()> {
+        linux::boot(py, &*self.0.machine(py)?, &kernel, initrd.as_deref(), &append)
     }
 
     /// The guest's serial console, ttyS0. PagegateError without ``platform="pc"``.
@@ -265,8 +278,8 @@ impl PyVm {
     fn on_mmio(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
         handler: Bound<'_, PyAny>,
     ) -> PyResult<()> {
         handlers::on_mmio(py, &self.0, gpa, size, handler)
@@ -283,11 +296,17 @@ impl PyVm {
     fn add_device(
         slf: &Bound<'_, Self>,
         device: &Bound<'_, PyAny>,
-        name: Option<&str>,
-        log_accesses: bool,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::name>)] name: Option<String>,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::log_accesses>)] log_accesses: bool,
     ) -> PyResult<()> {
         let parts = &slf.get().0;
-        if let Some(device) = builtin::add(slf.as_any(), &*parts.machine(slf.py())?, device, name, log_accesses)? {
+        if let Some(device) = builtin::add(
+            slf.as_any(),
+            &*parts.machine(slf.py())?,
+            device,
+            name.as_deref(),
+            log_accesses,
+        )? {
             parts.keep_device(device);
         }
         Ok(())
@@ -298,9 +317,13 @@ impl PyVm {
     /// The size of a ``Block``'s file, or ``config`` of a device in Python. ``name``: as ``add_device`` was told; it
     /// stands for all devices that have it. At any time, also while the machine runs. ValueError if there is none,
     /// PagegateError for a disk of less than a sector, and what ``config`` raises.
-    fn refresh_device(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+    fn refresh_device(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = arguments::text::<arguments::named::name>)] name: String,
+    ) -> PyResult<()> {
         let machine = self.0.machine(py)?;
-        let refreshed = py.detach(|| machine.refresh_device(name));
+        let refreshed = py.detach(|| machine.refresh_device(&name));
         refreshed.map_err(|error| errors::raise(py, error))
     }
 
@@ -377,8 +400,8 @@ impl PyVm {
     fn read<'py>(
         &self,
         py: Python<'py>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::n, _>)] n: usize,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::n, _>)] n: usize,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let machine = self.0.machine(py)?;
         if n as u64 > self.0.memory {
@@ -400,8 +423,8 @@ impl PyVm {
     fn write(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::bytes)] data: Vec<u8>,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::bytes_named::<arguments::named::data>)] data: Vec<u8>,
     ) -> PyResult<()> {
         let machine = self.0.machine(py)?;
         py.detach(|| machine.write(gpa, &data))
@@ -417,11 +440,10 @@ impl PyVm {
     fn convert(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
-        to: &str,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = arguments::state_named::<arguments::named::to>)] to: State,
     ) -> PyResult<()> {
-        let to = arguments::state(to, "to")?;
         let machine = self.0.machine(py)?;
         py.detach(|| machine.convert(gpa, size, to))
             .map_err(|error| errors::raise(py, error))?;
@@ -552,4 +574,9 @@ fn of_vm(vm: &Bound<'_, PyVm>) -> OfVm {
         parts: vm.get().0.clone(),
         vm: vm.clone().into_any().unbind(),
     }
+}
+
+/// What stands in for /dev/kvm.
+fn fake(value: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyFake>>> {
+    arguments::extract::<arguments::named::hypervisor, _>(value, "a pagegate.testing.Fake, or None")
 }

@@ -17,7 +17,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::judge::{Judge, PyBuiltin};
-use crate::interpreter::arguments;
+use crate::interpreter::{arguments, errors, sizes};
 
 type Made<T> = PyResult<PyClassInitializer<T>>;
 
@@ -35,7 +35,12 @@ fn link<T: PyClass<BaseType = PyBuiltin>>(
 where
     PyClassInitializer<T>: From<(T, PyBuiltin)>,
 {
-    let mut judge = Judge::of(then)?;
+    let mut judge = Judge::of(then).map_err(|error| match then {
+        Some(then) if errors::is_policy_error(then.py(), &error) => {
+            errors::policy_error(then.py(), format!("then: {}", error.value(then.py())))
+        }
+        _ => error,
+    })?;
     judge.length += 1;
     if judge.length > LONGEST {
         return Err(PyValueError::new_err(format!("a chain has {LONGEST} policies at most")));
@@ -115,7 +120,7 @@ impl PyAlign {
     #[new]
     #[pyo3(signature = (size, then = None))]
     fn new(
-        #[pyo3(from_py_with = arguments::size::<arguments::named::size>)] size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
         then: Option<&Bound<'_, PyAny>>,
     ) -> Made<Self> {
         let made = ("Align", vec![format!("{size:#x}")]);
@@ -137,7 +142,7 @@ impl PyQuota {
     #[new]
     #[pyo3(signature = (max_shared, then = None))]
     fn new(
-        #[pyo3(from_py_with = arguments::size::<arguments::named::max_shared>)] max_shared: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::max_shared, _>)] max_shared: u64,
         then: Option<&Bound<'_, PyAny>>,
     ) -> Made<Self> {
         let made = ("Quota", vec![format!("{max_shared:#x}")]);
@@ -145,7 +150,7 @@ impl PyQuota {
     }
 }
 
-/// Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes.
+/// Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes, or "GPA+SIZE".
 ///
 /// For guests whose shared buffers lie in one place, such as a swiotlb window. Elsewhere an explicit request gets
 /// EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``. ``gpa``
@@ -161,7 +166,7 @@ impl PyWindow {
     #[new]
     #[pyo3(signature = (ranges, then = None))]
     fn new(
-        #[pyo3(from_py_with = arguments::pairs)] ranges: Vec<(u64, u64)>,
+        #[pyo3(from_py_with = sizes::ranges)] ranges: Vec<(u64, u64)>,
         then: Option<&Bound<'_, PyAny>>,
     ) -> Made<Self> {
         let made = ("Window", vec![written(&ranges)]);
@@ -190,7 +195,7 @@ impl PyRateLimit {
     #[new]
     #[pyo3(signature = (per_second, burst = 1, then = None))]
     fn new(
-        per_second: f64,
+        #[pyo3(from_py_with = arguments::real::<arguments::named::per_second>)] per_second: f64,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::burst, _>)] burst: u32,
         then: Option<&Bound<'_, PyAny>>,
     ) -> Made<Self> {
@@ -220,7 +225,7 @@ impl PyPingPong {
     #[pyo3(signature = (limit, window, then = None))]
     fn new(
         #[pyo3(from_py_with = arguments::integer::<arguments::named::limit, _>)] limit: usize,
-        window: f64,
+        #[pyo3(from_py_with = arguments::real::<arguments::named::window>)] window: f64,
         then: Option<&Bound<'_, PyAny>>,
     ) -> Made<Self> {
         let made = ("PingPong", vec![limit.to_string(), window.to_string()]);

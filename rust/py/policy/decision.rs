@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
-use crate::interpreter::{arguments, call, errors, record};
+use crate::interpreter::{arguments, call, errors, record, sizes};
 
 const MAX_ERRNO: i32 = 4095;
 
@@ -33,10 +33,10 @@ impl PyRegion {
     #[new]
     #[pyo3(signature = (gpa, size, *, uses = None, seconds = None))]
     fn new(
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::uses, _>)] uses: Option<u64>,
-        seconds: Option<f64>,
+        #[pyo3(from_py_with = arguments::optional_real::<arguments::named::seconds>)] seconds: Option<f64>,
     ) -> PyResult<Self> {
         let range = Range::new(gpa, size).ok_or_else(|| {
             PyValueError::new_err(format!(
@@ -104,6 +104,14 @@ impl PyRegion {
     }
 }
 
+/// The argument of decisions that are remembered; it may be what ``asdict`` made of a region.
+fn remembered_region(value: &Bound<'_, PyAny>) -> PyResult<Option<PyRegion>> {
+    if value.is_instance_of::<PyDict>() {
+        return record::made::<PyRegion, _>(value);
+    }
+    arguments::extract::<arguments::named::remember, _>(value, "a Region, or None")
+}
+
 fn nanoseconds(seconds: f64) -> PyResult<u64> {
     match Duration::try_from_secs_f64(seconds) {
         Ok(time) if !time.is_zero() => Ok(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
@@ -115,8 +123,8 @@ fn nanoseconds(seconds: f64) -> PyResult<u64> {
 
 /// Converts pages: those that were asked for, to the state that was asked for, unless the arguments say otherwise.
 ///
-/// ``to``: "private" or "shared". ``gpa`` and ``size``: bytes, multiples of 4096, inside guest memory; else the run
-/// ends with PolicyError.
+/// ``to``: "private" or "shared". ``gpa`` and ``size``: bytes, multiples of 4096, inside guest memory, or text such as
+/// "2M"; outside of it the run ends with PolicyError.
 ///
 /// A page that changes state loses its bytes and reads as zeroes. So widen only to pages that hold nothing the guest
 /// needs, or that are in the wanted state already.
@@ -158,15 +166,15 @@ impl PyConvert {
     #[pyo3(signature = (to = None, gpa = None, size = None, *, prefault = false, discard = true, remember = None))]
     fn new(
         py: Python<'_>,
-        to: Option<&str>,
-        #[pyo3(from_py_with = arguments::optional::<arguments::named::gpa, _>)] gpa: Option<u64>,
-        #[pyo3(from_py_with = arguments::optional::<arguments::named::size, _>)] size: Option<u64>,
-        prefault: bool,
-        discard: bool,
-        #[pyo3(from_py_with = record::made::<PyRegion, _>)] remember: Option<PyRegion>,
+        #[pyo3(from_py_with = arguments::optional_state::<arguments::named::to>)] to: Option<State>,
+        #[pyo3(from_py_with = sizes::optional::<arguments::named::gpa>)] gpa: Option<u64>,
+        #[pyo3(from_py_with = sizes::optional::<arguments::named::size>)] size: Option<u64>,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::prefault>)] prefault: bool,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::discard>)] discard: bool,
+        #[pyo3(from_py_with = remembered_region)] remember: Option<PyRegion>,
     ) -> PyResult<Py<Self>> {
         let convert = Self {
-            to: to.map(|to| arguments::state(to, "to")).transpose()?,
+            to,
             gpa,
             size,
             prefault,
@@ -249,7 +257,7 @@ impl PyDeny {
     #[pyo3(signature = (errno = EINVAL, *, remember = None), text_signature = "(errno=22, *, remember=None)")]
     fn new(
         #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
-        #[pyo3(from_py_with = record::made::<PyRegion, _>)] remember: Option<PyRegion>,
+        #[pyo3(from_py_with = remembered_region)] remember: Option<PyRegion>,
     ) -> PyResult<Self> {
         match (1..=MAX_ERRNO).contains(&errno) {
             true => Ok(Self { errno, remember }),
@@ -288,7 +296,7 @@ pub(crate) struct PyRetry {
 impl PyRetry {
     #[new]
     #[pyo3(signature = (*, remember = None))]
-    fn new(#[pyo3(from_py_with = record::made::<PyRegion, _>)] remember: Option<PyRegion>) -> Self {
+    fn new(#[pyo3(from_py_with = remembered_region)] remember: Option<PyRegion>) -> Self {
         Self { remember }
     }
 
@@ -321,7 +329,7 @@ pub(crate) struct PyStop {
 #[pymethods]
 impl PyStop {
     #[new]
-    fn new(reason: String) -> Self {
+    fn new(#[pyo3(from_py_with = arguments::text::<arguments::named::reason>)] reason: String) -> Self {
         Self { reason }
     }
 

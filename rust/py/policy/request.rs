@@ -13,9 +13,9 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::asker::{self, PyRegisters};
-use crate::interpreter::arguments;
 use crate::interpreter::fields::{Field, RangeState};
 use crate::interpreter::reuse::{HookArgument, Spare};
+use crate::interpreter::{arguments, sizes};
 
 /// Checks the pages of a request made in Python; the core makes only valid ones.
 fn pages(gpa: u64, size: u64) -> PyResult<Range> {
@@ -152,21 +152,21 @@ impl PyMemoryFault {
                              repeats=0, time=0, executed=False)")]
     #[expect(clippy::too_many_arguments, reason = "one for each field")]
     fn new(
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        private: bool,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::private>)] private: bool,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::flags, _>)] flags: Option<u64>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
-        state: Option<&str>,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::state>)] state: Option<String>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::rip, _>)] rip: u64,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::repeats, _>)] repeats: u32,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::time, _>)] time: u64,
-        executed: bool,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::executed>)] executed: bool,
     ) -> PyResult<Self> {
         let range = pages(gpa, size)?;
         let access = accessed(private);
-        let state = state.map_or(Ok(access.other()), |state| arguments::state(state, "state"))?;
+        let state = state.map_or(Ok(access.other()), |state| arguments::state(&state, "state"))?;
         Ok(Self {
             vcpu: vcpu.into(),
             gpa: range.gpa().into(),
@@ -260,19 +260,19 @@ impl PyMemoryPoison {
                              repeats=0, time=0, executed=False)")]
     #[expect(clippy::too_many_arguments, reason = "one for each field")]
     fn new(
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        private: bool,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::private>)] private: bool,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::flags, _>)] flags: Option<u64>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::errno, _>)] errno: i32,
-        state: Option<&str>,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::state>)] state: Option<String>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::rip, _>)] rip: u64,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::repeats, _>)] repeats: u32,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::time, _>)] time: u64,
-        executed: bool,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::executed>)] executed: bool,
     ) -> PyResult<PyClassInitializer<Self>> {
-        let state = state.or(Some(accessed(private).as_str()));
+        let state = state.or_else(|| Some(accessed(private).as_str().to_owned()));
         let fault = PyMemoryFault::new(
             gpa, private, vcpu, size, flags, errno, state, rip, repeats, time, executed,
         )?;
@@ -377,18 +377,17 @@ impl PyMapGpaRange {
            text_signature = "(gpa, size=4096, *, to, vcpu=0, page_size=4096, raw=None, state=None, time=0)")]
     #[expect(clippy::too_many_arguments, reason = "one for each field")]
     fn new(
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
-        to: &str,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = arguments::state_named::<arguments::named::to>)] to: State,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::vcpu, _>)] vcpu: u32,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::page_size, _>)] page_size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::page_size, _>)] page_size: u64,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::raw, _>)] raw: Option<u64>,
-        state: Option<&str>,
+        #[pyo3(from_py_with = arguments::optional_text::<arguments::named::state>)] state: Option<String>,
         #[pyo3(from_py_with = arguments::integer::<arguments::named::time, _>)] time: u64,
     ) -> PyResult<Self> {
         let range = pages(gpa, size)?;
-        let to = arguments::state(to, "to")?;
-        let state = state.map_or(Ok(to.other().into()), range_state)?;
+        let state = state.map_or(Ok(to.other().into()), |state| range_state(&state))?;
         let implied = map_gpa_range::attributes(to, page_size).ok_or_else(|| {
             PyValueError::new_err(format!("page_size is {page_size:#x}: it must be 4 KiB, 2 MiB or 1 GiB"))
         })?;

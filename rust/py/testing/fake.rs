@@ -203,7 +203,12 @@ impl PyFake {
 
     #[new]
     #[pyo3(signature = (*scripts, private_memory = true, memslots = 32764, cycles = 1))]
-    fn new(scripts: Vec<Vec<PyStep>>, private_memory: bool, memslots: u32, cycles: u64) -> Self {
+    fn new(
+        scripts: Vec<Vec<PyStep>>,
+        #[pyo3(from_py_with = arguments::flag::<arguments::named::private_memory>)] private_memory: bool,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::memslots, _>)] memslots: u32,
+        #[pyo3(from_py_with = arguments::integer::<arguments::named::cycles, _>)] cycles: u64,
+    ) -> Self {
         let capabilities = match private_memory {
             true => FakeVm::protected(memslots),
             false => FakeVm::plain(memslots),

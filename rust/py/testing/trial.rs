@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::interpreter::fields::RangeState;
-use crate::interpreter::{arguments, errors};
+use crate::interpreter::{arguments, errors, sizes};
 use crate::policy::decision;
 use crate::policy::hooks::forget_requests;
 use crate::policy::judge::Judge;
@@ -30,11 +30,10 @@ impl PyTrial {
     fn new(
         py: Python<'_>,
         policy: Option<&Bound<'_, PyAny>>,
-        #[pyo3(from_py_with = arguments::size::<arguments::named::memory>)] memory: u64,
-        initial: &str,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::memory, _>)] memory: u64,
+        #[pyo3(from_py_with = arguments::state_named::<arguments::named::initial>)] initial: State,
     ) -> PyResult<Self> {
         let judge = Judge::of(policy)?;
-        let initial = arguments::state(initial, "initial")?;
         let trial = Trial::new(judge.policy.clone(), memory, initial);
         Ok(Self {
             judge,
@@ -64,8 +63,8 @@ impl PyTrial {
     fn state(
         &self,
         py: Python<'_>,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::gpa, _>)] gpa: u64,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::size, _>)] size: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] size: u64,
     ) -> PyResult<&'static str> {
         let state: Result<Option<State>, _> = self.trial.state(gpa, size);
         let state = state.map_err(|error| errors::raise(py, error))?;

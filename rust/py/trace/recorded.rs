@@ -17,7 +17,7 @@ use pyo3::types::PyCapsule;
 use crate::events::arrow;
 use crate::events::event::{self, PyEvent};
 use crate::events::html;
-use crate::interpreter::{arguments, attach, errors};
+use crate::interpreter::{arguments, attach, errors, sizes};
 
 /// These take some 15 GB.
 const MOST_SYNTHETIC: u64 = 100_000_000;
@@ -42,8 +42,7 @@ fn strerror(error: &std::io::Error) -> String {
 }
 
 /// What the caller says about the machine; it replaces what the trace says.
-fn about(memory: Option<u64>, initial: Option<&str>) -> PyResult<Option<About>> {
-    let initial = initial.map(|state| arguments::state(state, "initial")).transpose()?;
+fn about(memory: Option<u64>, initial: Option<State>) -> PyResult<Option<About>> {
     match (memory, initial) {
         (None, None) => Ok(None),
         (Some(memory), initial) => About::new(memory, initial.unwrap_or(State::Shared))
@@ -174,8 +173,8 @@ impl PyTraceIterator {
 pub(crate) fn read_trace(
     py: Python<'_>,
     source: &Bound<'_, PyAny>,
-    #[pyo3(from_py_with = arguments::optional_size::<arguments::named::memory>)] memory: Option<u64>,
-    initial: Option<&str>,
+    #[pyo3(from_py_with = sizes::optional::<arguments::named::memory>)] memory: Option<u64>,
+    #[pyo3(from_py_with = arguments::optional_state::<arguments::named::initial>)] initial: Option<State>,
 ) -> PyResult<PyTrace> {
     let about = about(memory, initial)?;
     if let Ok(trace) = source.cast::<PyTrace>() {

@@ -49,7 +49,7 @@ impl PyRecorder {
     fn new(
         py: Python<'_>,
         vm: &Bound<'_, PyVm>,
-        path: PathBuf,
+        #[pyo3(from_py_with = arguments::path_named::<arguments::named::path>)] path: PathBuf,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::limit, _>)] limit: Option<u64>,
     ) -> PyResult<Self> {
         let machine = vm.get().0.machine(py)?;
