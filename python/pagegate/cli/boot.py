@@ -26,6 +26,7 @@ from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import counted, put
 from pagegate.cli.recording import Recording, events_option, limit_option
 from pagegate.cli.summary import Ran, size
+from pagegate.cli.waiting import Waiting
 from pagegate.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def boot(  # noqa: PLR0913 - one for each option
             if verbose or at_terminal:
                 say, silent = (lambda text: attached.say(text.plain)), (lambda: not console.tail(1))
                 meanwhile.enter_context(Life(vm, say, each=verbose, news=silent))
-            interrupt = meanwhile.enter_context(Interrupt(vm, deadline))
+            waiting = meanwhile.enter_context(Waiting(vm, attached.say_waiting))
+            interrupt = meanwhile.enter_context(Interrupt(vm, deadline, waiting))
             report, failure = _run(vm, deadline.left())
         if attached.failure is not None:
             raise attached.failure
