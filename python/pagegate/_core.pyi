@@ -1325,6 +1325,13 @@ class Vm:
     @property
     def running(self) -> bool:
         """Whether a run is in progress. It is from before ``configure`` of its policy is called."""
+    @property
+    def waits_for(self) -> list[tuple[str, str]]:
+        """What the end of the run in progress waits for: pairs of a device's name and "read", "write", "flush".
+
+        Empty without a run that is to end. A disk's file answers when it likes: what the host has begun, only a signal
+        that ends the process makes it give up, if anything does.
+        """
     def on_io(self, port: int, handler: Callable[[Io], Any] | Marks) -> None:
         """Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
 

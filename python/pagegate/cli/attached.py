@@ -119,6 +119,11 @@ class Attached:
             # Where standard error cannot be written there is nobody to tell.
             return
 
+    def say_waiting(self, text: str) -> None:
+        """Prints what the end of the run waits for. From then on Ctrl-C is not the guest's any more."""
+        self._restore()
+        self.say(text)
+
     def _stop(self) -> None:
         """Ends the run, which may not have begun yet."""
         while not self._over.is_set():

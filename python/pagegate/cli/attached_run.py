@@ -21,6 +21,7 @@ from pagegate.cli.printing import counted, put
 from pagegate.cli.recording import Recording
 from pagegate.cli.summary import Ran, size
 from pagegate.cli.telling import tell
+from pagegate.cli.waiting import Waiting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +62,8 @@ def run_attached(vm: Vm, console: Console, wanted: Wanted, deadline: Deadline, *
         if wanted.verbose or at_terminal:
             say, silent = (lambda text: attached.say(text.plain)), (lambda: not console.tail(1))
             meanwhile.enter_context(Life(vm, say, each=wanted.verbose, news=silent))
-        interrupt = meanwhile.enter_context(Interrupt(vm, deadline))
+        waiting = meanwhile.enter_context(Waiting(vm, attached.say_waiting))
+        interrupt = meanwhile.enter_context(Interrupt(vm, deadline, waiting))
         if wanted.saving is not None:
             meanwhile.enter_context(wanted.saving.watch(vm, console))
         report, failure = _run(vm, deadline.left())

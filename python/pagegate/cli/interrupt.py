@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from pagegate import Vm
     from pagegate.cli.deadline import Deadline
+    from pagegate.cli.waiting import Waiting
 
 STATUS = 130
 """The exit status of a command that was interrupted."""
@@ -19,12 +20,17 @@ STATUS = 130
 class Interrupt:
     """While it is entered, the first Ctrl-C in a run ends that run, so that it has a report.
 
-    Another one, or one outside of a run, is as without this: a hook may be what does not return.
+    Another one, or one outside of a run, is as without this: a hook may be what does not return. If the end of the run
+    waits for the host, which has been said, Ctrl-C ends the process: nothing else would.
     """
 
-    def __init__(self, vm: Vm, deadline: Deadline) -> None:
-        """``vm``: the machine whose run is ended. ``deadline``: of the command, which is over then."""
+    def __init__(self, vm: Vm, deadline: Deadline, waiting: Waiting | None = None) -> None:
+        """``vm``: the machine whose run is ended. ``deadline``: of the command, which is over then.
+
+        ``waiting``: what says that the host is waited for, where the machine has devices.
+        """
         self._vm = vm
+        self._waiting = waiting
         self._deadline = deadline
         self.reached = False
         """Whether it was Ctrl-C that ended the run."""
@@ -45,6 +51,9 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._before)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting is not None and self._waiting.said and self._vm.waits_for:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if (self.reached or not self._vm.running) and callable(self._before):
             self._before(number, frame)
             return

@@ -259,6 +259,19 @@ impl PyVm {
         held(&self.0.machine).is_some_and(|machine| machine.running())
     }
 
+    /// What the end of the run in progress waits for: pairs of a device's name and "read", "write", "flush".
+    ///
+    /// Empty without a run that is to end. A disk's file answers when it likes: what the host has begun, only a signal
+    /// that ends the process makes it give up, if anything does.
+    #[getter]
+    fn waits_for(&self) -> Vec<(String, &'static str)> {
+        let waits = held(&self.0.machine).map_or_else(Vec::new, |machine| machine.waits_for());
+        waits
+            .into_iter()
+            .map(|(device, what)| (device.to_string(), what))
+            .collect()
+    }
+
     /// Sets the handler of a port. For a read it returns ``size * count`` bytes, for a write its result is ignored.
     ///
     /// Handlers are called on vCPU threads. A read answered with anything else ends the run with PolicyError. A port

@@ -77,6 +77,11 @@ impl Current {
         }
     }
 
+    /// Whether the vCPUs of the run in progress are to end.
+    pub(super) fn ending(&self) -> bool {
+        matches!(&*self.now.lock(), Now::Running(control) if control.leaving())
+    }
+
     pub(super) fn running(&self) -> bool {
         matches!(*self.now.lock(), Now::Entering(_) | Now::Running(_))
     }

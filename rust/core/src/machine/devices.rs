@@ -67,6 +67,21 @@ impl Drop for DeviceThreads<'_> {
 }
 
 impl Machine {
+    /// What the end of the run in progress waits for: devices for which the host does something, and what that is.
+    pub fn waits_for(&self) -> Vec<(Arc<str>, &'static str)> {
+        let devices = self
+            .pc
+            .as_ref()
+            .filter(|_| self.current.ending())
+            .map(|pc| pc.devices());
+        let mut waits = Vec::new();
+        for device in devices.into_iter().flatten() {
+            let what = device.device.under_way();
+            waits.extend(what.map(|what| (device.name.name.clone(), what)));
+        }
+        waits
+    }
+
     /// Starts a thread for each device. One that cannot be started ends the run.
     pub(super) fn start_devices<'scope, 'env>(
         &'env self,

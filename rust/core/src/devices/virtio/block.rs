@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use rustix::fs::{FileType, FlockOperation};
 use vmm_sys_util::epoll::EventSet;
@@ -62,8 +62,29 @@ struct Disk {
     read_only: bool,
     id: [u8; ID_SIZE],
     sectors: AtomicU64,
+    under_way: [AtomicUsize; TRANSFERS.len()],
     /// The driver does not flush, so that what is written has to be on the disk when the request is completed.
     write_through: AtomicBool,
+}
+
+/// What a request does with the file, which takes as long as the host takes: how many there are now, see
+/// [`Disk::under_way`].
+const TRANSFERS: [&str; 3] = ["read", "write", "flush"];
+
+/// One of [`TRANSFERS`], until it is dropped.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl<'a> UnderWay<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Why a request failed.
@@ -102,6 +123,7 @@ impl Block {
             file,
             read_only,
             sectors,
+            under_way: Default::default(),
             write_through: AtomicBool::new(false),
         };
         Ok(Self {
@@ -133,9 +155,11 @@ impl Disk {
         let sector = u64::from(high) << 32 | u64::from(low);
         let out = total(request.readable()) - HEADER as u64;
         let into = total(request.writable()).saturating_sub(1);
+        let [read, write, flush] = &self.under_way;
         match kind {
             kind::IN => {
                 let at = self.place(sector, into)?;
+                let _under_way = UnderWay::new(read);
                 in_pieces(request, into, |from, len| {
                     request.write_from_file(from, len, &self.file, at + from)
                 })?;
@@ -144,6 +168,7 @@ impl Disk {
             kind::OUT if self.read_only => Err(Failed(status::IO_ERROR)),
             kind::OUT => {
                 let at = self.place(sector, out)?;
+                let _under_way = UnderWay::new(write);
                 in_pieces(request, out, |from, len| {
                     request.read_to_file(HEADER as u64 + from, len, &self.file, at + from)
                 })?;
@@ -153,6 +178,7 @@ impl Disk {
                 Ok(0)
             }
             kind::FLUSH => {
+                let _under_way = UnderWay::new(flush);
                 self.file.sync_data()?;
                 Ok(0)
             }
@@ -311,6 +337,12 @@ impl Device for Block {
             events: EventSet::IN,
             queue: 0,
         }]
+    }
+
+    fn under_way(&self) -> Option<&'static str> {
+        let counts = TRANSFERS.iter().zip(&self.helpers.task().under_way);
+        let mut busy = counts.filter(|(_, count)| count.load(Ordering::Relaxed) > 0);
+        busy.next().map(|(what, _)| *what)
     }
 
     fn settle(&self, queues: &mut Vec<Queue>) {

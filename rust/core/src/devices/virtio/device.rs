@@ -82,6 +82,12 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
+    /// What the host does for one of its requests right now, in a word such as "write", if that can take as long as the host
+    /// likes. Asked by any thread.
+    fn under_way(&self) -> Option<&'static str> {
+        None
+    }
+
     /// It has to let go of guest memory, because the run is over or the driver has given it up: it waits for what other threads
     /// than its own do for requests, and completes these.
     fn settle(&self, queues: &mut Vec<Queue>) {
