@@ -1,9 +1,9 @@
 //! Objects that are nothing but their fields: as a dict, and for pickle.
 
+use pyo3::PyClass;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
-use pyo3::{PyClass, PyTypeInfo};
 
 /// What ``__getnewargs_ex__`` returns: positional arguments, and keywords.
 pub(crate) type State<'py> = (Bound<'py, PyTuple>, Bound<'py, PyDict>);
