@@ -148,7 +148,12 @@ def test_modules():
 )
 def test_accesses_of_devices_to_what_is_not_shared_are_told(first, said):
     report = SimpleNamespace(
-        reason="poweroff", hypercalls=1, debug_private=False, device_accesses=2, first_device_access=first
+        reason="poweroff",
+        hypercalls=1,
+        debug_private=False,
+        malformed_dropped=0,
+        device_accesses=2,
+        first_device_access=first,
     )
     console = SimpleNamespace(tail=lambda size: b"x")
     vm = SimpleNamespace(console=console, confidential="sev", events=SimpleNamespace(dropped=0))

@@ -85,7 +85,7 @@ class Policy:
     def done(self, report: Report) -> None:
         """Is told that a run is over, also one that failed: ``report.reason`` is then "livelock" or "failed".
 
-        It is called for each run that ``running`` was called for, unless that raised.
+        The policy that is in place then is told, of each run that one's ``running`` was called for, unless that raised.
         """
 
 

@@ -123,6 +123,19 @@ def test_ctrl_c_meanwhile(moment):
         assert not vm.running
 
 
+@MOMENTS
+def test_a_policy_that_is_replaced_meanwhile(moment):
+    """The new one judges; it is told that the run begins if it does so after that."""
+    second = During("map_gpa_range", lambda call: Convert())
+    told: list[str] = []
+    second.running = lambda vm: told.append("running")
+    with machine(During(moment, lambda vm: vm.policy.replace(second)), Step.doorbell(0, 1, 16)) as vm:
+        vm.run(timeout=20)
+        assert vm.policy.seen == 1
+    assert told == (["running"] if moment == "configure" else [])
+    assert second.done_with == ["halt"]
+
+
 def test_a_handler_can_still_be_set_and_a_vcpu_started_in_configure():
     class Prepares(Policy):
         def configure(self, vm):
@@ -161,6 +174,20 @@ def test_a_run_that_is_refused_leaves_the_last_report():
         vm.stop()
         ran.join(10)
         assert vm.report.reason == "stopped"
+
+
+def test_where_a_run_is_seen_to_be_over_its_report_is_there():
+    with machine(None, *[Step.doorbell(0, 1, 16), Step.doorbell(0, 1, 0)] * 50) as vm:
+        for _ in range(20):
+            before = vm.report
+            run = threading.Thread(target=vm.run)
+            run.start()
+            while not vm.running and run.is_alive():
+                pass
+            while vm.running:
+                pass
+            assert vm.report is not before
+            run.join(10)
 
 
 def test_a_run_that_fails_before_a_vcpu_runs_has_a_report_and_done_is_told():

@@ -39,10 +39,10 @@ pub(super) fn run(vm: &Bound<'_, PyAny>, parts: &Parts, timeout: Option<Duration
         keep(parts, None);
         return Err(error);
     }
-    let Ended { report, error } = py.detach(|| claim.run(&mut || look(parts.overdue.as_deref())));
-    drop(listed);
+    let Ended { report, error, over } = py.detach(|| claim.run(&mut || look(parts.overdue.as_deref())));
     let report = Py::new(py, PyReport::of(py, report)?)?;
     keep(parts, Some(report.clone_ref(py)));
+    drop((over, listed));
     let told = match parts.hooks() {
         Some(hooks) => hooks.policy().tell(Moment::Done, report.bind(py)),
         None => Ok(()),
@@ -66,8 +66,9 @@ pub(super) fn run(vm: &Bound<'_, PyAny>, parts: &Parts, timeout: Option<Duration
 
 /// Tells the policy of the machine, and that a run begins.
 fn prepare(vm: &Bound<'_, PyAny>, parts: &Parts) -> PyResult<()> {
+    parts.configure(parts.hooks().as_ref(), vm)?;
+    // Once more: `configure` may have put another one in place, which has been told of the machine by that.
     let hooks = parts.hooks();
-    parts.configure(hooks.as_ref(), vm)?;
     hooks.map_or(Ok(()), |hooks| hooks.policy().tell(Moment::Running, vm))
 }
 

@@ -264,8 +264,8 @@ impl PyVm {
     /// Empty without a run that is to end. A disk's file answers when it likes: what the host has begun, only a signal
     /// that ends the process makes it give up, if anything does.
     #[getter]
-    fn waits_for(&self) -> Vec<(String, &'static str)> {
-        let waits = held(&self.0.machine).map_or_else(Vec::new, |machine| machine.waits_for());
+    fn waits_for(&self, py: Python<'_>) -> Vec<(String, &'static str)> {
+        let waits = held(&self.0.machine).map_or_else(Vec::new, |machine| py.detach(|| machine.waits_for()));
         waits
             .into_iter()
             .map(|(device, what)| (device.to_string(), what))

@@ -32,7 +32,7 @@ pub struct Claim<'a> {
 }
 
 /// Gives the claim up when dropped, also after a panic.
-struct Over<'a>(&'a Machine);
+pub struct Over<'a>(&'a Machine);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
@@ -47,22 +47,24 @@ struct Done {
     accesses: Arc<Accesses>,
 }
 
-/// A run that is over.
-pub struct Ended {
+/// A run whose threads have ended.
+pub struct Ended<'a> {
     /// What it did; if it failed, its reason is "livelock" or "failed".
     pub report: Report,
     /// Why it failed.
     pub error: Option<Error>,
+    /// Nobody else can begin one until this is dropped, so that its report can be put where others look for it.
+    pub over: Over<'a>,
 }
 
-impl Claim<'_> {
+impl<'a> Claim<'a> {
     /// Runs every started vCPU, each in a thread of its own, until something ends the run. `interrupt` is called some
     /// forty times a second; its failure ends the run. So does what ends it before a vCPU runs, while listeners are told
     /// or a vCPU is waited for.
     ///
     /// It fails with `Busy` if no vCPU was started; with a listener's failure, as `HostConversion`, if one that failed
     /// before fails again; else with the first failure of the run.
-    pub fn run(self, interrupt: &mut dyn FnMut() -> Result<(), Failure>) -> Ended {
+    pub fn run(self, interrupt: &mut dyn FnMut() -> Result<(), Failure>) -> Ended<'a> {
         let Self {
             over,
             begun,
@@ -91,7 +93,7 @@ impl Claim<'_> {
             tally: done.tally,
             duration: begun.elapsed(),
         };
-        Ended { report, error }
+        Ended { report, error, over }
     }
 }
 
@@ -124,7 +126,7 @@ impl Machine {
         timeout: Option<Duration>,
         interrupt: &mut dyn FnMut() -> Result<(), Failure>,
     ) -> Result<Report, Error> {
-        let Ended { report, error } = self.claim_run(timeout)?.run(interrupt);
+        let Ended { report, error, .. } = self.claim_run(timeout)?.run(interrupt);
         error.map_or(Ok(report), Err)
     }
 

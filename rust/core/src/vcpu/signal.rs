@@ -19,7 +19,7 @@ static RUNS: Mutex<Option<(usize, Disposition)>> = Mutex::new(None);
 static NUMBER: AtomicI32 = AtomicI32::new(0);
 
 /// The signal of the runs in progress.
-fn number() -> libc::c_int {
+pub(super) fn number() -> libc::c_int {
     NUMBER.load(Ordering::Relaxed)
 }
 
