@@ -33,7 +33,7 @@ def run(*arguments, stdout=subprocess.PIPE):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "either an IMAGE or a bundled guest"),
+        ((), "either an IMAGE or another guest"),
         (
             ("--guest", "nobody"),
             "there is no guest 'nobody'; name a file FILE.py, or one of.*demo.*touch.*explicit.*pingpong",

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from click import Group
-from pagegate.cli import cli
+from pagegate.cli import cli, summary
 from pagegate.trace import synthetic
 
 from .cli_parts import program
@@ -121,3 +121,15 @@ def test_tables(arguments) -> None:
         lines = printed(width, arguments)
         assert max(map(len, lines)) <= width
         assert "…" not in "".join(lines)
+
+
+def test_what_a_new_user_meets(folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    assert "name either an IMAGE or another guest, as --guest demo" in run("run", "-p", "mine.py")[2]
+    assert "Default: the bundled file." in " ".join(run("demo", "--help")[1].split())
+    assert "Default: everything is allowed." in " ".join(run("run", "--help")[1].split())
+
+
+def test_the_size_of_a_request_for_everything() -> None:
+    assert summary.size((1 << 64) - 1) == "≥16 EiB"
+    assert summary.size(2 << 20) == "2 MiB"

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import select
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +78,48 @@ def test_how_it_is_switched_on(shell):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"_PAGEGATE_COMPLETE={shell}_complete" in done.stdout
+
+
+def typed_in_bash(text, found, folder):
+    """What an interactive bash has printed after this and two tabs, until that is there."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        os.execvpe("bash", ["bash", "--norc", "-i"], {**os.environ, "PATH": path, "PS1": "$ ", "TERM": "dumb"})
+    printed = ""
+
+    def until(what, within):
+        nonlocal printed
+        end = time.monotonic() + within
+        while time.monotonic() < end and not re.search(what, printed):
+            if select.select([terminal], [], [], 0.1)[0]:
+                printed += os.read(terminal, 1 << 16).decode()
+
+    os.write(terminal, b'eval "$(_PAGEGATE_COMPLETE=bash_source pagegate)"; echo is${none}on\n')
+    until("ison", 30)
+    printed = ""
+    os.write(terminal, text.encode() + b"\t\t")
+    until(found, 20)
+    os.write(terminal, b"\x03exit\n")
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    return printed.replace("\x07", "")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("pagegate run -p mi", r"pagegate run -p mine\.py "),
+        # Bash takes FILE:NAME for three words.
+        ("pagegate run -p mine.py:T", r"pagegate run -p mine\.py:Two "),
+        ("pagegate run -p mine.py:", r"\bOne +Two\b"),
+        ("pagegate run --policy=Quo", r"pagegate run --policy=Quota "),
+        ("pagegate boot vm", r"pagegate boot vmlinuz-6\.1 "),
+        ("pagegate run --guest to", r"pagegate run --guest touch "),
+    ],
+)
+def test_an_interactive_bash(typed, found, folder) -> None:
+    (folder / "vmlinuz-6.1").write_bytes(b"")
+    assert re.search(found, typed_in_bash(typed, found, folder))

@@ -43,3 +43,16 @@ def test_another_one_would_be_missed() -> None:
     assert not explained("tokio")
     assert not explained("superio")
     assert not explained("vm")
+
+
+def test_the_wheels_that_contributing_names_are_those_that_are_built() -> None:
+    built = re.search(r"versions=\(([\d. ]+)\)", (ROOT / "tests" / "wheels").read_text())
+    named = re.search(
+        r"manylinux2014 wheels for CPython ([\d., and]+) on x86-64", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    assert built
+    assert named
+    assert re.findall(r"3\.\d+", named[1]) == built[1].split()
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest
+    assert oldest[1] == built[1].split()[0]

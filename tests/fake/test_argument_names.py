@@ -168,3 +168,8 @@ def test_a_policy_that_is_asked_next_is_named_too() -> None:
 
     with pytest.raises(PolicyError, match="^then: 5 is no policy"):
         policies.Quota("8M", 5)
+
+
+def test_a_machine_without_a_vcpu() -> None:
+    with pytest.raises(ValueError, match="^vcpus is 0: a machine needs at least one"):
+        Vm("1M", vcpus=0, hypervisor=Fake([]))

@@ -74,6 +74,8 @@ def _interrupted(_number: int, _frame: object) -> None:
 
 def main() -> None:
     """Runs the command line and exits."""
+    if "_PAGEGATE_COMPLETE" in os.environ:
+        from pagegate.cli import completion  # noqa: F401, PLC0415 - registers itself, and only a shell asks for it
     signal.signal(signal.SIGTERM, _terminated)
     # A shell has it ignored in what runs in the background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -48,7 +48,7 @@ def _check_host() -> None:
     "ordinary guest, all of it shared.",
 )
 @device_options
-@policy_option
+@policy_option()
 @policy_options
 @policy_timeout_option
 @click.option("--enforcement", type=click.Choice(["auto", "traps", "memslots"]), default="auto", show_default=True)

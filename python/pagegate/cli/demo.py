@@ -90,7 +90,7 @@ def _run(vm: Vm, guest: Guest, watch: _Watch) -> Report:
 
 
 @click.command(short_help="Runs a bundled guest under a Python policy.")
-@policy_option
+@policy_option("the bundled file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 def demo(*, policy: Expression | None, as_json: bool) -> int:
     """Runs a bundled guest that makes explicit, implicit and malformed requests; a Python file judges them.

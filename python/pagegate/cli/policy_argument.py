@@ -69,11 +69,13 @@ def written(policy: Expression | None) -> str:
     return "allow" if policy is None else str(policy)
 
 
-policy_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
-    "-p",
-    "--policy",
-    "policy",
-    type=PolicyName(),
-    help="FILE[:NAME], or a built-in policy, or one around another: Quota(8M, Align(2M, mine.py:Policy)). Default: "
-    "everything is allowed.",
-)
+def policy_option(default: str = "everything is allowed") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option that names a policy, with what judges where it is not given."""
+    return click.option(
+        "-p",
+        "--policy",
+        "policy",
+        type=PolicyName(),
+        help="FILE[:NAME], or a built-in policy, or one around another: Quota(8M, Align(2M, mine.py:Policy)). "
+        f"Default: {default}.",
+    )

@@ -84,7 +84,7 @@ def _start_image(vm: Vm, image: Path) -> None:
 
 @click.command(short_help="Runs IMAGE, or another guest (--guest), under a policy.")
 @click.argument("image", required=False, type=click.Path(exists=True, dir_okay=False, readable=True, path_type=Path))
-@policy_option
+@policy_option()
 @policy_options
 @policy_timeout_option
 @click.option(
@@ -139,7 +139,7 @@ def run(  # noqa: PLR0913 - one for each option
     that, too.
     """
     if (guest is None) == (image is None):
-        raise click.UsageError("name either an IMAGE or a bundled guest (--guest NAME)")
+        raise click.UsageError("name either an IMAGE or another guest, as --guest demo")
     if image is not None and _is_bzimage(image):
         raise click.UsageError(f"{image} is a Linux kernel (a bzImage): boot it with `pagegate boot {image}`")
     if guest is not None:

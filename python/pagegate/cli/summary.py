@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 _PAGE = 4096
 _STRIP_CELLS = 64
+_MOST = (1 << 64) - 1
+"""What the size of a malformed request is that asks for more."""
 _STYLE = {"converted": "green", "denied": "red", "stopped": "red", "failed": "red"}
 
 
 def size(count: int) -> str:
     """A number of bytes as text, with a unit if it is whole."""
+    if count == _MOST:
+        return "≥16 EiB"
     for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= unit and count % unit == 0:
             return f"{count // unit} {name}"

@@ -153,7 +153,8 @@ def _call(name: str, written: list[str], text: str) -> Call:
             key, value = "", each
         if not key:
             takes = ", ".join(parameters) or "no arguments"
-            raise ValueError(f"{name} does not take {value!r}: it takes {takes}")
+            example = f", as in {_example(name)}" if _THEN in parameters else ""
+            raise ValueError(f"{name} does not take {value!r}: it takes {takes}{example}")
         if key in arguments:
             raise ValueError(f"{name} has {key} twice")
         arguments[key] = value

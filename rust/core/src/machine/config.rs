@@ -117,7 +117,7 @@ impl Config {
             ));
         }
         if self.vcpus == 0 {
-            return invalid("a machine needs at least one vCPU");
+            return invalid("vcpus is 0: a machine needs at least one vCPU");
         }
         if self.events > MOST_EVENTS {
             return invalid(format!("events is {}: it must be at most {MOST_EVENTS}", self.events));
