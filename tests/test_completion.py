@@ -39,7 +39,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["pagegate", "re"], ["replay"]),
+        (["pagegate", "re"], ["replay", "resume"]),
         (["pagegate", "trace", "s"], ["synth"]),
         (["pagegate", "run", "--guest", "t"], ["touch"]),
         (["pagegate", "run", "-p", "Quo"], ["Quota"]),

@@ -292,4 +292,4 @@ def test_a_chain_without_python_never_waits_for_the_interpreter(make, in_backgro
     vm.stop()
     assert run.join().reason == "stopped"
     # The counts are read without the GIL, and until this thread has it again hooks can be called.
-    assert judged < 1000 if python else judged > 10_000
+    assert judged < 1000 if python else judged > 3000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,8 @@ class _Help(click.HelpFormatter):
 
 class _Context(click.Context):
     def make_formatter(self) -> click.HelpFormatter:
-        columns = width(err=False) or width(err=True) or _MOST_HELP
+        # Without a terminal it is what $COLUMNS says, if anything.
+        columns = width(err=False) or width(err=True) or shutil.get_terminal_size((_MOST_HELP, 24)).columns
         return _Help(width=min(columns, _MOST_HELP) if self.terminal_width is None else self.terminal_width)
 
 
