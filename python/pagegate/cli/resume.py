@@ -26,7 +26,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.command(short_help="Goes on with a guest that boot --save has put aside.")
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @device_options
-@policy_option
+@policy_option()
 @policy_options
 @policy_timeout_option
 @verbose_option
