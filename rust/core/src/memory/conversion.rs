@@ -102,6 +102,7 @@ impl GuestMemory {
     }
 
     /// Converts in one transaction, or part by part for a large range; `cancel` is called between parts.
+    #[inline(always)]
     pub(crate) fn convert_if(
         &self,
         order: &Order,
@@ -244,7 +245,7 @@ impl GuestMemory {
     /// The transaction, for a range that is locked. `before` is the state of all its pages, `None` if they differ.
     /// `held` is `None` if the caller has locked more than the range. What was changed is added to `progress`, also if
     /// something fails after that.
-    #[inline]
+    #[inline(always)]
     fn transaction(
         &self,
         order: &Order,

@@ -31,6 +31,7 @@ pub struct MapGpaRange {
 /// # Errors
 /// EINVAL for an unaligned gpa, no pages, a range that wraps, that holds memory and something else, or that is no memory
 /// and is to be private, and for unknown attribute bits.
+#[inline]
 pub fn parse(call: &Hypercall, views: &Views) -> Result<Option<MapGpaRange>, Errno> {
     let [gpa, pages, raw] = call.args;
     let einval = Errno(libc::EINVAL);

@@ -24,7 +24,7 @@ pub(super) struct Attributes {
 
 impl Attributes {
     /// Gives `range` in one view the attributes of pages in state `to`. What was done before a failure is undone.
-    #[inline]
+    #[inline(always)]
     pub(super) fn set(
         &self,
         at: ViewAttributes,
@@ -41,6 +41,7 @@ impl Attributes {
         self.set_by_blocks(at, range, to, before)
     }
 
+    #[inline(never)]
     fn set_by_blocks(
         &self,
         at: ViewAttributes,

@@ -183,7 +183,7 @@ impl Enforcement {
     }
 
     /// Makes KVM enforce `to` on all of `range`. What was done before a failure is undone.
-    #[inline]
+    #[inline(always)]
     pub(super) fn apply(&self, range: Range, to: State, before: Before<'_>) -> Result<(), NotEnforced> {
         match self.mode {
             EnforcementMode::Attributes if !self.views.split() => self.attributes.set(SHARED_VIEW, range, to, before),
