@@ -22,7 +22,9 @@ from pagegate import (
     Stop,
     Vm,
     _core,
+    devices,
     policies,
+    trace,
 )
 from pagegate.guests import Script
 from pagegate.testing import Fake, PolicyTester, Step
@@ -192,6 +194,18 @@ def _fields(report):
         (lambda vm: vm.vcpus[0].start(rip="a"), TypeError, "rip is 'a': it must be an int"),
         (lambda vm: policies.Quota(-1), ValueError, "max_shared is -1, which is out of range"),
         (lambda vm: policies.Window(3), TypeError, "ranges is 3: it must be a list of (gpa, size)"),
+        (lambda vm: Step.hypercall("x", 1, 0), ValueError, "gpa is 'x': it must be a whole number"),
+        (lambda vm: Step.hypercall(0, [], 0), TypeError, "pages is []: it must be an int"),
+        (lambda vm: Step.io_write(0x80, [256]), TypeError, "data is [256]: it must be bytes, or integers from 0"),
+        (lambda vm: Step.io_read(0x80, size="1"), TypeError, "size is '1': it must be an int, such as 1, 2 or 4"),
+        (lambda vm: Fake().inject(3, 1), TypeError, "call is 3: it must be text"),
+        (lambda vm: Fake().inject("discard", "EIO"), TypeError, "errno is 'EIO': it must be an int, such as errno."),
+        (lambda vm: Fake().is_private(None), TypeError, "gpa is None: it must be an int, such as 0x10_0000"),
+        (lambda vm: devices.Console().console.read(1.5), TypeError, "size is 1.5: it must be an int"),
+        (lambda vm: devices.Console().console.tail("x"), ValueError, "size is 'x': it must be a whole number"),
+        (lambda vm: devices.Console().console.write(3), TypeError, "data is 3: it must be text, or bytes"),
+        (lambda vm: devices.Console().console.expect(3), TypeError, "pattern is 3: it must be text, bytes, or a"),
+        (lambda vm: trace.Recorder(3, "x.arrows"), TypeError, "vm is 3: it must be a Vm"),
         (lambda vm: PolicyTester("x", memory="1M"), pagegate.PolicyError, "'x' is no policy"),
         (
             lambda vm: PolicyTester(Wide(gpa=0xFF000), memory="1M").call(0x2000, 0x2000, to="shared"),

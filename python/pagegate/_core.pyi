@@ -1480,7 +1480,7 @@ class ConsolePort:
         """
     def write(self, data: Buffer) -> int:
         """Gives the guest bytes to read, and returns how many were taken: at most 64 KiB wait to be read."""
-    def tail(self, n: int) -> bytes:
+    def tail(self, n: int | str) -> bytes:
         """The last ``n`` bytes that the guest wrote, read or not."""
 
 @final
@@ -1494,16 +1494,16 @@ class Step:
     def exit(reason: int, words: tuple[int, int, int] = (0, 0, 0), *, errno: int = 0) -> Step:
         """KVM_RUN ends with this exit_reason, these first words of kvm_run's union, and this errno (0: success)."""
     @staticmethod
-    def memory_fault(gpa: int, *, flags: int = 8, size: int = 4096, errno: int = 14) -> Step:
+    def memory_fault(gpa: int | str, *, flags: int = 8, size: int | str = 4096, errno: int = 14) -> Step:
         """KVM_EXIT_MEMORY_FAULT, once, whatever state the page is in."""
     @staticmethod
-    def access(gpa: int, *, write: bool = False) -> Step:
+    def access(gpa: int | str, *, write: bool = False) -> Step:
         """An access that faults or not as the slots and attributes have it; it is executed again after a fault."""
     @staticmethod
-    def hypercall(gpa: int, pages: int, attributes: int, *, nr: int = 12) -> Step:
+    def hypercall(gpa: int | str, pages: int, attributes: int, *, nr: int = 12) -> Step:
         """KVM_EXIT_HYPERCALL. Reply: RAX."""
     @staticmethod
-    def doorbell(gpa: int, pages: int, attributes: int, *, nr: int = 12) -> Step:
+    def doorbell(gpa: int | str, pages: int, attributes: int, *, nr: int = 12) -> Step:
         """The same request by the doorbell. Reply: RAX."""
     @staticmethod
     def io_write(port: int, data: bytes | Sequence[int], *, size: int = 1) -> Step:
@@ -1572,9 +1572,9 @@ class Fake:
         """
     def replies(self, vcpu: int = 0) -> list[Reply]:
         """The answers that a vCPU got so far; none are kept if ``cycles`` is above 1."""
-    def is_private(self, gpa: int) -> bool:
+    def is_private(self, gpa: int | str) -> bool:
         """Whether the page at ``gpa`` has the attribute PRIVATE."""
-    def slot_at(self, gpa: int) -> bool | None:
+    def slot_at(self, gpa: int | str) -> bool | None:
         """Whether the memslot at ``gpa`` has a guest_memfd; ``None`` if there is no memslot."""
     @property
     def slots(self) -> int:

@@ -8,7 +8,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from pagegate._core import timeout_seconds
+from pagegate._core import number_of_bytes, timeout_seconds
 from pagegate.errors import PagegateError
 
 if TYPE_CHECKING:
@@ -47,12 +47,14 @@ class Console:
         self.lost = 0
         """Bytes that were dropped before they were read."""
 
-    def read(self, size: int = -1, timeout: float | None = None) -> bytes:
+    def read(self, size: int | str = -1, timeout: float | None = None) -> bytes:
         """Reads what the guest has written: up to ``size`` bytes, or all there is.
 
         Waits for the first byte for up to ``timeout`` seconds, ``None`` without limit. ``b""`` when that is over, or
         nothing can come any more. ValueError for a ``timeout`` that is negative or no number of seconds.
         """
+        if not isinstance(size, int):
+            size = number_of_bytes(size, "size")
         deadline = time.monotonic() + timeout_seconds(timeout)
         while True:
             left = deadline - time.monotonic()
@@ -71,7 +73,7 @@ class Console:
 
         Returns how many there were. PagegateError if the guest reads none for ten seconds.
         """
-        left = data.encode() if isinstance(data, str) else bytes(data)
+        left = data.encode() if isinstance(data, str) else _bytes(data)
         size = len(left)
         stuck = time.monotonic() + 10
         while left:
@@ -123,7 +125,7 @@ class Console:
             raise result
         return result
 
-    def tail(self, size: int = 4096) -> bytes:
+    def tail(self, size: int | str = 4096) -> bytes:
         """The last bytes that the guest wrote, read or not."""
         return self._port.tail(size)
 
@@ -197,7 +199,18 @@ class Console:
             del self._unread[:surplus]
 
 
+def _bytes(data: bytes) -> bytes:
+    # Not bytes(data): of an int that would be as many zeroes.
+    try:
+        return bytes(memoryview(data))
+    except TypeError:
+        raise TypeError(f"data is {data!r}: it must be text, or bytes") from None
+
+
 def _compile(pattern: str | bytes | re.Pattern[bytes]) -> re.Pattern[bytes]:
     if isinstance(pattern, str):
         pattern = pattern.encode()
+    source: object = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    if not isinstance(source, bytes):
+        raise TypeError(f"pattern is {pattern!r}: it must be text, bytes, or a compiled pattern of bytes")
     return re.compile(pattern)

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::interpreter::arguments;
+use crate::interpreter::{arguments, sizes};
 
 /// The other end of the guest's serial port or virtio console: ``pagegate.console.Console`` reads and writes it.
 #[pyclass(name = "ConsolePort", module = "pagegate._core", frozen)]
@@ -51,7 +51,11 @@ impl PyConsolePort {
     }
 
     /// The last ``n`` bytes that the guest wrote, read or not.
-    fn tail<'py>(&self, py: Python<'py>, n: usize) -> PyResult<Bound<'py, PyBytes>> {
+    fn tail<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = sizes::size::<arguments::named::size, _>)] n: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         copied(py, &self.console.tail(n))
     }
 }

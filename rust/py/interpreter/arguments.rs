@@ -87,7 +87,7 @@ macro_rules! integers {
     )*};
 }
 
-integers!(u64, u32, u16, usize, i64, i32);
+integers!(u64, u32, u16, u8, usize, i64, i32);
 
 /// A word to choose by; what is no text is written as Python writes it, and is none of the choices.
 pub(crate) fn word(value: &Bound<'_, PyAny>) -> PyResult<String> {
@@ -122,12 +122,16 @@ macro_rules! named {
 }
 
 named! {
+    after "",
     append "",
     at "0x1000, or text such as 1M",
+    attributes "",
     block "",
     burst "",
+    call "",
     cid "",
     confidential "",
+    count "",
     cr2 "",
     create "",
     cycles "",
@@ -139,9 +143,12 @@ named! {
     events "",
     executed "",
     flags "",
+    forever "",
     gpa "0x10_0000, or text such as 1M",
+    half_done "",
     head "",
     hypervisor "",
+    index "",
     initial "",
     initrd "",
     instruction "",
@@ -158,11 +165,13 @@ named! {
     memslots "",
     n "4096, or text such as 4K",
     name "",
+    nr "",
     offset "",
     p50 "",
     p90 "",
     p99 "",
     page_size "4096, or text such as 4K",
+    pages "",
     path "",
     per_second "",
     platform "",
@@ -187,6 +196,7 @@ named! {
     since "",
     size "4096, or text such as 4K",
     state "",
+    suberror "",
     symbol "",
     time "",
     to "",
@@ -195,6 +205,7 @@ named! {
     vcpus "",
     vm_type "",
     window "",
+    write "",
     written "",
 }
 
@@ -392,6 +403,11 @@ pub(crate) fn bytes_named<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8
         }
         bytes => bytes,
     }
+}
+
+/// Bytes, or a sequence of integers that are one byte each.
+pub(crate) fn byte_values<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    extract::<N, Vec<u8>>(value, "bytes, or integers from 0 to 255")
 }
 
 /// The bytes of any bytes-like object.

@@ -8,7 +8,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::interpreter::arguments;
+use crate::interpreter::arguments::{self, named};
+use crate::interpreter::sizes;
 
 /// One step of a script: what a vCPU of a Fake does next.
 #[pyclass(name = "Step", module = "pagegate.testing", frozen, from_py_object)]
@@ -19,14 +20,18 @@ pub(crate) struct PyStep(Step);
 impl PyStep {
     /// KVM_RUN fails with ``errno`` and does not write kvm_run.
     #[staticmethod]
-    fn fail(errno: i32) -> Self {
+    fn fail(#[pyo3(from_py_with = arguments::integer::<named::errno, _>)] errno: i32) -> Self {
         Self(Step::Fail(errno))
     }
 
     /// KVM_RUN ends with this exit_reason, these first words of kvm_run's union, and this errno (0: success).
     #[staticmethod]
     #[pyo3(signature = (reason, words = (0, 0, 0), *, errno = 0), text_signature = "(reason, words=(0, 0, 0), *, errno=0)")]
-    fn exit(reason: u32, words: (u64, u64, u64), errno: i32) -> Self {
+    fn exit(
+        #[pyo3(from_py_with = arguments::integer::<named::reason, _>)] reason: u32,
+        words: (u64, u64, u64),
+        #[pyo3(from_py_with = arguments::integer::<named::errno, _>)] errno: i32,
+    ) -> Self {
         Self(Step::Exit {
             errno,
             reason,
@@ -37,7 +42,12 @@ impl PyStep {
     /// KVM_EXIT_MEMORY_FAULT, once, whatever state the page is in.
     #[staticmethod]
     #[pyo3(signature = (gpa, *, flags = 8, size = 4096, errno = 14))]
-    fn memory_fault(gpa: u64, flags: u64, size: u64, errno: i32) -> Self {
+    fn memory_fault(
+        #[pyo3(from_py_with = sizes::size::<named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::flags, _>)] flags: u64,
+        #[pyo3(from_py_with = sizes::size::<named::size, _>)] size: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::errno, _>)] errno: i32,
+    ) -> Self {
         Self(Step::Exit {
             errno,
             reason: pagegate_core::hypervisor::exit::MEMORY_FAULT,
@@ -48,35 +58,56 @@ impl PyStep {
     /// An access that faults or not as the slots and attributes have it; it is executed again after a fault.
     #[staticmethod]
     #[pyo3(signature = (gpa, *, write = false))]
-    fn access(gpa: u64, write: bool) -> Self {
+    fn access(
+        #[pyo3(from_py_with = sizes::size::<named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::flag::<named::write>)] write: bool,
+    ) -> Self {
         Self(Step::Access { gpa, write })
     }
 
     /// KVM_EXIT_HYPERCALL. Reply: RAX.
     #[staticmethod]
     #[pyo3(signature = (gpa, pages, attributes, *, nr = 12))]
-    fn hypercall(gpa: u64, pages: u64, attributes: u64, nr: u64) -> Self {
+    fn hypercall(
+        #[pyo3(from_py_with = sizes::size::<named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::pages, _>)] pages: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::attributes, _>)] attributes: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::nr, _>)] nr: u64,
+    ) -> Self {
         Self(Step::Hypercall([nr, gpa, pages, attributes]))
     }
 
     /// The same request by the doorbell. Reply: RAX.
     #[staticmethod]
     #[pyo3(signature = (gpa, pages, attributes, *, nr = 12))]
-    fn doorbell(gpa: u64, pages: u64, attributes: u64, nr: u64) -> Self {
+    fn doorbell(
+        #[pyo3(from_py_with = sizes::size::<named::gpa, _>)] gpa: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::pages, _>)] pages: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::attributes, _>)] attributes: u64,
+        #[pyo3(from_py_with = arguments::integer::<named::nr, _>)] nr: u64,
+    ) -> Self {
         Self(Step::Doorbell([nr, gpa, pages, attributes]))
     }
 
     /// OUT, or OUTS if ``data`` is more than ``size`` bytes.
     #[staticmethod]
     #[pyo3(signature = (port, data, *, size = 1))]
-    fn io_write(port: u16, data: Vec<u8>, size: u8) -> PyResult<Self> {
+    fn io_write(
+        #[pyo3(from_py_with = arguments::integer::<named::port, _>)] port: u16,
+        #[pyo3(from_py_with = arguments::byte_values::<named::data>)] data: Vec<u8>,
+        #[pyo3(from_py_with = arguments::integer::<Width, _>)] size: u8,
+    ) -> PyResult<Self> {
         io(port, true, size, data)
     }
 
     /// IN, or INS if ``count`` is above 1. Reply: the data.
     #[staticmethod]
     #[pyo3(signature = (port, *, size = 1, count = 1))]
-    fn io_read(port: u16, size: u8, count: usize) -> PyResult<Self> {
+    fn io_read(
+        #[pyo3(from_py_with = arguments::integer::<named::port, _>)] port: u16,
+        #[pyo3(from_py_with = arguments::integer::<Width, _>)] size: u8,
+        #[pyo3(from_py_with = arguments::integer::<named::count, _>)] count: usize,
+    ) -> PyResult<Self> {
         io(
             port,
             false,
@@ -87,13 +118,16 @@ impl PyStep {
 
     /// RDMSR of an MSR that KVM leaves to user space. Reply: a byte, 1 for #GP, and the eight that were read.
     #[staticmethod]
-    fn read_msr(index: u32) -> Self {
+    fn read_msr(#[pyo3(from_py_with = arguments::integer::<named::index, _>)] index: u32) -> Self {
         Self(Step::ReadMsr(index))
     }
 
     /// WRMSR to such an MSR. Reply: a byte, 1 for #GP.
     #[staticmethod]
-    fn write_msr(index: u32, data: u64) -> Self {
+    fn write_msr(
+        #[pyo3(from_py_with = arguments::integer::<named::index, _>)] index: u32,
+        #[pyo3(from_py_with = arguments::integer::<named::data, _>)] data: u64,
+    ) -> Self {
         Self(Step::WriteMsr { index, data })
     }
 
@@ -117,7 +151,7 @@ impl PyStep {
 
     /// KVM_EXIT_INTERNAL_ERROR.
     #[staticmethod]
-    fn internal_error(suberror: u32) -> Self {
+    fn internal_error(#[pyo3(from_py_with = arguments::integer::<named::suberror, _>)] suberror: u32) -> Self {
         Self(Step::InternalError(suberror))
     }
 
@@ -127,6 +161,14 @@ impl PyStep {
 }
 
 const MAX_IO: usize = 4096;
+
+/// The ``size`` of port IO, which is no number of bytes for which "4K" would do.
+struct Width;
+
+impl arguments::Named for Width {
+    const NAME: &'static str = "size";
+    const SUCH_AS: &'static str = "1, 2 or 4";
+}
 
 fn io(port: u16, write: bool, size: u8, data: Vec<u8>) -> PyResult<PyStep> {
     if !matches!(size, 1 | 2 | 4) || data.is_empty() || data.len() > MAX_IO || !data.len().is_multiple_of(size.into()) {
@@ -205,9 +247,9 @@ impl PyFake {
     #[pyo3(signature = (*scripts, private_memory = true, memslots = 32764, cycles = 1))]
     fn new(
         scripts: Vec<Vec<PyStep>>,
-        #[pyo3(from_py_with = arguments::flag::<arguments::named::private_memory>)] private_memory: bool,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::memslots, _>)] memslots: u32,
-        #[pyo3(from_py_with = arguments::integer::<arguments::named::cycles, _>)] cycles: u64,
+        #[pyo3(from_py_with = arguments::flag::<named::private_memory>)] private_memory: bool,
+        #[pyo3(from_py_with = arguments::integer::<named::memslots, _>)] memslots: u32,
+        #[pyo3(from_py_with = arguments::integer::<named::cycles, _>)] cycles: u64,
     ) -> Self {
         let capabilities = match private_memory {
             true => FakeVm::protected(memslots),
@@ -228,9 +270,16 @@ impl PyFake {
     /// ``forever``: all later ones fail too. ``half_done``: before it fails it does its work on the first half of its
     /// range.
     #[pyo3(signature = (call, errno, *, after = 0, half_done = false, forever = false))]
-    fn inject(&self, call: &str, errno: i32, after: u64, half_done: bool, forever: bool) -> PyResult<()> {
+    fn inject(
+        &self,
+        #[pyo3(from_py_with = arguments::text::<named::call>)] call: String,
+        #[pyo3(from_py_with = arguments::integer::<named::errno, _>)] errno: i32,
+        #[pyo3(from_py_with = arguments::integer::<named::after, _>)] after: u64,
+        #[pyo3(from_py_with = arguments::flag::<named::half_done>)] half_done: bool,
+        #[pyo3(from_py_with = arguments::flag::<named::forever>)] forever: bool,
+    ) -> PyResult<()> {
         self.0.inject(Injection {
-            call: self::call(call)?,
+            call: self::call(&call)?,
             after,
             errno,
             half_done,
@@ -241,17 +290,17 @@ impl PyFake {
 
     /// The answers that a vCPU got so far; none are kept if ``cycles`` is above 1.
     #[pyo3(signature = (vcpu = 0))]
-    fn replies(&self, vcpu: usize) -> Vec<PyReply> {
+    fn replies(&self, #[pyo3(from_py_with = arguments::integer::<named::vcpu, _>)] vcpu: usize) -> Vec<PyReply> {
         self.0.replies(vcpu).into_iter().map(PyReply).collect()
     }
 
     /// Whether the page at ``gpa`` has the attribute PRIVATE.
-    fn is_private(&self, gpa: u64) -> bool {
+    fn is_private(&self, #[pyo3(from_py_with = sizes::size::<named::gpa, _>)] gpa: u64) -> bool {
         self.0.is_private(gpa)
     }
 
     /// Whether the memslot at ``gpa`` has a guest_memfd; ``None`` if there is no memslot.
-    fn slot_at(&self, gpa: u64) -> Option<bool> {
+    fn slot_at(&self, #[pyo3(from_py_with = sizes::size::<named::gpa, _>)] gpa: u64) -> Option<bool> {
         self.0.slot_at(gpa)
     }
 
@@ -262,7 +311,7 @@ impl PyFake {
     }
 
     /// How many calls of this kind were made.
-    fn calls(&self, call: &str) -> PyResult<u64> {
-        Ok(self.0.calls(self::call(call)?))
+    fn calls(&self, #[pyo3(from_py_with = arguments::text::<named::call>)] call: String) -> PyResult<u64> {
+        Ok(self.0.calls(self::call(&call)?))
     }
 }

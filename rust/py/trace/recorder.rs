@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use pagegate_core::trace::about::About;
 use pagegate_core::trace::recorder::{Recorded, Recorder};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
 use super::recorded::failed;
-use crate::interpreter::{arguments, attach};
+use crate::interpreter::{arguments, attach, call};
 use crate::machine::vm::PyVm;
 
 /// Writes a machine's events to a file while it runs, from now on, in a thread of its own.
@@ -48,11 +49,15 @@ impl PyRecorder {
     #[pyo3(signature = (vm, path, *, limit = None))]
     fn new(
         py: Python<'_>,
-        vm: &Bound<'_, PyVm>,
+        vm: &Bound<'_, PyAny>,
         #[pyo3(from_py_with = arguments::path_named::<arguments::named::path>)] path: PathBuf,
         #[pyo3(from_py_with = arguments::optional::<arguments::named::limit, _>)] limit: Option<u64>,
     ) -> PyResult<Self> {
-        let machine = vm.get().0.machine(py)?;
+        let Ok(recorded) = vm.cast::<PyVm>() else {
+            let message = format!("vm is {}: it must be a Vm", call::repr(vm)?);
+            return Err(PyTypeError::new_err(message));
+        };
+        let machine = recorded.get().0.machine(py)?;
         let start = || {
             let about = About::now(machine.events(), machine.memory(), machine.debug_private());
             let running = Arc::downgrade(&machine);
