@@ -7,13 +7,17 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
+import time
 
 import pyarrow as pa
 import pytest
-from pagegate import trace
+from pagegate import Vm, trace
 from pagegate.cli import symbols
+from pagegate.testing import Fake, Step
 
-from .cli_parts import pagegate
+from .cli_parts import pagegate, program
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,40 @@ def test_events_as_lines(folder, some):
     assert re.match(
         r" +0 0\.000000 +\d (implicit|explicit) 0x\w+ +\d+ (K|M)iB (shared|private) +converted  \d", told[1]
     )
-    assert len(pagegate("events", "some.parquet", "--limit", 3, cwd=folder).stdout.splitlines()) == 1 + 3
+    assert len(pagegate("events", "some.parquet", "--limit", 3, cwd=folder).stdout.splitlines()) == 1 + 3 + 1
+
+
+def test_time_counts_from_the_first_event_of_the_trace(folder, some):
+    late = [event for event in some if event.kind == "implicit"][-1]
+    told = pagegate("events", "some.parquet", "--gpa", hex(late.gpa), cwd=folder).stdout.splitlines()
+    assert told[-1].split()[:2] == [str(late.sequence), f"{(late.time - some[0].time) / 1e9:.6f}"]
+
+
+def test_columns_stay_in_line_for_every_kind(folder):
+    with Vm("1M", hypervisor=Fake([Step.hypercall(0x1000, 1, 16), Step.hypercall(0x1000, 1 << 52, 16)])) as vm:
+        vm.vcpus[0].start(mode="protected")
+        with trace.Recorder(vm, folder / "kinds.parquet"):
+            vm.run(timeout=10)
+    heading, *lines = pagegate("events", "kinds.parquet", cwd=folder).stdout.splitlines()
+    assert {line.index("0x") for line in lines} == {heading.index("gpa")}
+
+
+def test_what_is_left_out_and_what_is_not_found_is_said(folder, some):
+    assert (
+        f"and {len(some) - 3} more events (--limit)"
+        in pagegate("events", "some.parquet", "--limit", 3, cwd=folder).stdout
+    )
+    nothing = pagegate("events", "some.parquet", "--size", "1G", cwd=folder)
+    assert (nothing.stdout, nothing.stderr) == ("", "pagegate: none of the 400 events is chosen by these options\n")
+    heading = pagegate("events", "some.parquet", "--csv", "--size", "1G", cwd=folder).stdout
+    assert heading.strip().split(",") == [*some[0].asdict(), "symbol"]
+
+
+def test_sums_are_all_given_to_programs_unless_limited(folder, some):
+    pages = {event.gpa for event in some}
+    assert len(pages) > 40
+    for arguments, count in ([], len(pages)), (["--limit", 40], 40), (["--limit", 2], 2):
+        assert len(rows(folder, "--by", "page", *arguments)) == count
 
 
 def test_all_columns_for_programs(folder, some):
@@ -107,6 +144,7 @@ def test_functions_of_the_kernel(folder, some):
         (("--gpa", "x"), "'x' is no whole number"),
         (("--kind", "odd"), "'odd' is not one of"),
         (("--by", "odd"), "'odd' is not one of"),
+        (("--csv", "--jsonl"), "name --csv or --jsonl, not both"),
     ],
 )
 def test_a_usage_error_is_2(folder, arguments, said):
@@ -116,6 +154,19 @@ def test_a_usage_error_is_2(folder, arguments, said):
 def test_a_file_that_is_no_trace_is_2(folder):
     (folder / "none.parquet").write_bytes(b"PAR1 not")
     assert "none.parquet" in pagegate("events", "none.parquet", cwd=folder, status=2).stderr
+
+
+def test_ctrl_c_ends_the_making_of_a_trace(folder):
+    making = program("trace", "synth", "large.arrows", "--requests", 100_000_000)
+    with subprocess.Popen(making, cwd=folder, stderr=subprocess.PIPE) as process:
+        time.sleep(1.5)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1].endswith(b"interrupted\n")
+    # All of it would take a minute.
+    assert time.monotonic() - begun < 15
+    assert process.returncode == 130
+    assert not (folder / "large.arrows").exists()
 
 
 def test_the_old_form_of_trace_works_and_says_so(folder):

@@ -86,12 +86,12 @@ def broken_words(text):
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("width", [40, 80, 200])
-@pytest.mark.parametrize("arguments", [("demo",), ("run", "-v", "--guest", "explicit")], ids=["demo", "run"])
+@pytest.mark.parametrize("arguments", [("demo",), ("run", "-v", "--guest", "demo")], ids=["demo", "run"])
 def test_it_fits_the_terminal(width, arguments, policy):
     status, printed = at_terminal(width, program(*arguments, *(["-p", policy()] if arguments[0] == "run" else [])))
     assert status == 0, printed
     plain = ESCAPE.sub("", printed)
-    ours = [line for line in plain.splitlines() if re.match(r" *(explicit|implicit|asked|decided|0 [█░▒])", line)]
+    ours = [line for line in plain.splitlines() if re.match(r" *(explicit|implicit|asked|decided|0 [█░▒]|\d\. )", line)]
     assert len(ours) > 10
     assert max(map(len, ours)) <= width
     assert broken_words(plain) == []
@@ -124,6 +124,21 @@ def test_each_request_is_printed_as_it_comes(policy):
     told = json.loads(out)
     lines = [line for line in err.splitlines() if re.match(r"  implicit 0x\w+ \+ 4 KiB +to \w+ +→ converted  ", line)]
     assert len(lines) == told["requests"] > 200
+
+
+@pytest.mark.kvm
+def test_requests_stand_below_the_step_that_they_belong_to(policy):
+    status, printed = at_terminal(200, program("run", "-v", "-p", policy(), "--guest", "demo"))
+    assert status == 0
+    plain = ESCAPE.sub("", printed)
+    steps = re.split(r"^(?=\d\. )", plain, flags=re.MULTILINE)
+    below = {step[0]: re.findall(r"^  (\w+) (0x\w+)", step, flags=re.MULTILINE) for step in steps if step[0].isdigit()}
+    assert below["1"] == []
+    assert below["2"] == [("explicit", "0x01400000")]
+    assert below["3"] == [("explicit", "0x00800000")]
+    assert [kind for kind, _ in below["4"]] == ["malformed"]
+    assert {kind for kind, _ in below["5"]} == {"implicit"}
+    assert {gpa for _, gpa in below["6"]} == {"0x02814000"}
 
 
 @pytest.mark.kvm

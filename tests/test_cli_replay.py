@@ -75,7 +75,7 @@ def test_the_same_file_twice(folder) -> None:
 def test_options(folder) -> None:
     arguments = ("replay", "some.parquet", "-p", "mine.py", "--json", "-o")
     assert json.loads(pagegate(*arguments, "limit=1G", cwd=folder).stdout)["different"] == 0
-    assert "limti" in pagegate(*arguments, "limti=1G", cwd=folder, status=1).stderr
+    assert "limti" in pagegate(*arguments, "limti=1G", cwd=folder, status=2).stderr
     refused = pagegate(*arguments, "limit=1G", "-p", "allow.py", cwd=folder, status=2)
     assert "-o goes with one policy" in refused.stderr
 

@@ -63,19 +63,20 @@ def test_a_missing_policy_is_2():
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "said"),
+    ("text", "options", "status", "said"),
     [
-        ("class A(Policy):\n  def memory_falt(self, fault): pass\n", (), "did you mean memory_fault"),
-        ("class A(Policy):\n  def memory_fault(self): pass\n", (), "exactly one argument"),
-        ("class A(Policy):\n  def __init__(self, limit: int = 1): pass\n", ("-o", "limt=1"), "did you mean limit"),
-        ("class A(Policy):\n  def __init__(self, limit: int): pass\n", (), "needs the option limit"),
+        ("class A(Policy):\n  def memory_falt(self, fault): pass\n", (), 1, "did you mean memory_fault"),
+        ("class A(Policy):\n  def memory_fault(self): pass\n", (), 1, "exactly one argument"),
+        ("class A(Policy):\n  def __init__(self, limit: int = 1): pass\n", ("-o", "limt=1"), 2, "did you mean limit"),
+        ("class A(Policy):\n  def __init__(self, limit: int): pass\n", (), 2, "needs the option limit"),
     ],
 )
-def test_a_wrong_policy_is_one_sentence_before_the_guest(policy, text, options, said):
+def test_a_wrong_policy_is_one_sentence_before_the_guest(policy, text, options, status, said):
     done = run("-p", policy(text), "--guest", "touch", *options)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (status, "")
     assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+    # A usage error has two lines more, which name the help, and an empty one.
+    assert done.stderr.count("\n") == (1 if status == 1 else 4)
 
 
 @pytest.mark.kvm
@@ -180,6 +181,10 @@ def test_watch_changes_the_policy_in_a_run(policy, image):
     assert process.stdout.read(5) == "hello"
     change("class\n")
     assert "the policy in force stays" in process.stderr.readline()
+    change("from pagegate import Policy\nclass A(Policy): pass\nclass B(Policy): pass\n")
+    told = process.stderr.readline()
+    assert f"{path} has several policies, name one: {path.name}:A {path.name}:B; the policy in force stays" in told
+    assert "UsageError" not in told
     change("def map_gpa_range(call): return Stop('changed')\n")
     assert "was loaded again" in process.stderr.readline()
     assert "changed" in process.communicate(timeout=30)[1]
@@ -255,3 +260,23 @@ def test_a_jump_to_no_operation_is_an_error():
     script.goto_unless(0x8000, 1, 5)
     with pytest.raises(ValueError, match="operation 0, goto_unless, goes to 5: the last is 1"):
         script.image()
+
+
+@pytest.mark.kvm
+def test_what_is_no_image_is_not_run(tmp_path):
+    for name, said in ("empty", "empty is empty"), ("mine.py", "is a Python file: name a policy with -p"):
+        (tmp_path / name).touch()
+        done = run(tmp_path / name)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
+@pytest.mark.kvm
+def test_an_answer_that_does_not_help_the_guest_is_named(policy):
+    useless = policy(
+        "from pagegate import Convert, Policy\n\nclass P(Policy):\n    def memory_fault(self, fault):\n"
+        "        return Convert(gpa=0x10_0000, size=4096)\n"
+    )
+    done = run("-p", useless, "--guest", "touch")
+    assert done.returncode == 1
+    assert "the policy converted 0x100000 + 4 KiB to shared, which is not what the guest needs" in done.stderr

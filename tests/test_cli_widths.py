@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 from click import Group
-from pagegate.cli import cli, summary
+from pagegate import units
+from pagegate.cli import cli
 from pagegate.trace import synthetic
 
 from .cli_parts import program
@@ -131,5 +132,5 @@ def test_what_a_new_user_meets(folder, monkeypatch) -> None:
 
 
 def test_the_size_of_a_request_for_everything() -> None:
-    assert summary.size((1 << 64) - 1) == "≥16 EiB"
-    assert summary.size(2 << 20) == "2 MiB"
+    assert units.size((1 << 64) - 1) == "≥16 EiB"
+    assert units.size(2 << 20) == "2 MiB"

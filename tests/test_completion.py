@@ -30,9 +30,31 @@ def completed(words, cwd):
     return [line.partition(",")[2] or line for line in done.stdout.splitlines()]
 
 
+GUEST = """
+from pagegate import guests
+1 / 0
+number = 7
+text = str(8)
+class Kind: pass
+def built(vcpu): return guests.Script()
+def _own(): pass
+one: object = guests.Script()
+both = [built(0), built(1)]
+other = built(2)
+"""
+BUILT_IN = ["Align", "Allow", "DenyAll", "ExplicitOnly", "PingPong", "Quota", "RateLimit", "Window"]
+FILES = ["Al.py", "guest.py", "mine.py", "odd(name), really.py", "sub/"]
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "mine.py").write_text("1 / 0\nclass One: pass\nclass Two: pass\n")
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "other.py").write_text("")
+    (tmp_path / "Al.py").write_text("")
+    (tmp_path / "odd(name), really.py").write_text("class Odd: pass\n")
+    (tmp_path / "guest.py").write_text(GUEST)
     return tmp_path
 
 
@@ -43,6 +65,19 @@ def folder(tmp_path):
         (["pagegate", "trace", "s"], ["synth"]),
         (["pagegate", "run", "--guest", "t"], ["touch"]),
         (["pagegate", "run", "-p", "Quo"], ["Quota"]),
+        (["pagegate", "run", "-p", ""], [*BUILT_IN, *FILES]),
+        (["pagegate", "run", "-p", "Al"], ["Align", "Allow", "Al.py"]),
+        (["pagegate", "run", "-p", "'Quota(8M, Al"], ["Quota(8M, Align", "Quota(8M, Allow", "Quota(8M, Al.py"]),
+        (["pagegate", "run", "-p", "'Quota(8M,Align(2M,E"], ["Quota(8M,Align(2M,ExplicitOnly"]),
+        (["pagegate", "run", "-p", "'Quota(8M,"], [f"Quota(8M,{each}" for each in (*BUILT_IN, *FILES)]),
+        (["pagegate", "run", "-p", "'Quota(8M, sub/o"], ["Quota(8M, sub/other.py"]),
+        (["pagegate", "run", "-p", "'Quota(8M, mine.py:T"], ["Quota(8M, mine.py:Two"]),
+        (["pagegate", "run", "-p", "'odd(name), really.py:"], ["odd(name), really.py:Odd"]),
+        (
+            ["pagegate", "run", "--guest", "guest.py:"],
+            [f"guest.py:{each}" for each in ("built", "one", "both", "other")],
+        ),
+        (["pagegate", "run", "--guest", "guest.py:o"], ["guest.py:one", "guest.py:other"]),
         (["pagegate", "run", "-p", "mine.py:"], ["mine.py:One", "mine.py:Two"]),
         (["pagegate", "boot", "--policy", "mine.py:T"], ["mine.py:Two"]),
         (["pagegate", "events", "x", "--outcome", "den"], ["denied"]),
@@ -117,6 +152,11 @@ def typed_in_bash(text, found, folder):
         ("pagegate run -p mine.py:", r"\bOne +Two\b"),
         ("pagegate run --policy=Quo", r"pagegate run --policy=Quota "),
         ("pagegate boot vm", r"pagegate boot vmlinuz-6\.1 "),
+        # A quoted word is one, with its blanks and colons.
+        ("pagegate run -p 'Quota(8M, Ali", r"pagegate run -p 'Quota\(8M, Align'? "),
+        ("pagegate run -p 'Quota(8M, mine.py:T", r"pagegate run -p 'Quota\(8M, mine\.py:Two'? "),
+        ("pagegate run -p ", r"\bAlign\b[^$]*\bmine\.py\b"),
+        ("pagegate run --guest guest.py:bo", r"pagegate run --guest guest\.py:both "),
         ("pagegate run --guest to", r"pagegate run --guest touch "),
     ],
 )

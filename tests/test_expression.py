@@ -61,18 +61,35 @@ def test_a_file_at_the_end_of_a_chain(mine):
     assert asking("odd(name), really.py").call(0, to="shared") == Deny(7)
 
 
+def test_a_file_whose_name_begins_with_a_digit(mine, tmp_path):
+    (tmp_path / "8Q").write_text("from pagegate import policies\npolicy = policies.DenyAll(7)\n")
+    assert asking("Quota(8M, 8Q)").call(0, to="shared") == Deny(7)
+    assert asking("Quota(8M, 8Q:policy)").call(0, to="shared") == Deny(7)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("Qota(8M)", "no built-in policy Qota: did you mean Quota?"),
         ("Quota", "Quota needs max_shared, as in Quota(8M)"),
-        ("Quota(8X)", "there is no file 8X"),
+        ("Quota(8X)", "Quota: 8X is no size, as in Quota(8M), and no file"),
+        ("Window(1M+8Q)", "Window: 1M+8Q is no range of addresses, as in Window(0x3000000+1M), and no file"),
+        ("RateLimit(1/s)", "RateLimit: 1/s is no number, as in RateLimit(100), and no file"),
+        (" ", "it is empty: name a policy, as mine.py or Quota(8M)"),
         ("Quota(8M", "the bracket that ends Quota( is missing"),
         ("Quota(8M))", "a bracket too many"),
         ("Quota(8M, , Allow)", "an argument is missing"),
         ("Quota(8M, Allow, 3)", "comes after the policy that it asks"),
-        ("Quota(8M, 9M)", "does not take '9M': it takes max_shared, then, as in Quota(8M)"),
-        ("Window(1M)", "Window does not take '1M': it takes ranges, then, as in Window(0x3000000+1M)"),
+        (
+            "Quota(8M, 9M)",
+            "Quota does not take '9M': it takes max_shared, and after that it may take a policy, as in "
+            "Quota(8M, mine.py)",
+        ),
+        (
+            "Window(1M)",
+            "Window does not take '1M': it takes ranges of addresses, and after that it may take a policy, as in "
+            "Window(0x3000000+1M, mine.py)",
+        ),
         ("DenyAll(1, 2)", "DenyAll does not take '2': it takes errno"),
         ("Quota(8M, max_shared=9M)", "max_shared twice"),
         ("Quota(8M, nowhere.py)", "no file nowhere.py"),

@@ -59,16 +59,61 @@ def test_two_policies_have_modules_of_their_own(folder):
     }
 
 
-def test_a_neighbour_that_fails_is_told_with_the_line_of_the_import(folder):
+def test_a_neighbour_that_fails_is_told_with_its_line_and_that_of_the_import(folder):
     made = folder("one")
-    (made / "helper.py").write_text("1 / 0\n")
+    (made / "helper.py").write_text("\n1 / 0\n")
     before = set(sys.modules)
-    with pytest.raises(policy_file.PolicyError, match="mine.py, line 2, cannot be loaded: ZeroDivisionError"):
-        script.load(made / "mine.py")
+    assert refusal(made / "mine.py") == (
+        f"{made}/helper.py, line 2 (imported by mine.py, line 2), cannot be loaded: ZeroDivisionError: division by zero"
+    )
     assert not {each for each in set(sys.modules) - before if "neighbours" in each}
     (made / "helper.py").write_text("import nowhere\n")
-    with pytest.raises(policy_file.PolicyError, match="No module named 'nowhere'"):
-        script.load(made / "mine.py")
+    assert "No module named 'nowhere'" in refusal(made / "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("more", "mine", "said"),
+    [
+        (
+            "def two(\n",
+            "\nimport tools.sums\n",
+            "tools/more.py, line 1 (imported by tools/sums.py, line 1, imported by mine.py, line 2), cannot be loaded: "
+            "SyntaxError: '(' was never closed",
+        ),
+        (
+            "def two():\n  return {}[2]\n",
+            "from tools import more\n\nmore.two()\n",
+            "tools/more.py, line 2 (called from mine.py, line 3), cannot be loaded: KeyError: 2",
+        ),
+        (
+            "def two():\n  return {}[2]\n",
+            "from tools import more\ndef policy():\n  return more.two()\n",
+            "mine.py, line 3, has a policy that makes no policy: KeyError: 2 ({folder}/tools/more.py, line 2)",
+        ),
+    ],
+)
+def test_which_line_of_a_neighbour_failed(folder, more, mine, said):
+    made = folder("one")
+    (made / "tools" / "more.py").write_text(more)
+    (made / "mine.py").write_text(mine)
+    name = "policy" if "def policy" in mine else None
+    assert refusal(made / "mine.py", name) == f"{made}/{said}".replace("{folder}", str(made))
+
+
+def test_files_that_call_each_other_without_an_end(folder):
+    made = folder("one")
+    (made / "helper.py").write_text("def back(call): call(back)\n")
+    (made / "mine.py").write_text("import helper\ndef on(back): back(on)\nhelper.back(on)\n")
+    told = refusal(made / "mine.py")
+    assert "called from helper.py, line 1" in told
+    assert ", ..., called from mine.py, line 3), cannot be loaded: RecursionError: " in told
+    assert told.count("called from") == 4
+
+
+def refusal(path, name=None):
+    with pytest.raises(policy_file.PolicyError) as caught:
+        script.load(path, name)
+    return str(caught.value)
 
 
 def test_a_class_from_a_neighbour_is_a_policy_with_neighbours(tmp_path):
@@ -98,6 +143,9 @@ def test_a_changed_neighbour_is_a_reason_to_load_again(folder):
         assert said.get(timeout=10) == "mine.py was loaded again and judges from the next request on"
         _write(made / "tools" / "more.py", "TWO = 3\n")
         assert replaced.get(timeout=10).memory_fault(None) == Deny(45)
+        said.get(timeout=10)
+        _write(made / "tools" / "more.py", "TWO = THREE\n")
+        assert said.get(timeout=10).startswith(f"{made}/tools/more.py, line 1 (imported by tools/sums.py, line 1, ")
 
 
 def _write(path, text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 
 import pagegate
 import pytest
@@ -16,17 +17,20 @@ from pagegate import (
     DeviceAccess,
     Discard,
     Event,
+    Latency,
     Region,
     Report,
     Retry,
     Stop,
     Vm,
+    Whereabouts,
     _core,
     devices,
     policies,
     trace,
 )
 from pagegate.guests import Script
+from pagegate.script import load
 from pagegate.testing import Fake, PolicyTester, Step
 
 VALUES = [
@@ -120,6 +124,9 @@ def test_reports(vm):
     json.dumps(told)
     again = pickle.loads(pickle.dumps(report))
     assert (again.asdict(), repr(again), str(again.at)) == (told, repr(report), str(report.at))
+    assert again == copy.deepcopy(report) == report
+    assert again != Report(**{**told, "denied": 7})
+    assert report != told
     with pytest.raises(TypeError, match="the field reason is missing"):
         Report()
 
@@ -141,6 +148,17 @@ def test_what_the_reprs_say(vm, tmp_path):
         def memory_fault(self, fault):
             return Convert()
 
+    class Plain(pagegate.Policy):
+        pass
+
+    class Told(pagegate.Listener):
+        pass
+
+    class Echo(pagegate.devices.Device):
+        pass
+
+    here = f"{__name__}.test_what_the_reprs_say.<locals>"
+    (tmp_path / "mine.py").write_text("from pagegate import Policy\nclass Ring(Policy): pass\n")
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(4096))
     script = Script()
@@ -152,6 +170,17 @@ def test_what_the_reprs_say(vm, tmp_path):
         repr(policies.Window([(0, 4096)])): "Window([(0x0, 0x1000)])",
         repr(pagegate.devices.Block(disk, read_only=True)): f"<pagegate.devices.Block {disk}, read only>",
         repr(pagegate.devices.Rng()): "<pagegate.devices.Rng>",
+        repr(Plain()): f"<{here}.Plain policy>",
+        repr(Told()): f"<{here}.Told listener>",
+        repr(Echo()): f"<{here}.Echo device>",
+        repr(load(tmp_path / "mine.py")): "<mine.Ring policy>",
+        repr(PolicyTester(Mine(), memory="1M")): (
+            "<pagegate.testing.PolicyTester of Mine(): 0x0 bytes of 0x100000 shared>"
+        ),
+        repr(PolicyTester(memory="1M", initial="shared")): (
+            "<pagegate.testing.PolicyTester of no policy: 0x100000 bytes of 0x100000 shared>"
+        ),
+        repr(pagegate.devices.Console().console): "<pagegate.Console: the guest has written nothing>",
         repr(script): "<pagegate.guests.Script of 1 operations>",
     }
     assert {is_: expected for is_, expected in said.items() if is_ != expected} == {}
@@ -168,6 +197,27 @@ def test_notebooks_get_tables_with_what_a_guest_wrote_escaped(vm):
     assert vm.events._repr_html_().count("<tr>") == 4
     assert pagegate.trace.synthetic(100)._repr_html_().count("<tr>") == 22
     assert 'title="0x0 + 0x1000 private"' in vm.attributes._repr_html_()
+    told = Report(
+        **{
+            **_fields(vm.report),
+            "at": Whereabouts(vcpu=0, rip=0x1000, cr2=0),
+            "latency": Latency(p50=11_763_711, p90=11_763_711, p99=11_763_711, max=912_345),
+            "bytes_to_shared": 3 << 20,
+            "bytes_to_private": 8192,
+            "bytes_prefaulted": 1234567,
+        }
+    )._repr_html_()
+    rows = dict(re.findall("<tr><td>(.*?)</td><td>(.*?)</td></tr>", told))
+    assert rows["latency"] == "p50 11.76 ms, p90 11.76 ms, p99 11.76 ms, max 912.3 µs"
+    assert [rows[f"bytes_{each}"] for each in ("to_shared", "to_private", "prefaulted")] == [
+        "3 MiB",
+        "8 KiB",
+        "1234567 bytes",
+    ]
+    assert rows["at"] == "vcpu 0, rip 0x1000, cr2 0x0"
+    assert "first_device_access" not in rows
+    assert "None" not in told
+    assert "<td>4 KiB</td>" in vm.events._repr_html_()
     hostile = Report(**{**_fields(vm.report), "reason": "<script>"})
     assert "<script>" not in hostile._repr_html_()
     assert "&lt;script&gt;" in hostile._repr_html_()
@@ -183,6 +233,7 @@ def _fields(report):
         (lambda vm: Vm("64X"), ValueError, "memory is '64X': it must be a whole number, such as 64, 0x40, 64K"),
         (lambda vm: Vm(1.5), TypeError, "memory is 1.5: it must be an int, such as 64 << 20, or text such as 64M"),
         (lambda vm: Vm(-1), ValueError, "memory is -1, which is out of range: it must be between 0 and"),
+        (lambda vm: Vm(1 << 60), ValueError, "x86 has addresses for no more than 0x10000000000000"),
         (lambda vm: Vm("1M", events=-1), ValueError, "events is -1, which is out of range"),
         (lambda vm: Vm("1M", vcpus="2"), TypeError, "vcpus is '2': it must be an int"),
         (lambda vm: Vm("1M", policy=3), pagegate.PolicyError, "3 is no policy: it has none of the hooks memory_fault"),

@@ -72,7 +72,7 @@ def test_a_name_picks_a_class_or_an_object(write):
     path = write(TWO)
     assert type(load(path, "One")).__name__ == "One"
     assert type(load(path, "ready")).__name__ == "Two"
-    with pytest.raises(PolicyError, match="has no Three: there is One, Two, ready"):
+    with pytest.raises(PolicyError, match="has no Three: there are One, Two and ready"):
         load(path, "Three")
     with pytest.raises(PolicyError, match="7 is no policy: it has none of the hooks"):
         load(path, "number")

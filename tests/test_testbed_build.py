@@ -341,6 +341,10 @@ class TestBuild:
         for done in (10, 50, 101):
             lines.reach(done)
         assert capsys.readouterr().out == "compiling\ncompiling: 50 of about 100, 25 s\ncompiling: 101, 50 s\n"
+        monkeypatch.setattr(progress.time, "monotonic", iter([0.0, 30.0]).__next__)
+        lines.stage("downloading", 70, "MiB")
+        lines.reach(40)
+        assert capsys.readouterr().out == "downloading\ndownloading: 40 of about 70 MiB, 30 s\n"
 
     @pytest.mark.parametrize("name", ["Bars", "Silent"])
     def test_progress_elsewhere(self, name):

@@ -19,6 +19,8 @@ _SLICE = 0.1
 _CHUNK = 64 << 10
 _KEPT = 1 << 20
 """Bytes of output that ``expect`` looks through at most."""
+_SHOWN = 40
+"""Bytes of output in a repr."""
 _TOLD = 400
 """Bytes of output in an error's message."""
 
@@ -46,6 +48,12 @@ class Console:
         self._ended = False
         self.lost = 0
         """Bytes that were dropped before they were read."""
+
+    def __repr__(self) -> str:
+        """The end of what the guest wrote, which stays to be read."""
+        last = self._port.tail(_SHOWN)
+        said = f"the last that the guest wrote is {last!r}" if last else "the guest has written nothing"
+        return f"<pagegate.Console: {said}{f', {self.lost} bytes lost' if self.lost else ''}>"
 
     def read(self, size: int | str = -1, timeout: float | None = None) -> bytes:
         """Reads what the guest has written: up to ``size`` bytes, or all there is.

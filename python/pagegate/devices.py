@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagegate._core import Block, BuiltinDevice, Console, DeviceQueue, DeviceRequest, Net, Rng, Vsock
 from pagegate.errors import PolicyError
+from pagegate.hooks import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,10 @@ class Device:
     """Feature bits that belong to its type."""
     config: bytes = b""
     """Its configuration space, 4096 bytes at most."""
+
+    def __repr__(self) -> str:
+        """The name of its class."""
+        return described(self, "device")
 
     def process(self, queue: DeviceQueue) -> None:
         """There may be requests in ``queue``; iterate over it. It is called again when there are more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import inspect
+import sys
 from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -43,6 +44,15 @@ _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 _Conditions = tuple[bool | None, list[tuple[int, int]], int, int | None, list[int]]
 
 
+def described(owner: object, what: str) -> str:
+    """The repr of an object whose class has none of its own, with the file's name if it was loaded from one."""
+    kind = type(owner)
+    module = kind.__module__
+    if module.startswith("_pagegate_policy_"):
+        module = inspect.getmodulename(getattr(sys.modules.get(module), "__file__", None) or "") or module
+    return f"<{module}.{kind.__qualname__} {what}>"
+
+
 class Policy:
     """The base class for policies. Override any hook; requests whose hook is not overridden never enter Python.
 
@@ -50,6 +60,10 @@ class Policy:
     these functions. Hooks are called on vCPU threads, several at a time. An exception ends the run, and so does an
     answer that is no decision.
     """
+
+    def __repr__(self) -> str:
+        """The name of its class."""
+        return described(self, "policy")
 
     def memory_fault(self, fault: MemoryFault) -> Decision:
         """Judges an implicit request: an access to a page in the other state. Default: convert as asked."""
@@ -100,6 +114,10 @@ class Listener:
     pages are in: at once, and if that fails too, at the beginning of the next run, which does not begin until it
     succeeds. So it must do no harm to be told twice.
     """
+
+    def __repr__(self) -> str:
+        """The name of its class."""
+        return described(self, "listener")
 
     def prepare(self, change: Change) -> bool | None:
         """Pages are about to become private, and nothing has changed yet: stop using them.

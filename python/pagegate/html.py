@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from pagegate.units import duration, size
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -18,7 +20,8 @@ _COLOURS = {"private": "#8e44ad", "shared": "#16a085"}
 
 def report(of: Report) -> str:
     """A report as a table of two columns."""
-    return _table(("", ""), ((name, _written(name, value)) for name, value in of.asdict().items()))
+    facts = {name: value for name, value in of.asdict().items() if value is not None}
+    return _table(("", ""), ((name, _written(name, value)) for name, value in facts.items()))
 
 
 def events(of: Sequence[Event]) -> str:
@@ -52,13 +55,23 @@ def attributes(vm: Vm) -> str:
 
 
 def _written(name: str, value: Any) -> str:
-    if name in ("gpa", "size", "rip") and isinstance(value, int):
-        return hex(value)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_written(key, each)}" for key, each in value.items())
+        facts = {key: each for key, each in value.items() if each is not None}
+        # All of a latency are latencies: its median, its largest.
+        return ", ".join(f"{key} {_written(name if name == 'latency' else key, each)}" for key, each in facts.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _number(name, value)
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return "" if value is None else str(value)
+
+
+def _number(name: str, value: int) -> str:
+    if name in ("gpa", "rip", "cr2"):
+        return hex(value)
+    if name == "latency":
+        return duration(value)
+    return size(value) if name == "size" or name.startswith("bytes_") else f"{value:,}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

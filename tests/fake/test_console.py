@@ -56,6 +56,7 @@ def test_each_byte_is_read_once_and_the_tail_stays(booted) -> None:
     vm = booted(*says(b"hello\n"), POWER_OFF)
     assert vm.console.read(timeout=0) == b""
     assert vm.run(timeout=10).reason == "poweroff"
+    assert repr(vm.console) == "<pagegate.Console: the last that the guest wrote is b'hello\\n'>"
     assert vm.console.read(2) == b"he"
     assert vm.console.read() == b"llo\n"
     assert vm.console.read(timeout=0.05) == b""

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pagegate.cli.printing import Rows, printable
-from pagegate.cli.summary import size
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

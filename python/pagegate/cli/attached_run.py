@@ -19,9 +19,10 @@ from pagegate.cli.policy_argument import written
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import counted, put
 from pagegate.cli.recording import Recording
-from pagegate.cli.summary import Ran, size
+from pagegate.cli.summary import Ran
 from pagegate.cli.telling import tell
 from pagegate.cli.waiting import Waiting
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ import click
 
 from pagegate import Convert, Policy, guests, measure, policies, probe, workload
 from pagegate.cli.parameters import policy_options
-from pagegate.cli.policy_argument import PolicyName, made
+from pagegate.cli.policy_argument import PolicyName, made, one
 from pagegate.cli.telling import tell
 from pagegate.errors import KvmUnavailable
 
@@ -56,8 +56,10 @@ def _policy(named: str | Expression, options: dict[str, str]) -> tuple[str, obje
     "--policy",
     "named",
     type=_Judge(),
-    default="allow",
-    show_default=True,
+    multiple=True,
+    default=["allow"],
+    show_default="allow",
+    callback=one,
     help="The policy: Allow(), a Python hook that returns Convert(), or one of yours.",
 )
 @policy_options

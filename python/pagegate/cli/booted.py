@@ -11,7 +11,8 @@ from rich.text import Text
 
 from pagegate.cli import asked, places
 from pagegate.cli.printing import Pairs, counted, printable, times
-from pagegate.cli.summary import Ran, legend, malformed, size, strip
+from pagegate.cli.summary import Ran, legend, malformed, strip
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -95,7 +96,7 @@ class Booted:
             "timeout": f"the guest was still running after {self.ran.timeout or 0:g} s (--timeout)",
             "shutdown": "the guest shut down: an exception that it could not handle (triple fault)",
             "denied": f"the policy denied what the guest had touched{self._last('denied')}, so it could not go on",
-            "livelock": "the same fault was repeated too often, so the run was ended",
+            "livelock": f"the same fault was repeated too often, so the run was ended{self.ran.of_no_use()}",
             "failed": "it could not go on, as the error says",
         }.get(reason, f"the run was ended: {reason}")
 

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pagegate.cli.telling import folded
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pagegate import Io, Vm
 
 _DEBUG_CONSOLE = 0xE9
@@ -25,6 +29,8 @@ class Console:
         self._phases = phases
         self._latch = False
         self._amid_line = False
+        self.before: Callable[[], None] | None = None
+        """Called before anything is printed, in the vCPU's thread."""
 
     def attach(self, vm: Vm) -> None:
         """Sets the handlers of the ports."""
@@ -43,8 +49,8 @@ class Console:
             # Guests detect the debug console by this value.
             return bytes([_DEBUG_CONSOLE]) * (io.size * io.count)
         if self._phases:
-            said = [f"{each + 1}. {self._phases[each]}\n" for each in io.data if each < len(self._phases)]
-            self._print("".join(said).encode())
+            lines = [f"{each + 1}. {self._phases[each]}" for each in io.data if each < len(self._phases)]
+            self._print("".join(f"{folded(line, err=self._err)}\n" for line in lines).encode())
         else:
             self._print(io.data)
         return b""
@@ -67,5 +73,7 @@ class Console:
 
     def _print(self, data: bytes) -> None:
         if data:
+            if self.before is not None and not self._amid_line:
+                self.before()
             self._amid_line = not data.endswith(b"\n")
             click.echo(data, nl=False, err=self._err)

@@ -19,10 +19,11 @@ from pagegate.cli import streams
 from pagegate.cli.policy_argument import made, policy_option
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import put, put_line
-from pagegate.cli.summary import Ran, event_facts, facts, line, size, strip, summary
+from pagegate.cli.summary import Ran, event_facts, facts, line, strip, summary
 from pagegate.cli.telling import tell
 from pagegate.demo import guest as demo_guest
 from pagegate.loading.expression import File
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,16 +18,18 @@ from rich.text import Text
 from pagegate._core import event_words, whole_number
 from pagegate.cli import symbols
 from pagegate.cli.parameters import Size
-from pagegate.cli.printing import Rows, put, put_line
+from pagegate.cli.printing import Rows, counted, put, put_line
 from pagegate.cli.printing import console as terminal_on
-from pagegate.cli.summary import outcome, size
+from pagegate.cli.summary import outcome
 from pagegate.cli.telling import tell
-from pagegate.trace import read
+from pagegate.trace import read, synthetic
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from pagegate import Event, guests
+    from pagegate.trace import Trace
 
 _PAGE = 4096
 _WORDS = event_words()
@@ -118,10 +120,14 @@ class _Sum:
     "--symbol", metavar="PATTERN", help="Only those of these functions of the guest's kernel, such as 'swiotlb*'."
 )
 @click.option(
-    "--by", "keys", type=click.Choice(_KEYS), multiple=True, help="Print sums by this in place of events. Several nest."
+    "--by",
+    "keys",
+    type=click.Choice(_KEYS),
+    multiple=True,
+    help="Print sums by this in place of events. Several nest. Of a request for several pages the first counts.",
 )
-@click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, all columns.")
-@click.option("--jsonl", "form", flag_value="jsonl", help="Print one JSON object on each line, all columns.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values, all columns.")
+@click.option("--jsonl", "as_jsonl", is_flag=True, help="Print one JSON object on each line, all columns.")
 @click.option("--limit", type=click.IntRange(0), help=f"Rows at most. Default: all events, the {_ROWS} largest sums.")
 @click.option("--memory", type=Size(), help="Guest memory, for a trace without this metadata.")
 @click.option("--initial", type=click.Choice(["private", "shared"]), help="The state of all pages at first, likewise.")
@@ -137,7 +143,8 @@ def events(  # noqa: PLR0913 - one for each option
     outcome: tuple[str, ...],
     symbol: str | None,
     keys: tuple[str, ...],
-    form: str | None,
+    as_csv: bool,
+    as_jsonl: bool,
     limit: int | None,
     memory: int | None,
     initial: guests.State | None,
@@ -147,6 +154,9 @@ def events(  # noqa: PLR0913 - one for each option
     Options that choose events must all hold; of one that is given several times, one value must. Who asked (--symbol)
     is known of a Linux guest that `pagegate boot --events` recorded: FILE.symbols.json has the names.
     """
+    if as_csv and as_jsonl:
+        raise click.UsageError("name --csv or --jsonl, not both")
+    form = "csv" if as_csv else "jsonl" if as_jsonl else None
     try:
         trace = read(file, memory=memory, initial=initial)
     except ValueError as error:
@@ -155,9 +165,9 @@ def events(  # noqa: PLR0913 - one for each option
     wanted = _Wanted(gpa, sizes, vcpu, kind, to, decision, outcome, symbol)
     found = wanted.of(trace, names)
     if keys:
-        _print_sums(found, keys, names, form, _ROWS if limit is None else limit)
+        _print_sums(found, keys, names, form, limit)
     else:
-        _print_events(found, names, form, limit)
+        _print_events(found, names, form, limit, trace)
     if trace.truncated:
         tell("pagegate: the trace ends in the middle: its writer was killed")
     return 0
@@ -168,43 +178,56 @@ def _function(event: Event, names: dict[int, str]) -> str:
     return names.get(event.rip, "").partition("+")[0]
 
 
-def _print_events(found: Iterator[Event], names: dict[int, str], form: str | None, limit: int | None) -> None:
-    found = found if limit is None else islice(found, limit)
+def _print_events(
+    found: Iterator[Event], names: dict[int, str], form: str | None, limit: int | None, trace: Trace
+) -> None:
+    shown = found if limit is None else islice(found, limit)
     if form == "csv":
         writer = csv.writer(sys.stdout)
-        for number, event in enumerate(found):
-            facts = _all_of(event, names)
-            if number == 0:
-                writer.writerow(facts)
-            writer.writerow(facts.values())
+        writer.writerow(_columns())
+        writer.writerows(_all_of(event, names).values() for event in shown)
     elif form == "jsonl":
-        for event in found:
+        for event in shown:
             click.echo(json.dumps(_all_of(event, names)))
     else:
-        _print_lines(list(found), names)
+        lines = list(shown)
+        # From the first event of the trace, whichever are chosen.
+        _print_lines(lines, names, trace[0].time if lines else 0)
+        more = sum(1 for _ in found)
+        if more:
+            put_line(terminal_on(), Text(f"and {counted(more, 'more event')} (--limit)"))
+        elif not lines:
+            tell(f"pagegate: none of the {counted(len(trace), 'event')} is chosen by these options")
+
+
+def _columns() -> list[str]:
+    """The names of all columns, which any event has."""
+    return list(_all_of(synthetic(1)[0], {}))
 
 
 def _all_of(event: Event, names: dict[int, str]) -> dict[str, Any]:
     return {**event.asdict(), "symbol": names.get(event.rip)}
 
 
-def _print_lines(found: list[Event], names: dict[int, str]) -> None:
-    """One line for each, which an ordinary request's is at 80 columns."""
+def _print_lines(found: list[Event], names: dict[int, str], begun: int) -> None:
+    """One line for each, which an ordinary request's is at 80 columns. ``begun``: the time that counts as 0."""
     if not found:
         return
-    out, begun = terminal_on(), found[0].time
+    out = terminal_on()
     number = max(len("event"), len(str(found[-1].sequence)))
     seconds = max(8, len(f"{(found[-1].time - begun) / 1e9:.6f}"))
     who = max(len("vCPU"), *(len(str(event.device or "")) for event in found))
-    heading = (
-        f"{'event':>{number}} {'seconds':>{seconds}} {'vCPU':{who}} {'kind':8} {'gpa':10} {'size':7} {'to':7} outcome"
-    )
+    kinds = max(8, *(len(event.kind) for event in found))
+    kind, who_asked = f"{'kind':{kinds}}", f"{'vCPU':{who}}"
+    heading = f"{'event':>{number}} {'seconds':>{seconds}} {who_asked} {kind} {'gpa':10} {'size':7} {'to':7} outcome"
     put_line(out, Text(heading, "dim"))
     for event in found:
         text = Text(f"{event.sequence:{number}} {(event.time - begun) / 1e9:{seconds}.6f} ")
         # Of a device's access there is no vCPU.
         text.append(f"{event.device or event.vcpu:>{who}} ")
-        text.append(f"{event.kind:8} {event.gpa:#010x} {size(event.size):>7} {event.to:7} ").append(outcome(event))
+        text.append(f"{event.kind:{kinds}} {event.gpa:#010x} {size(event.size):>7} {event.to:7} ").append(
+            outcome(event)
+        )
         if function := names.get(event.rip):
             text.append(f"  {function}")
         put_line(out, text)
@@ -219,13 +242,13 @@ def _key(event: Event, name: str, names: dict[int, str]) -> str:
 
 
 def _print_sums(
-    found: Iterator[Event], keys: tuple[str, ...], names: dict[int, str], form: str | None, limit: int
+    found: Iterator[Event], keys: tuple[str, ...], names: dict[int, str], form: str | None, limit: int | None
 ) -> None:
     sums: dict[tuple[str, ...], _Sum] = defaultdict(_Sum)
     for event in found:
         sums[tuple(_key(event, name, names) for name in keys)].add(event)
     ranked = sorted(sums.items(), key=lambda each: (-each[1].times, each[0]))
-    shown = ranked if form and limit == _ROWS else ranked[:limit]
+    shown = ranked[: limit if form or limit is not None else _ROWS]
     facts = [
         {
             **dict(zip(keys, key, strict=True)),
@@ -247,7 +270,8 @@ def _print_sums(
         writer.writerows([*key, each.times, each.asked, each.changed, each.longest] for key, each in shown)
         return
     numbers = range(len(keys), len(keys) + 3)
-    table = Rows(*keys, "times", "asked for", "changed", "outcomes", right=numbers)
+    headings = ["first page" if name == "page" else name for name in keys]
+    table = Rows(*headings, "times", "asked for", "changed", "outcomes", right=numbers)
     for key, each in shown:
         outcomes = ", ".join(f"{count} {name}" for name, count in each.outcomes.items())
         table.add(*key, str(each.times), size(each.asked), size(each.changed), outcomes)

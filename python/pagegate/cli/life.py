@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Self
 from rich.text import Text
 
 from pagegate.cli.printing import counted
-from pagegate.cli.summary import line, size
+from pagegate.cli.summary import line
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,8 @@ class Life:
         self._news = news
         self._so_far = SoFar(vm)
         self._next = vm.events.total
+        self._lock = threading.Lock()
+        """For what has been told."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pagegate-life", daemon=True)
 
@@ -84,13 +87,25 @@ class Life:
         try:
             if self._each:
                 while not self._over.wait(_LOOK_SECONDS):
-                    self._tell_each()
-                self._tell_each()
+                    self.catch_up()
+                self.catch_up()
             else:
                 self._tell_news()
         except OSError:
             # Where this cannot be printed there is nobody to tell; the guest goes on.
             return
+
+    def catch_up(self) -> None:
+        """Tells each request that is not told yet: before something else is printed that came later.
+
+        Waits for no more than a second, which is for what it has to print itself.
+        """
+        if not self._lock.acquire(timeout=1):
+            return
+        try:
+            self._tell_each()
+        finally:
+            self._lock.release()
 
     def _tell_each(self) -> None:
         events = self._vm.events.since(self._next)

@@ -14,9 +14,9 @@ from pagegate.cli.parameters import Size, policy_options
 from pagegate.cli.policy_argument import PolicyName, made
 from pagegate.cli.printing import Rows, put, put_line
 from pagegate.cli.printing import console as terminal_on
-from pagegate.cli.summary import size
 from pagegate.trace import read
 from pagegate.trace import replay as replay_trace
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -20,15 +20,16 @@ from pagegate.cli.interrupt import STATUS as INTERRUPTED
 from pagegate.cli.interrupt import Interrupt
 from pagegate.cli.life import Life
 from pagegate.cli.parameters import VCPUS, Seconds, Size, policy_options, policy_timeout_option, verbose_option
-from pagegate.cli.policy_argument import made, policy_option, written
+from pagegate.cli.policy_argument import made, policy_option, statements, written
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import counted, put, put_line
 from pagegate.cli.recording import Recording, events_option, limit_option
-from pagegate.cli.summary import Ran, facts, size, summary
+from pagegate.cli.summary import Ran, facts, summary
 from pagegate.cli.telling import tell
 from pagegate.guests import is_script
 from pagegate.loading import guest_file
 from pagegate.loading.watch import Changes, Watcher
+from pagegate.units import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +49,27 @@ def _known(ctx: click.Context, param: click.Parameter, name: str | None) -> Gues
 
 
 def _guests(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    file, colon, begun = incomplete.rpartition(":")
+    if colon and file.endswith(".py"):
+        return [CompletionItem(f"{file}:{name}") for name in _guests_in(Path(file)) if name.startswith(begun)]
     found = [CompletionItem(name, help=each.about) for name, each in GUESTS.items() if name.startswith(incomplete)]
     return found or [CompletionItem(incomplete, type="file")]
+
+
+def _guests_in(file: Path) -> list[str]:
+    """The names of what looks like a guest: a Script, a list of them, or a function that returns one."""
+    import ast  # noqa: PLC0415 - only when a shell asks
+
+    names: dict[str, None] = {}
+    for each in statements(file):
+        if isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
+            names[each.name] = None
+        elif isinstance(each, ast.Assign | ast.AnnAssign) and each.value is not None:
+            made = ast.unparse(each.value.func).rpartition(".")[2] if isinstance(each.value, ast.Call) else ""
+            if made == "Script" or made in names or isinstance(each.value, ast.List | ast.ListComp | ast.Tuple):
+                targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+                names |= {target.id: None for target in targets if isinstance(target, ast.Name)}
+    return list(names)
 
 
 def _check(guest: Guest, memory: int, vcpus: int, shared_bit: int) -> None:
@@ -74,6 +94,8 @@ def _start_image(vm: Vm, image: Path) -> None:
             f"{image} is the image of a pagegate.guests.Script, which has to be told where its operations are: "
             "name the Python file that makes it, --guest FILE.py"
         )
+    if image.is_file() and image.stat().st_size == 0:
+        raise click.UsageError(f"{image} is empty")
     try:
         entry = vm.load(image, _ENTRY)
         for vcpu in vm.vcpus:
@@ -140,6 +162,8 @@ def run(  # noqa: PLR0913 - one for each option
     """
     if (guest is None) == (image is None):
         raise click.UsageError("name either an IMAGE or another guest, as --guest demo")
+    if image is not None and image.suffix == ".py":
+        raise click.UsageError(f"{image} is a Python file: name a policy with -p {image}, a guest with --guest {image}")
     if image is not None and _is_bzimage(image):
         raise click.UsageError(f"{image} is a Linux kernel (a bzImage): boot it with `pagegate boot {image}`")
     if guest is not None:
@@ -182,8 +206,9 @@ def run(  # noqa: PLR0913 - one for each option
                 again = partial(made, policy, options)
                 meanwhile.enter_context(Watcher(vm, changes, again, _say, written(policy)))
             if verbose or told.is_terminal:
-                say = partial(put_line, told)
-                meanwhile.enter_context(Life(vm, say, each=verbose, news=lambda: True))
+                life = meanwhile.enter_context(Life(vm, partial(put_line, told), each=verbose, news=lambda: True))
+                if verbose and told.is_terminal:
+                    console.before = life.catch_up
             interrupt = meanwhile.enter_context(Interrupt(vm, deadline))
             report = vm.run(timeout=deadline.left())
         console.end()

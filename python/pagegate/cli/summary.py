@@ -12,29 +12,14 @@ from rich.text import Text
 
 from pagegate.cli import places
 from pagegate.cli.printing import Pairs, counted, times
+from pagegate.units import duration, size
 
 if TYPE_CHECKING:
     from pagegate import Event, Report, Vm
 
 _PAGE = 4096
 _STRIP_CELLS = 64
-_MOST = (1 << 64) - 1
-"""What the size of a malformed request is that asks for more."""
 _STYLE = {"converted": "green", "denied": "red", "stopped": "red", "failed": "red"}
-
-
-def size(count: int) -> str:
-    """A number of bytes as text, with a unit if it is whole."""
-    if count == _MOST:
-        return "≥16 EiB"
-    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count >= unit and count % unit == 0:
-            return f"{count // unit} {name}"
-    return f"{count} bytes"
-
-
-def _nanoseconds(value: int) -> str:
-    return f"{value / 1000:.1f} µs" if value < 10**6 else f"{value / 10**6:.2f} ms"
 
 
 def strip(vm: Vm, width: int) -> Text:
@@ -91,9 +76,11 @@ def outcome(event: Event) -> Text:
         text.append(f", errno {event.errno}")
     elif event.outcome == "converted" and (event.done_gpa, event.done_size) != (event.gpa, event.size):
         text.append(f" {event.done_gpa:#010x} + {size(event.done_size)}", "yellow").append(f" ({_how(event)})")
-    return text.append(f"  {_nanoseconds(event.latency)}", "dim")
+    # What no policy was asked about has no latency.
+    return text if event.kind in _NOT_ASKED else text.append(f"  {duration(event.latency)}", "dim")
 
 
+_NOT_ASKED = ("malformed", "unpaged", "accessed")
 _DECIDED = {
     "converted": "converted",
     "denied": "denied",
@@ -149,7 +136,7 @@ class Ran:
     def latency(self) -> str:
         """The time of a request from exit to resume."""
         latency = self.report.latency
-        return ", ".join(f"{name} {_nanoseconds(getattr(latency, name))}" for name in ("p50", "p90", "p99", "max"))
+        return ", ".join(f"{name} {duration(getattr(latency, name))}" for name in ("p50", "p90", "p99", "max"))
 
     def ending(self) -> str:
         """Why the run ended before the guest halted, in one sentence."""
@@ -160,11 +147,20 @@ class Ran:
             return f"the policy stopped the run at a request{what}: {reason}"
         return {
             "denied": f"the policy denied what the guest had touched{what}, so the guest could not continue",
-            "livelock": f"the same fault was repeated too often{what}, so the run was ended",
+            "livelock": f"the same fault was repeated too often{what}, so the run was ended{self.of_no_use()}",
             "timeout": f"the guest did not halt within {self.timeout or 0:g} s",
             "shutdown": "the guest shut down: an exception that it cannot handle (triple fault)",
             "stopped": "Ctrl-C ended the run" if self.interrupted else "the run was stopped before the guest halted",
         }.get(reason, f"the run ended before the guest halted: {reason}")
+
+    def of_no_use(self) -> str:
+        """What the policy converted in place of what the last fault needs, if it did."""
+        if not self.events or (last := self.events[-1]).outcome != "converted":
+            return ""
+        if last.done_gpa <= last.gpa < last.done_gpa + last.done_size and last.done_to == last.to:
+            return ""
+        done = f"{last.done_gpa:#x} + {size(last.done_size)} to {last.done_to}"
+        return f": the policy converted {done}, which is not what the guest needs"
 
 
 def summary(ran: Ran, width: int, note: str = "") -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 INDENT = 4
+_UNIT = re.compile(r"(B|[KMGTE]iB|ns|µs|ms|s)\b")
 _MOST_HELP = 80
 """Columns of a help text, which is hard to read if it is wider."""
 
@@ -30,6 +32,9 @@ def breaks(text: str, width: int, indent: int = INDENT) -> list[tuple[int, int]]
         if len(text) - begin > room > 0:
             word = begin + len(text[begin:]) - len(text[begin:].lstrip())
             at = text.rfind(" ", word, begin + room + 1)
+            # A unit stays with its number.
+            while at > word and text[at - 1].isdigit() and _UNIT.match(text, at + 1):
+                at = text.rfind(" ", word, at)
             at = at if at >= 0 else text.find(" ", max(word, begin + room))
         if at < 0:
             return [*found, (begin, len(text))]

@@ -107,7 +107,7 @@ def download(apt: Apt, packages: Sequence[Package], directory: Path, report: Rep
     words = [f"{package.name}={package.version}" for package in packages]
     described = _output(apt, "apt-get", "download", "--print-uris", *words)
     total = sum(int(size) for size in re.findall(r" (\d+) [A-Z0-9]+:[0-9a-f]+$", described, re.MULTILINE))
-    report.stage(f"downloading {packages[0].name} {packages[0].version}, MiB", (total >> 20) or None)
+    report.stage(f"downloading {packages[0].name} {packages[0].version}", (total >> 20) or None, "MiB")
 
     def measure() -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -77,10 +77,14 @@ class Call:
         if self.then is not None:
             given[_THEN] = self.then.make(options)
         elif options:
-            raise PolicyError(f"{self.text} has no file that would take options ({', '.join(options)})")
+            raise policy_file.Misnamed(f"{self.text} has no file that would take options ({', '.join(options)})")
         if self.ranges:
             given[_RANGES] = self.ranges
-        return _options.call(self.kind, self.arguments, given)()
+        try:
+            make = _options.call(self.kind, self.arguments, given)
+        except PolicyError as error:
+            raise policy_file.Misnamed(str(error)) from None
+        return make()
 
     @property
     def file(self) -> Path | None:
@@ -98,6 +102,8 @@ Expression = File | Call
 def parse(text: str) -> Expression:
     """Reads what names a policy. ValueError, with a sentence, for what does not."""
     text = text.strip()
+    if not text:
+        raise ValueError("it is empty: name a policy, as mine.py or Quota(8M)")
     # A file may have any name.
     if not Path(text).exists():
         if found := _CALL.fullmatch(text):
@@ -147,14 +153,12 @@ def _call(name: str, written: list[str], text: str) -> Call:
         elif _is_number(each):
             key, value = next((one for one in positional if one not in arguments), ""), each
         elif _THEN in parameters:
-            then = parse(each)
+            then = _asked(name, each)
             continue
         else:
             key, value = "", each
         if not key:
-            takes = ", ".join(parameters) or "no arguments"
-            example = f", as in {_example(name)}" if _THEN in parameters else ""
-            raise ValueError(f"{name} does not take {value!r}: it takes {takes}{example}")
+            raise ValueError(f"{name} does not take {value!r}: {_takes(name, positional)}")
         if key in arguments:
             raise ValueError(f"{name} has {key} twice")
         arguments[key] = value
@@ -164,6 +168,32 @@ def _call(name: str, written: list[str], text: str) -> Call:
     if _RANGES in parameters and not ranges:
         raise ValueError(f"{name} needs a range of addresses, as in {_example(name)}")
     return Call(kind, arguments, ranges, then, text)
+
+
+def _asked(name: str, text: str) -> Expression:
+    """The policy that this one asks."""
+    if text[0].isdigit() and "(" not in text and not Path(text.rpartition(":")[0] or text).exists():
+        raise ValueError(f"{name}: {text} is no {_NUMBERS[name]}, as in {_example(name)}, and no file")
+    return parse(text)
+
+
+def _takes(name: str, positional: list[str]) -> str:
+    """What it takes, where something else was given."""
+    takes = ", ".join(positional)
+    if _THEN not in inspect.signature(BUILT_IN[name]).parameters:
+        return f"it takes {takes or 'no arguments'}"
+    example = f"{_example(name)[:-1]}, mine.py)"
+    return f"it takes {takes or 'ranges of addresses'}, and after that it may take a policy, as in {example}"
+
+
+_NUMBERS = {
+    "Align": "size",
+    "PingPong": "number",
+    "Quota": "size",
+    "RateLimit": "number",
+    "Window": "range of addresses",
+}
+"""What those that may take a policy take before it."""
 
 
 def _example(name: str) -> str:

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 _OBJECT = "policy"
 _LARGEST = 16 << 20
 """The most bytes of a file."""
+_MODULE = "<module>"
+"""What Python calls the code of a file that is outside functions."""
+_STEPS = 4
+"""How many steps of the way to a neighbour's line are told at most."""
 _numbers = itertools.count()
+
+
+class Misnamed(PolicyError):
+    """The policy's name, or an option, that was given fits nothing in the file; the file itself may be good."""
 
 
 def load(
@@ -126,14 +134,12 @@ def _policy(found: object, file: str, name: str | None, options: Mapping[str, st
     if inspect.isclass(found):
         return _made(found, file, options, f"has a {found.__name__} that cannot be made")
     if name in NAMES and inspect.isroutine(found):
-        raise PolicyError(
-            f"{file}: {name} is a hook and not a policy: leave the name out to have all of the file's hooks"
-        )
+        raise Misnamed(f"{file}: {name} is a hook and not a policy: leave the name out to have all of the file's hooks")
     if inspect.isroutine(found):
         return _made(found, file, options, f"has a {name} that makes no policy")
     if options:
         what = "a module of functions" if inspect.ismodule(found) else f"a {type(found).__name__} that is made already"
-        raise PolicyError(
+        raise Misnamed(
             f"{file}: its policy is {what} and takes no options ({', '.join(options)}): "
             "name a class or a function that makes a policy"
         )
@@ -146,7 +152,7 @@ def _made(by: Callable[..., object], file: str, options: Mapping[str, str], fail
     except PolicyError as error:
         # The annotation of a class in the file has the name of the module, which means nothing to a user.
         text = str(error).replace(f"{getattr(by, '__module__', '')}.", "")
-        raise PolicyError(f"{_place(file, _line_of(by))} {text}") from None
+        raise Misnamed(f"{_place(file, _line_of(by))} {text}") from None
     try:
         return make()
     except KeyboardInterrupt:
@@ -167,20 +173,49 @@ def _place(file: str, line: int | None) -> str:
 
 
 def _refused(file: str, what: str, error: BaseException, by: Callable[..., object] | None = None) -> PolicyError:
-    """A PolicyError for this error, with the last line of the file in its traceback."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    line = lines[-1] if lines else None
-    text = str(error)
-    if isinstance(error, SyntaxError) and error.filename == file:
-        line, text = error.lineno, error.msg
-    if line is None and by is not None:
-        line = _line_of(by)
-    place = file if line is None else f"{file}, line {line},"
+    """A PolicyError for this error, with the innermost line of the policy's files that it came from."""
+    files = _by_file(error)
+    text = error.msg if isinstance(error, SyntaxError) and error.filename in neighbours.loaded else str(error)
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if by is not None:
+        # It is the policy's file that has what cannot be made, wherever that failed.
+        own = [lines[-1].lineno for path, lines in files if path == file]
+        line = own[-1] if own else _line_of(by)
+        place = file if line is None else f"{file}, line {line},"
+        if files and files[-1][0] != file:
+            said += f" ({files[-1][0]}, line {files[-1][1][-1].lineno})"
+    else:
+        place = _chain(file, files)
     refusal = PolicyError(f"{place} {what}: {said}")
     for note in getattr(error, "__notes__", ()):
         refusal.add_note(note)
     return refusal
+
+
+def _by_file(error: BaseException) -> list[tuple[str, list[traceback.FrameSummary]]]:
+    """The frames in the policy's file and its neighbours, the innermost last; those in a row of one file together."""
+    found = frames(traceback.extract_tb(error.__traceback__))
+    if isinstance(error, SyntaxError) and error.filename in neighbours.loaded:
+        # Such a file has no frame: nothing of it was executed.
+        found.append(traceback.FrameSummary(error.filename, error.lineno, _MODULE))
+    return [(path, list(each)) for path, each in itertools.groupby(found, key=lambda frame: frame.filename)]
+
+
+def _chain(file: str, files: list[tuple[str, list[traceback.FrameSummary]]]) -> str:
+    """The innermost line, and how it was reached from the policy's file."""
+    if not files:
+        return file
+    path, lines = files[-1]
+    how = [
+        f"{'imported by' if inner[0].name == _MODULE else 'called from'} "
+        f"{os.path.relpath(outer_path, Path(file).parent)}, line {outer[-1].lineno}"
+        for (outer_path, outer), (_, inner) in reversed(list(itertools.pairwise(files)))
+    ]
+    if len(how) > _STEPS:
+        # Two files that call each other without an end do so a thousand times.
+        how = [*how[: _STEPS - 1], "...", how[-1]]
+    told = f" ({', '.join(how)})" if how else ""
+    return f"{path}, line {lines[-1].lineno}{told},"
 
 
 def _classes(module: ModuleType) -> dict[str, type]:
@@ -201,6 +236,13 @@ def _first_line(kind: type) -> str:
     return f"  {about}" if about and not about.startswith(f"{kind.__name__}(") else ""
 
 
+def _there(names: list[str]) -> str:
+    if not names:
+        return "there is no policy at all"
+    *others, last = names
+    return f"there are {', '.join(others)} and {last}" if others else f"there is {last}"
+
+
 def _can_be_one(value: object) -> bool:
     if inspect.ismodule(value) or inspect.isroutine(value):
         return False
@@ -214,14 +256,14 @@ def _chosen(module: ModuleType, file: str, name: str | None) -> object:
     if name is not None:
         if name in there:
             return there[name]
-        names = ", ".join(each for each, value in there.items() if _can_be_one(value)) or "no policy at all"
-        raise PolicyError(f"{file} has no {name}: there is {names}")
+        names = [each for each, value in there.items() if _can_be_one(value)]
+        raise Misnamed(f"{file} has no {name}: {_there(names)}")
     if _can_be_one(there.get(_OBJECT)):
         return there[_OBJECT]
     classes = _classes(module)
     if len(classes) > 1:
         lines = "".join(f"\n  {Path(file).name}:{each}{_first_line(kind)}" for each, kind in classes.items())
-        raise PolicyError(f"{file} has several policies, name one:{lines}")
+        raise Misnamed(f"{file} has several policies, name one:{lines}")
     if classes:
         return next(iter(classes.values()))
     if not any(hasattr(module, each) for each in NAMES):

@@ -175,7 +175,8 @@ def _downloaded(source: Source, suite: str | None, report: Reporter) -> Path:
         wanted = f"{source.package}={source.version}"
         described = apt.output("apt-get", "download", "--print-uris", wanted)
         size = re.search(r" (\d+) SHA", described)
-        report.stage(f"downloading {source.package} {source.version}, MiB", int(size[1]) >> 20 if size else None)
+        total = int(size[1]) >> 20 if size else None
+        report.stage(f"downloading {source.package} {source.version}", total, "MiB")
 
         def measure() -> None:
             with contextlib.suppress(FileNotFoundError):

@@ -15,8 +15,8 @@ PLAIN_INTERVAL = 20.0
 class Reporter(Protocol):
     """Is told how far a build is."""
 
-    def stage(self, text: str, total: int | None = None) -> None:
-        """A stage begins, of about `total` steps."""
+    def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
+        """A stage begins, of about `total` steps; what a step is, where the text does not say it."""
 
     def reach(self, done: int) -> None:
         """`done` steps of the stage are done."""
@@ -25,7 +25,7 @@ class Reporter(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def stage(self, text: str, total: int | None = None) -> None:
+    def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         """Show nothing."""
 
     def reach(self, done: int) -> None:
@@ -40,11 +40,12 @@ class PlainLines:
         self._stream = stream
         self._text = ""
         self._total: int | None = None
+        self._unit = ""
         self._begun = self._said = 0.0
 
-    def stage(self, text: str, total: int | None = None) -> None:
+    def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         """Say that the stage begins."""
-        self._text, self._total = text, total
+        self._text, self._total, self._unit = text, total, unit and f" {unit}"
         self._begun = self._said = time.monotonic()
         self._say(text)
 
@@ -56,7 +57,7 @@ class PlainLines:
         self._said = now
         # The total is an estimate, and "1203 of about 1200" would confuse.
         of = f" of about {self._total}" if self._total is not None and done <= self._total else ""
-        self._say(f"{self._text}: {done}{of}, {now - self._begun:.0f} s")
+        self._say(f"{self._text}: {done}{of}{self._unit}, {now - self._begun:.0f} s")
 
     def _say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -70,10 +71,10 @@ class Bars:
         self._progress = progress
         self._task: TaskID | None = None
 
-    def stage(self, text: str, total: int | None = None) -> None:
+    def stage(self, text: str, total: int | None = None, unit: str = "") -> None:
         """Complete the bar of the last stage, and begin another."""
         self.finish()
-        self._task = self._progress.add_task(text, total=total)
+        self._task = self._progress.add_task(f"{text}, {unit}" if unit else text, total=total)
 
     def reach(self, done: int) -> None:
         """Move the bar."""

@@ -33,7 +33,13 @@ class PolicyTester:
         self.memory: Final = number_of_bytes(memory, "memory")
         self.time = 0
         """Nanoseconds: the time of the next request. Built-in policies use the times of requests, not a clock."""
+        self._policy = policy
         self._trial = Trial(policy, memory, initial)
+
+    def __repr__(self) -> str:
+        """The policy, and how much it has let become shared."""
+        asked = "no policy" if self._policy is None else repr(self._policy)
+        return f"<pagegate.testing.PolicyTester of {asked}: {self.shared_bytes:#x} bytes of {self.memory:#x} shared>"
 
     def advance(self, seconds: float) -> None:
         """Adds to ``time``. ValueError for a negative number."""

@@ -12,8 +12,8 @@ use crate::policy::device_access::PyDeviceAccess;
 /// Time from exit to resume of a run's requests, in nanoseconds, to three digits.
 ///
 /// 0 if there were no requests.
-#[pyclass(name = "Latency", module = "pagegate", frozen, get_all, from_py_object)]
-#[derive(Clone)]
+#[pyclass(name = "Latency", module = "pagegate", frozen, get_all, eq, from_py_object)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct PyLatency {
     p50: u64,
     p90: u64,
@@ -52,8 +52,8 @@ impl PyLatency {
 /// Where a vCPU was when it ended a run.
 ///
 /// After "shutdown" AMD's KVM has reset the vCPU, so that ``rip`` is 0xfff0 then.
-#[pyclass(name = "Whereabouts", module = "pagegate", frozen, get_all, from_py_object)]
-#[derive(Clone)]
+#[pyclass(name = "Whereabouts", module = "pagegate", frozen, get_all, eq, from_py_object)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct PyWhereabouts {
     /// Index of the vCPU.
     vcpu: u32,
@@ -267,6 +267,13 @@ impl PyReport {
             latency: fields.made::<PyLatency, _>("latency")?,
             seconds: fields.get("seconds")?,
         })
+    }
+
+    fn __eq__(slf: &Bound<'_, Self>, other: &Bound<'_, PyAny>) -> PyResult<bool> {
+        match other.cast::<Self>() {
+            Ok(other) => Self::asdict(slf)?.eq(Self::asdict(other)?),
+            Err(_) => Ok(false),
+        }
     }
 
     /// Its fields by name. An equal one can be made of them.

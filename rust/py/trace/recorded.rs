@@ -219,6 +219,7 @@ pub(crate) fn synthetic_trace(
             "requests is {requests}: it must be at most {MOST_SYNTHETIC}, for they are made in memory"
         )));
     }
-    let made = py.detach(|| synthetic(requests, seed, vcpus));
+    let made = py.detach(|| synthetic(requests, seed, vcpus, &mut attach::check_signals));
+    let made = made.map_err(|failure| errors::raise(py, Error::Interrupted(failure)))?;
     Ok(PyTrace(Arc::new(made.map_err(|_| PyMemoryError::new_err(()))?)))
 }

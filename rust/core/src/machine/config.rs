@@ -14,6 +14,8 @@ use crate::policy::hooks::Policy;
 use crate::x86::cpuid;
 use crate::x86::sev::SoftwareSev;
 
+/// x86 has no guest-physical address from here on.
+const MOST_MEMORY: u64 = 1 << 52;
 /// The most events that a log keeps: more than a host has memory for.
 const MOST_EVENTS: usize = 1 << 32;
 
@@ -111,9 +113,14 @@ impl Config {
     /// Checks what can be checked without the host, and lays out memory.
     pub(super) fn views(&self) -> Result<Views, Error> {
         let memory = self.memory;
-        if memory == 0 || !memory.is_multiple_of(PAGE_SIZE) || memory > 1 << 52 {
+        if memory == 0 || !memory.is_multiple_of(PAGE_SIZE) {
             return invalid(format!(
                 "memory is {memory:#x} bytes: it must be a positive multiple of 4096"
+            ));
+        }
+        if memory > MOST_MEMORY {
+            return invalid(format!(
+                "memory is {memory:#x} bytes: x86 has addresses for no more than {MOST_MEMORY:#x}"
             ));
         }
         if self.vcpus == 0 {

@@ -6,7 +6,9 @@ use super::about::About;
 use super::data::Trace;
 use crate::allocation::reserve;
 use crate::errno::Errno;
+use crate::error::Failure;
 use crate::events::event::{Event, Kind, Outcome, RecordedDecision};
+use crate::input::Watch;
 use crate::memory::address::{PAGE_SIZE, Range, State};
 use crate::policy::decision::Decision;
 use crate::policy::map_gpa_range;
@@ -14,6 +16,8 @@ use crate::policy::trial::Model;
 
 const MEMORY: u64 = 1 << 30;
 const BLOCK: u64 = 2 << 20;
+/// How many requests are made between two calls of the watch.
+const BETWEEN_WATCHES: u64 = 1 << 16;
 const BUFFER: u64 = 256 << 10;
 /// Where the guest has its bounce buffers, its rings, pages that it converts between private and shared, and memory
 /// that it balloons: gpa and size.
@@ -28,13 +32,13 @@ const BALLOON: (u64, u64) = (512 << 20, 256 << 20);
 /// (explicit).
 ///
 /// # Errors
-/// ENOMEM.
-pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Result<Trace, Errno> {
+/// That of `watch`, which is called again and again; inside, ENOMEM.
+pub fn synthetic(requests: u64, seed: u64, vcpus: u32, watch: &mut Watch<'_>) -> Result<Result<Trace, Errno>, Failure> {
     let about = About::whole(MEMORY, State::Private);
     let mut model = about.model();
     let mut random = Random(seed);
     let mut time = 0;
-    let event = |sequence| {
+    let mut event = |sequence| {
         let (kind, (start, size), unit) = match random.below(100) {
             0..60 => (Kind::Explicit, BUFFERS, BUFFER),
             60..85 => (Kind::Implicit, RINGS, PAGE_SIZE),
@@ -59,13 +63,20 @@ pub fn synthetic(requests: u64, seed: u64, vcpus: u32) -> Result<Trace, Errno> {
         )
     };
     let mut events = Vec::new();
-    reserve(&mut events, usize::try_from(requests).unwrap_or(usize::MAX))?;
-    events.extend((0..requests).map(event));
-    Ok(Trace {
+    if let Err(errno) = reserve(&mut events, usize::try_from(requests).unwrap_or(usize::MAX)) {
+        return Ok(Err(errno));
+    }
+    for sequence in 0..requests {
+        if sequence % BETWEEN_WATCHES == 0 {
+            watch()?;
+        }
+        events.push(event(sequence));
+    }
+    Ok(Ok(Trace {
         about,
         events,
         truncated: false,
-    })
+    }))
 }
 
 const BLANK: Event = Event {
