@@ -270,7 +270,8 @@ fn linux() -> Vec<Seed> {
 }
 
 fn traces() {
-    let recorded = synthetic(40, 1, 2).expect("there is memory for 40 events");
+    let recorded = synthetic(40, 1, 2, &mut || Ok(())).expect("nothing interrupts it");
+    let recorded = recorded.expect("there is memory for 40 events");
     let none = Trace {
         about: About::new(1 << 20, State::Shared).expect("a valid size"),
         events: Vec::new(),
