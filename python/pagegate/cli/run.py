@@ -28,6 +28,7 @@ from pagegate.cli.summary import Ran, facts, summary
 from pagegate.cli.telling import tell
 from pagegate.guests import is_script
 from pagegate.loading import guest_file
+from pagegate.loading.policy_file import Misnamed
 from pagegate.loading.watch import Changes, Watcher
 from pagegate.units import size
 
@@ -42,8 +43,11 @@ _ENTRY = 0x1000
 def _known(ctx: click.Context, param: click.Parameter, name: str | None) -> Guest | None:
     if name is None or name in GUESTS:
         return GUESTS[name] if name else None
-    if guest := guest_file.load(name):
-        return guest
+    try:
+        if guest := guest_file.load(name):
+            return guest
+    except Misnamed as error:
+        raise click.BadParameter(str(error), ctx, param) from None
     about = "\n".join(f"  {each:9} {guest.about}" for each, guest in GUESTS.items())
     raise click.BadParameter(f"there is no guest {name!r}; name a file FILE.py, or one of\n{about}", ctx, param)
 

@@ -45,7 +45,7 @@ def load(text: str) -> Guest | None:
 def _chosen(there: dict[str, Any], module: str, file: str, name: str) -> Any:
     if name:
         if name not in there:
-            raise PagegateError(f"{file} has no {name}")
+            raise policy_file.Misnamed(f"{file} has no {name}")
         return there[name]
     if "script" in there:
         return there["script"]
@@ -54,7 +54,7 @@ def _chosen(there: dict[str, Any], module: str, file: str, name: str) -> Any:
         return next(iter(scripts.values()))
     if scripts:
         lines = "".join(f"\n  {Path(file).name}:{each}" for each in scripts)
-        raise PagegateError(f"{file} has several guests, name one:{lines}")
+        raise policy_file.Misnamed(f"{file} has several guests, name one:{lines}")
     made_here = [each for each, value in there.items() if getattr(value, "__module__", None) == module]
     also = f"; it has {', '.join(made_here)}" if made_here else ""
     raise PagegateError(f"{file} has no guest, which is {_FORM}, named script{also}")
