@@ -33,7 +33,7 @@ def outputs(vm: Vm, number: int) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"shared_bit": 40}, {"private_bit": 40, "memslots": 2}])
+@pytest.mark.parametrize("kwargs", [{}, {"shared_bit": 35}, {"private_bit": 35, "memslots": 2}])
 def test_what_it_counts_goes_on(tmp_path: Path, kwargs) -> None:
     with Vm("16M", enforcement="memslots", debug_private=True, **kwargs) as vm:
         vm.load(COUNTS, at=0x1000)
