@@ -20,8 +20,8 @@ _COLOURS = {"private": "#8e44ad", "shared": "#16a085"}
 
 def report(of: Report) -> str:
     """A report as a table of two columns."""
-    facts = {name: value for name, value in of.asdict().items() if value is not None}
-    return _table(("", ""), ((name, _written(name, value)) for name, value in facts.items()))
+    facts = ((name, _written(name, value)) for name, value in of.asdict().items() if value is not None)
+    return _table(("", ""), facts)
 
 
 def events(of: Sequence[Event]) -> str:

@@ -76,11 +76,11 @@ def outcome(event: Event) -> Text:
         text.append(f", errno {event.errno}")
     elif event.outcome == "converted" and (event.done_gpa, event.done_size) != (event.gpa, event.size):
         text.append(f" {event.done_gpa:#010x} + {size(event.done_size)}", "yellow").append(f" ({_how(event)})")
-    # What no policy was asked about has no latency.
-    return text if event.kind in _NOT_ASKED else text.append(f"  {duration(event.latency)}", "dim")
+    # Only requests of a vCPU that a policy judges have a latency.
+    return text if event.kind in _NOT_TIMED else text.append(f"  {duration(event.latency)}", "dim")
 
 
-_NOT_ASKED = ("malformed", "unpaged", "accessed")
+_NOT_TIMED = ("malformed", "unpaged", "device")
 _DECIDED = {
     "converted": "converted",
     "denied": "denied",

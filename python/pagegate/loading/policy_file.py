@@ -35,7 +35,7 @@ _numbers = itertools.count()
 
 
 class Misnamed(PolicyError):
-    """The policy's name, or an option, that was given fits nothing in the file; the file itself may be good."""
+    """A policy or guest that was named, or an option, is not in the file, which may itself be good."""
 
 
 def load(

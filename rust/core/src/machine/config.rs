@@ -9,13 +9,11 @@ use crate::error::Error;
 use crate::hypervisor::host::{self, EnforcementMode, VmType};
 use crate::hypervisor::vm::Hypervisor;
 use crate::memory::address::{PAGE_SIZE, Range, State};
-use crate::memory::views::{ViewBit, Views};
+use crate::memory::views::{PHYSICAL_END, ViewBit, Views};
 use crate::policy::hooks::Policy;
 use crate::x86::cpuid;
 use crate::x86::sev::SoftwareSev;
 
-/// x86 has no guest-physical address from here on.
-const MOST_MEMORY: u64 = 1 << 52;
 /// The most events that a log keeps: more than a host has memory for.
 const MOST_EVENTS: usize = 1 << 32;
 
@@ -118,9 +116,9 @@ impl Config {
                 "memory is {memory:#x} bytes: it must be a positive multiple of 4096"
             ));
         }
-        if memory > MOST_MEMORY {
+        if memory > PHYSICAL_END {
             return invalid(format!(
-                "memory is {memory:#x} bytes: x86 has addresses for no more than {MOST_MEMORY:#x}"
+                "memory is {memory:#x} bytes: x86 has addresses for no more than {PHYSICAL_END:#x}"
             ));
         }
         if self.vcpus == 0 {

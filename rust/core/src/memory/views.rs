@@ -3,7 +3,7 @@
 use crate::memory::address::{PAGE_SIZE, Range, State};
 
 /// x86 has no guest-physical address from here on.
-const PHYSICAL_END: u64 = 1 << 52;
+pub(crate) const PHYSICAL_END: u64 = 1 << 52;
 
 /// The bit of a guest-physical address that tells the two views of a page apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
