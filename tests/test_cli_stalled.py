@@ -20,6 +20,7 @@ from .boot_parts import command as boot_command
 from .boot_parts import write_kernel
 
 CHATTER = b"\xb0x\xe6\xe9\xeb\xfc"  # mov al, 'x'; out 0xe9, al; jmp to the out
+SAID = b"p" * 4000
 TIMEOUT = 2
 LATE = 2.5
 """Seconds after which a command that is to end has ended: half a second of patience, and the end of a Python process
@@ -29,9 +30,13 @@ DROPPED = re.compile(rb"pagegate: (\d+) bytes of output are dropped: nobody read
 
 @pytest.fixture
 def run(tmp_path):
-    """`pagegate run` with a guest that never stops writing."""
+    """`pagegate run` with a guest that never stops writing.
+
+    Its policy has nearly filled the pipe: on a busy machine a guest writes less than a pipe's size in `TIMEOUT`.
+    """
     (tmp_path / "image").write_bytes(CHATTER)
-    (tmp_path / "allow.py").write_text("from pagegate import *\npolicy = policies.Allow()\n")
+    text = f"from pagegate import *\nprint({SAID.decode()!r}, end='', flush=True)\npolicy = policies.Allow()\n"
+    (tmp_path / "allow.py").write_text(text)
     return [sys.executable, "-m", "pagegate", "run", "-p", str(tmp_path / "allow.py"), str(tmp_path / "image")]
 
 
@@ -171,7 +176,7 @@ def test_a_run_that_has_ended_waits_for_its_reader(run, tmp_path, piped) -> None
     assert one.process.poll() is None
     output = _read_slowly(one, 0)
     assert (one.process.returncode, one.errors()) == (0, b"")
-    assert output.startswith(b"x" * 12288 + b"\n")
+    assert output.startswith(SAID + b"x" * 12288 + b"\n")
 
 
 @pytest.mark.kvm
