@@ -1062,6 +1062,8 @@ class Event:
 class Events:
     """The machine's log of requests: the newest of each vCPU. Iterating gives the oldest first.
 
+    It can be read after the machine is closed, too.
+
     It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
     ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
     vCPU are in order, those of malformed requests for themselves: 4096 of these are kept beside the others, which they
@@ -1083,8 +1085,9 @@ class Events:
         """The events as they come, for asyncio: ``async for event in vm.events.follow()``.
 
         From the oldest that is kept on, or from sequence number ``since``, to the last of one run: the one that is in
-        progress at the call, else the last one, else the first that there will be. ``interval``: seconds between
-        two looks at the log, 0.05 by default.
+        progress at the call, else the last one, else the first that there will be. If the machine is closed, there
+        will be no more: then to the last that is kept. ``interval``: seconds between two looks at the log, 0.05 by
+        default.
         """
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> Event: ...
@@ -1292,7 +1295,7 @@ class Vm:
         """The policy in place, to look at or replace."""
     @property
     def events(self) -> Events:
-        """The log of requests."""
+        """The log of requests. It is there after ``close``, too."""
     def load(self, image: Buffer | str | PathLike[str], at: int | str = 0x1000) -> int:
         """Loads bytes, a raw file or an ELF file's segments into guest memory, and returns the entry point.
 
@@ -1461,6 +1464,8 @@ class Vm:
         """Resident bytes of guest memory, on each side."""
     def close(self) -> None:
         """Frees the machine, its memory and all descriptors. PagegateError while it runs, and from a listener.
+
+        ``events`` and ``report`` stay as long as this object.
 
         It waits for conversions under way, whose listeners are told to their end; after it none succeeds.
         """

@@ -7,12 +7,13 @@ from pathlib import Path
 import pagegate
 import pyarrow as pa
 import pytest
-from pagegate import Convert, Deny, Retry, Stop, Vm, policies
+from pagegate import Convert, Deny, Retry, Stop, Vm, policies, trace
 from pagegate.testing import Fake, Step
 
 from .conftest import TWO_VIEWS
 
 PAGE = 4096
+MEMORY = 1 << 20
 PRIVATE, SHARED = 16, 0
 COLUMNS = {name for name in vars(pagegate.Event) if not name.startswith("_")} - {"asdict"}
 FLAGS = ("decision_prefault", "decision_discard", "write")
@@ -189,6 +190,24 @@ def test_a_table_does_not_change(make) -> None:
     vm.close()
     assert taken.to_pylist() == before
     assert [row["sequence"] for row in before] == list(range(701))
+
+
+def test_the_log_can_be_read_after_its_machine_is_closed() -> None:
+    steps = [Step.doorbell(number * PAGE, 1, PRIVATE) for number in range(8)]
+    with Vm(MEMORY, events=4, hypervisor=Fake([*steps, Step.doorbell(1, 1, PRIVATE)])) as vm:
+        vm.vcpus[0].start(mode="real")
+        vm.run(timeout=30)
+        log = vm.events
+        before = list(log), rows(log), repr(log)
+    assert vm.closed
+    for events in (log, vm.events):
+        assert (list(events), rows(events), repr(events)) == before
+        assert (events.total, events.dropped, len(events)) == (9, 4, 5)
+        assert [event.gpa for event in events[:4]] == [number * PAGE for number in range(4, 8)]
+        assert events[-1].kind == "malformed"
+        assert [event.sequence for event in events.since(7)] == [7, 8]
+        assert len(trace.read(events)) == 5
+        assert "0x7000" in events._repr_html_()
 
 
 def test_tables_taken_during_a_run_have_whole_rows(make, in_background) -> None:

@@ -338,6 +338,27 @@ def test_following_goes_on_while_a_next_run_is_in_progress():
     assert asyncio.run(main()) == [0, 1]
 
 
+def test_following_the_log_of_a_machine_that_is_closed():
+    async def main(vm):
+        return [event.sequence async for event in vm.events.follow()]
+
+    with machine(Told(), *requests(0, 1), Step.block(), *requests(2)) as vm:
+        vm.run(timeout=0.2)
+        vm.run(timeout=10)
+    assert asyncio.run(main(vm)) == [0, 1, 2]
+
+
+def test_following_does_not_wait_for_a_run_once_the_machine_is_closed():
+    async def main():
+        with machine(Told()) as vm:
+            following = asyncio.ensure_future(anext(vm.events.follow(interval=0.001), None))
+            await asyncio.sleep(0.05)
+            assert not following.done()
+        return await asyncio.wait_for(following, 10)
+
+    assert asyncio.run(main()) is None
+
+
 @pytest.mark.parametrize("hook", ["configure", "running"])
 def test_following_does_not_wait_for_a_run_that_failed_before_it_was_asked(hook):
     policy = Told()

@@ -1,5 +1,8 @@
 //! The log of requests, for Python.
 
+use std::sync::Arc;
+
+use pagegate_core::events::log::EventLog;
 use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyCapsule};
 use pyo3::{PyTraverseError, PyVisit};
@@ -12,6 +15,8 @@ use crate::interpreter::arguments;
 
 /// The machine's log of requests: the newest of each vCPU. Iterating gives the oldest first.
 ///
+/// It can be read after the machine is closed, too.
+///
 /// It is also an Arrow table, by ``__arrow_c_stream__``: ``polars.DataFrame(vm.events)``, ``pyarrow.table(vm.events)``,
 /// ``pandas.DataFrame.from_arrow(vm.events)``. The columns are the log's own memory and are not copied. The rows of one
 /// vCPU are in order, those of malformed requests for themselves: 4096 of these are kept beside the others, which they
@@ -20,9 +25,13 @@ use crate::interpreter::arguments;
 pub(crate) struct PyEvents(pub(crate) OfVm);
 
 impl PyEvents {
+    fn log(&self, py: Python<'_>) -> PyResult<&Arc<EventLog>> {
+        self.0.parts.events(py)
+    }
+
     fn kept(&self, py: Python<'_>, since: u64) -> PyResult<Vec<PyEvent>> {
-        let machine = self.0.machine(py)?;
-        let events = py.detach(|| machine.events().since(since));
+        let log = self.log(py)?;
+        let events = py.detach(|| log.since(since));
         Ok(events.into_iter().map(PyEvent::from).collect())
     }
 }
@@ -32,15 +41,14 @@ impl PyEvents {
     /// Number of events so far, kept or dropped.
     #[getter]
     fn total(&self, py: Python<'_>) -> PyResult<u64> {
-        Ok(self.0.machine(py)?.events().total())
+        Ok(self.log(py)?.total())
     }
 
     /// Number of events that were dropped to make room for newer ones.
     #[getter]
     fn dropped(&self, py: Python<'_>) -> PyResult<u64> {
-        let machine = self.0.machine(py)?;
-        let events = machine.events();
-        Ok(events.total().saturating_sub(events.kept() as u64))
+        let log = self.log(py)?;
+        Ok(log.total().saturating_sub(log.kept() as u64))
     }
 
     /// Whether the host could read and write private pages, as ``Vm(debug_private=True)`` allows.
@@ -64,8 +72,8 @@ impl PyEvents {
         py: Python<'py>,
         requested_schema: Option<Bound<'py, PyCapsule>>,
     ) -> PyResult<Bound<'py, PyCapsule>> {
-        let machine = self.0.machine(py)?;
-        let (schema, batches) = py.detach(|| (self.0.parts.about().schema(), machine.events().batches()));
+        let log = self.log(py)?;
+        let (schema, batches) = py.detach(|| (self.0.parts.about().schema(), log.batches()));
         arrow::stream(py, &schema, batches.into_iter(), requested_schema)
     }
 
@@ -78,7 +86,7 @@ impl PyEvents {
     }
 
     fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
-        Ok(self.0.machine(py)?.events().kept())
+        Ok(self.log(py)?.kept())
     }
 
     /// An event by its place among those that are kept, or a list of them for a slice.
@@ -88,17 +96,17 @@ impl PyEvents {
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        let machine = self.0.machine(py)?;
-        let events = machine.events();
-        let (total, kept) = (events.total(), events.kept() as u64);
+        let log = self.log(py)?;
+        let (total, kept) = (log.total(), log.kept() as u64);
         Ok(format!("<pagegate.Events: {kept} kept of {total}>"))
     }
 
     /// The events as they come, for asyncio: ``async for event in vm.events.follow()``.
     ///
     /// From the oldest that is kept on, or from sequence number ``since``, to the last of one run: the one that is in
-    /// progress at the call, else the last one, else the first that there will be. ``interval``: seconds between
-    /// two looks at the log, 0.05 by default.
+    /// progress at the call, else the last one, else the first that there will be. If the machine is closed, there
+    /// will be no more: then to the last that is kept. ``interval``: seconds between two looks at the log, 0.05 by
+    /// default.
     #[pyo3(signature = (since = 0, *, interval = 0.05))]
     fn follow<'py>(
         slf: &Bound<'py, Self>,
@@ -108,8 +116,14 @@ impl PyEvents {
         let py = slf.py();
         let follow = py.import("pagegate.asynchronous")?.getattr("follow")?;
         let of_vm = &slf.get().0;
-        let run = of_vm.machine(py)?.watched();
-        let end = PyCFunction::new_closure(py, None, None, move |_, _| run.end())?;
+        let (run, log) = (of_vm.parts.watched(), of_vm.parts.events(py)?.clone());
+        // Not the parts: they may hold what holds this.
+        let parts = Arc::downgrade(&of_vm.parts);
+        let end = PyCFunction::new_closure(py, None, None, move |_, _| {
+            let closed = || parts.upgrade().is_none_or(|parts| parts.closed());
+            let over = run.as_ref().and_then(|run| run.end());
+            over.or_else(|| closed().then(|| log.total()))
+        })?;
         follow.call1((of_vm.vm.clone_ref(py), end, since, interval))
     }
 

@@ -4,7 +4,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use pagegate_core::events::log::EventLog;
 use pagegate_core::machine::assembly::Machine;
+use pagegate_core::machine::current::Watched;
 use pagegate_core::memory::address::State;
 use pagegate_core::memory::listeners::Listener;
 use pagegate_core::policy::remember::Remember;
@@ -81,6 +83,8 @@ pub(crate) struct Parts {
     pub(super) report: Mutex<Option<Py<PyReport>>>,
     /// The Python policy that has been told of this machine.
     pub(super) configured: Mutex<Weak<Remember<PyPolicy>>>,
+    /// The machine's log, which can be read when the machine is closed, too.
+    events: Arc<EventLog>,
     /// The page states before the first event, for traces made of the log.
     about: Mutex<About>,
     /// What ``vm.console`` is, made when it is first asked for.
@@ -109,6 +113,7 @@ impl Parts {
         let views = *machine.memory().views();
         Self {
             memory: machine.memory().size(),
+            events: machine.events().clone(),
             about: Mutex::new(About::now(machine.events(), machine.memory(), machine.debug_private())),
             console: PyOnceLock::new(),
             report: Mutex::default(),
@@ -183,6 +188,22 @@ impl Parts {
     pub(crate) fn machine(&self, py: Python<'_>) -> PyResult<Arc<Machine>> {
         ending::still_going(py)?;
         held(&self.machine).ok_or_else(|| errors::busy(py, "this machine is closed"))
+    }
+
+    /// Whether the machine is closed.
+    pub(super) fn closed(&self) -> bool {
+        lock(&self.machine).is_none()
+    }
+
+    /// The machine's log, also of one that is closed.
+    pub(super) fn events(&self, py: Python<'_>) -> PyResult<&Arc<EventLog>> {
+        ending::still_going(py)?;
+        Ok(&self.events)
+    }
+
+    /// The run in progress, else the last one, else the first that there will be; `None` if the machine is closed.
+    pub(super) fn watched(&self) -> Option<Arc<Watched>> {
+        held(&self.machine).map(|machine| machine.watched())
     }
 
     /// The policy as it was given.

@@ -162,7 +162,7 @@ impl PyVm {
     /// Whether the machine is closed.
     #[getter]
     fn closed(&self) -> bool {
-        held(&self.0.machine).is_none()
+        self.0.closed()
     }
 
     /// The vCPUs, by index.
@@ -185,7 +185,7 @@ impl PyVm {
         PyPolicyHandle(of_vm(slf))
     }
 
-    /// The log of requests.
+    /// The log of requests. It is there after ``close``, too.
     #[getter]
     fn events(slf: &Bound<'_, Self>) -> PyEvents {
         PyEvents(of_vm(slf))
@@ -540,6 +540,8 @@ impl PyVm {
     }
 
     /// Frees the machine, its memory and all descriptors. PagegateError while it runs, and from a listener.
+    ///
+    /// ``events`` and ``report`` stay as long as this object.
     ///
     /// It waits for conversions under way, whose listeners are told to their end; after it none succeeds.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
