@@ -1399,7 +1399,9 @@ class Vm:
         """The same for asyncio, in a thread: ``report = await vm.run_async()``. Cancelling it stops the run."""
     @property
     def report(self) -> Report | None:
-        """The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
+        """The report of the last run, also of one that raised.
+
+        Its reason is then "livelock", "interrupted" if a signal's handler raised, as Ctrl-C does, or else "failed".
 
         ``None`` before the first one, and if ``configure`` or ``running`` of its policy raised.
         """

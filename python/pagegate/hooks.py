@@ -97,7 +97,9 @@ class Policy:
         """Is told that a run begins. What it raises is raised by ``Vm.run``, and nothing runs."""
 
     def done(self, report: Report) -> None:
-        """Is told that a run is over, also one that failed: ``report.reason`` is then "livelock" or "failed".
+        """Is told that a run is over, also one that raises: its reason is "livelock", "interrupted" or "failed" then.
+
+        It is "interrupted" after Ctrl-C, and whatever else a signal's handler raised.
 
         The policy that is in place then is told, of each run that one's ``running`` was called for, unless that raised.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import signal
 import threading
 import types
 import weakref
@@ -112,6 +113,28 @@ def test_a_run_that_fails_is_done_too_and_has_a_report():
             vm.run(timeout=10)
         assert policy.told[-1] == "done failed"
         assert (vm.report.reason, vm.report.hypercalls) == ("failed", 1)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TimeoutError])
+def test_a_run_that_a_signal_s_handler_ends_has_a_report(raised):
+    """Ctrl-C is one: Python's own handler of SIGINT raises KeyboardInterrupt."""
+
+    def handle(number, frame):
+        raise raised
+
+    policy = Told()
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with machine(policy, *requests(0), Step.block()) as vm:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(raised):
+                vm.run(timeout=10)
+            assert (vm.report.reason, vm.report.hypercalls) == ("interrupted", 1)
+            assert policy.told[-1] == "done interrupted"
+            assert vm.run(timeout=0.1).reason == "halt"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_livelock_has_a_report():

@@ -98,6 +98,7 @@ class Booted:
             "denied": f"the policy denied what the guest had touched{self._last('denied')}, so it could not go on",
             "livelock": f"the same fault was repeated too often, so the run was ended{self.ran.of_no_use()}",
             "failed": "it could not go on, as the error says",
+            "interrupted": "a signal ended it",
         }.get(reason, f"the run was ended: {reason}")
 
     def _last(self, outcome: str) -> str:

@@ -390,7 +390,9 @@ impl PyVm {
         run.call1((slf, timeout))
     }
 
-    /// The report of the last run, also of one that raised, with "livelock" or "failed" as its reason.
+    /// The report of the last run, also of one that raised.
+    ///
+    /// Its reason is then "livelock", "interrupted" if a signal's handler raised, as Ctrl-C does, or else "failed".
     ///
     /// ``None`` before the first one, and if ``configure`` or ``running`` of its policy raised.
     #[getter]

@@ -49,7 +49,7 @@ struct Done {
 
 /// A run whose threads have ended.
 pub struct Ended<'a> {
-    /// What it did; if it failed, its reason is "livelock" or "failed".
+    /// What it did; if it failed, its reason is "livelock", "interrupted" or "failed".
     pub report: Report,
     /// Why it failed.
     pub error: Option<Error>,
@@ -80,6 +80,7 @@ impl<'a> Claim<'a> {
         let (reason, error) = match over.0.run_claimed(deadline, interrupt, &mut done) {
             Ok(reason) => (reason, None),
             Err(error @ Error::Livelock { .. }) => ("livelock".to_owned(), Some(error)),
+            Err(error @ Error::Interrupted(_)) => ("interrupted".to_owned(), Some(error)),
             Err(error) => ("failed".to_owned(), Some(error)),
         };
         let (device_accesses, device_access) = done.accesses.take();
