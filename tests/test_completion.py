@@ -70,6 +70,7 @@ def folder(tmp_path):
         (["pagegate", "run", "-p", "'Quota(8M, Al"], ["Quota(8M, Align", "Quota(8M, Allow", "Quota(8M, Al.py"]),
         (["pagegate", "run", "-p", "'Quota(8M,Align(2M,E"], ["Quota(8M,Align(2M,ExplicitOnly"]),
         (["pagegate", "run", "-p", "'Quota(8M,"], [f"Quota(8M,{each}" for each in (*BUILT_IN, *FILES)]),
+        (["pagegate", "run", "-p", "'Quota(8M, "], [f"Quota(8M, {each}" for each in (*BUILT_IN, *FILES)]),
         (["pagegate", "run", "-p", "'Quota(8M, sub/o"], ["Quota(8M, sub/other.py"]),
         (["pagegate", "run", "-p", "'Quota(8M, mine.py:T"], ["Quota(8M, mine.py:Two"]),
         (["pagegate", "run", "-p", "'odd(name), really.py:"], ["odd(name), really.py:Odd"]),
@@ -154,6 +155,7 @@ def typed_in_bash(text, found, folder):
         ("pagegate boot vm", r"pagegate boot vmlinuz-6\.1 "),
         # A quoted word is one, with its blanks and colons.
         ("pagegate run -p 'Quota(8M, Ali", r"pagegate run -p 'Quota\(8M, Align'? "),
+        ("pagegate run -p 'Quota(8M, ", r"\bAlign\b[^$]*\bmine\.py\b"),
         ("pagegate run -p 'Quota(8M, mine.py:T", r"pagegate run -p 'Quota\(8M, mine\.py:Two'? "),
         ("pagegate run -p ", r"\bAlign\b[^$]*\bmine\.py\b"),
         ("pagegate run --guest guest.py:bo", r"pagegate run --guest guest\.py:both "),

@@ -39,6 +39,6 @@ class Bash(BashComplete):
 
     def get_completion_args(self) -> tuple[list[str], str]:
         """The words before the last, and the last, which is empty after a blank."""
-        line = os.environ["COMP_WORDS"]
-        words = split_arg_string(line)[1:]
-        return (words, "") if not words or line[-1:].isspace() else (words[:-1], words[-1])
+        # With one character more: it begins a word after a blank, but not after one in quotes.
+        *words, last = split_arg_string(f"{os.environ['COMP_WORDS']}.")
+        return words[1:], last[:-1] if words else ""
