@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ from rich.text import Text
 
 from pagegate import Vm, guests
 from pagegate.cli import streams
+from pagegate.cli.life import Life
 from pagegate.cli.policy_argument import made, policy_option
 from pagegate.cli.printing import console as terminal_on
 from pagegate.cli.printing import put, put_line
-from pagegate.cli.summary import Ran, event_facts, facts, line, strip, summary
+from pagegate.cli.summary import Ran, event_facts, facts, strip, summary
 from pagegate.cli.telling import tell
 from pagegate.demo import guest as demo_guest
 from pagegate.loading.expression import File
@@ -40,54 +41,45 @@ _TIMEOUT_SECONDS = 60.0
 
 
 @dataclass
-class _Watch:
-    """Prints requests while the guest runs."""
+class _Phases:
+    """Prints what the guest does next, with a pause, after the requests that came before."""
 
-    vm: Vm
     console: Console
+    life: Life
     pace: float
-    seen: int = 0
     paused: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def phase(self, io: Io) -> None:
+    def next(self, io: Io) -> None:
         """The guest says what it does next. The pause here is between requests and adds to no latency."""
         begin = time.monotonic()
-        self.catch_up()
+        self.life.catch_up()
         if io.data[0] < len(demo_guest.PHASES):
             put_line(self.console, Text(f"{io.data[0] + 1}. {demo_guest.PHASES[io.data[0]]}", "bold"))
         time.sleep(self.pace)
         self.paused += time.monotonic() - begin
 
-    def catch_up(self) -> None:
-        """Prints the events since the last time."""
-        with self.lock:
-            for event in self.vm.events.since(self.seen):
-                put_line(self.console, line(event))
-                self.seen = event.sequence + 1
-
 
 @contextmanager
-def _live(watch: _Watch) -> Iterator[None]:
+def _live(vm: Vm, console: Console) -> Iterator[None]:
     def render() -> Text:
-        return strip(watch.vm, watch.console.width)
+        return strip(vm, console.width)
 
-    if not watch.console.is_terminal or watch.console.quiet:
+    if not console.is_terminal or console.quiet:
         yield
         return
-    with Live(console=watch.console, get_renderable=render, refresh_per_second=12, transient=True):
+    with Live(console=console, get_renderable=render, refresh_per_second=12, transient=True):
         yield
 
 
-def _run(vm: Vm, guest: Guest, watch: _Watch) -> Report:
-    vm.on_io(demo_guest.PHASE_PORT, watch.phase)
+def _run(vm: Vm, guest: Guest, phases: _Phases) -> Report:
+    vm.on_io(demo_guest.PHASE_PORT, phases.next)
     guest.script.start(vm)
     streams.hurry(time.monotonic() + _TIMEOUT_SECONDS)
-    with _live(watch):
+    with _live(vm, phases.console):
         try:
             return vm.run(timeout=_TIMEOUT_SECONDS)
         finally:
-            watch.catch_up()
+            phases.life.catch_up()
 
 
 @click.command(short_help="Runs a bundled guest under a Python policy.")
@@ -106,15 +98,17 @@ def demo(*, policy: Expression | None, as_json: bool) -> int:
     with Vm(demo_guest.MEMORY, policy=judge, shared_bit=demo_guest.SHARED_BIT, initial="private") as vm:
         put_line(console, Text(f"policy {asked}"))
         console.print(f"{size(vm.memory)} of guest memory, states enforced by {vm.enforcement}\n")
-        watch = _Watch(vm, console, pace=_PACE_SECONDS if console.is_terminal and not as_json else 0.0)
-        report = _run(vm, guest, watch)
-        ran = Ran(vm, report, max(0.0, report.seconds - watch.paused), call, _TIMEOUT_SECONDS)
+        # It is not entered: a thread that prints takes the GIL from hooks, and requests would take milliseconds.
+        life = Life(vm, partial(put_line, console), each=True, news=lambda: True)
+        phases = _Phases(console, life, pace=_PACE_SECONDS if console.is_terminal and not as_json else 0.0)
+        report = _run(vm, guest, phases)
+        ran = Ran(vm, report, max(0.0, report.seconds - phases.paused), call, _TIMEOUT_SECONDS)
         failures = guest.failures(vm, bundled=policy is None) if ran.halted else []
         if as_json:
             events = [event_facts(event) for event in ran.events]
             click.echo(json.dumps({**facts(ran, str(asked)), "events": events, "guest_failures": failures}))
         else:
-            note = ", the demo's pauses not counted" if watch.pace > 0 else ""
+            note = ", the demo's pauses not counted" if phases.pace > 0 else ""
             put(console, summary(ran, console.width, note))
     for failure in failures:
         tell(f"pagegate: the guest found {failure}")
