@@ -227,13 +227,20 @@ def _fields(report):
     return {name: getattr(report, name) for name in report.asdict()}
 
 
+SIZES = "it must be a multiple of 4096, from 4096 to 1 << 52 (4 PiB)"
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind", "said"),
     [
         (lambda vm: Vm("64X"), ValueError, "memory is '64X': it must be a whole number, such as 64, 0x40, 64K"),
         (lambda vm: Vm(1.5), TypeError, "memory is 1.5: it must be an int, such as 64 << 20, or text such as 64M"),
-        (lambda vm: Vm(-1), ValueError, "memory is -1, which is out of range: it must be between 0 and"),
-        (lambda vm: Vm(1 << 60), ValueError, "x86 has addresses for no more than 0x10000000000000"),
+        (lambda vm: Vm(-1), ValueError, f"memory is -1, which is out of range: {SIZES}"),
+        (lambda vm: Vm("-4K"), ValueError, f"memory is '-4K', which is out of range: {SIZES}"),
+        (lambda vm: Vm(1 << 64), ValueError, f"memory is {1 << 64}, which is out of range: {SIZES}"),
+        (lambda vm: Vm(1 << 60), ValueError, f"memory is {1 << 60:#x} bytes: {SIZES}"),
+        (lambda vm: Vm(0), ValueError, f"memory is 0x0 bytes: {SIZES}"),
+        (lambda vm: Vm("1M", shared_bit=-1), ValueError, "shared_bit is -1, which is out of range: it must be above"),
         (lambda vm: Vm("1M", events=-1), ValueError, "events is -1, which is out of range"),
         (lambda vm: Vm("1M", vcpus="2"), TypeError, "vcpus is '2': it must be an int"),
         (lambda vm: Vm("1M", policy=3), pagegate.PolicyError, "3 is no policy: it has none of the hooks memory_fault"),
@@ -244,7 +251,7 @@ def _fields(report):
         (lambda vm: vm.vcpus[0].start(mode=16), ValueError, 'mode is "16": it must be one of "real", "protected"'),
         (lambda vm: vm.vcpus[0].start(rip="a"), TypeError, "rip is 'a': it must be an int"),
         (lambda vm: policies.Quota(-1), ValueError, "max_shared is -1, which is out of range"),
-        (lambda vm: policies.Window(3), TypeError, "ranges is 3: it must be a list of (gpa, size)"),
+        (lambda vm: policies.Window(3), TypeError, "ranges is 3: it must be a range of addresses, such as range("),
         (lambda vm: Step.hypercall("x", 1, 0), ValueError, "gpa is 'x': it must be a whole number"),
         (lambda vm: Step.hypercall(0, [], 0), TypeError, "pages is []: it must be an int"),
         (lambda vm: Step.io_write(0x80, [256]), TypeError, "data is [256]: it must be bytes, or integers from 0"),
@@ -257,6 +264,8 @@ def _fields(report):
         (lambda vm: devices.Console().console.write(3), TypeError, "data is 3: it must be text, or bytes"),
         (lambda vm: devices.Console().console.expect(3), TypeError, "pattern is 3: it must be text, bytes, or a"),
         (lambda vm: trace.Recorder(3, "x.arrows"), TypeError, "vm is 3: it must be a Vm"),
+        (lambda vm: Script().start(3), TypeError, "vm is 3: it must be the Vm that runs the script"),
+        (lambda vm: Script().result("vm", 0), TypeError, "vm is 'vm': it must be the Vm that runs the script"),
         (lambda vm: PolicyTester("x", memory="1M"), pagegate.PolicyError, "'x' is no policy"),
         (
             lambda vm: PolicyTester(Wide(gpa=0xFF000), memory="1M").call(0x2000, 0x2000, to="shared"),

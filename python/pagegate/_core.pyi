@@ -338,17 +338,21 @@ class Quota(Builtin):
 
 @final
 class Window(Builtin):
-    """Lets pages become shared only inside one of ``ranges``, each ``(gpa, size)`` in bytes, or "GPA+SIZE".
+    """Lets pages become shared only inside one of ``ranges``.
+
+    Each is ``(gpa, size)`` in bytes, "GPA+SIZE", or a ``range`` of addresses, which may also be given alone.
 
     For guests whose shared buffers lie in one place, such as a swiotlb window. Elsewhere an explicit request gets
-    EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``. ``gpa``
-    and ``size`` are multiples of 4096, else ValueError.
+    EINVAL in RAX, and an implicit one ends the run as "denied". Conversions to private are left to ``then``.
+    Addresses and sizes are multiples of 4096, else ValueError.
 
     Nor does ``Align`` widen a conversion to shared past the first of the ranges that holds it, wherever it is in the
     chain.
     """
 
-    def __new__(cls, ranges: Sequence[tuple[int | str, int | str] | str], then: object | None = None) -> Self: ...
+    def __new__(
+        cls, ranges: range | Sequence[tuple[int | str, int | str] | str | range], then: object | None = None
+    ) -> Self: ...
 
 @final
 class RateLimit(Builtin):

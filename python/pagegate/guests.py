@@ -188,6 +188,7 @@ class Script:
 
     def start(self, vm: Vm, vcpu: int = 0, *, at: int | str = 0x1000) -> int:
         """Loads code and script at gpa ``at`` and starts a vCPU there. Returns the gpa after the last byte."""
+        _machine(vm)
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
         at = _checked("at", at)
         image, table = self.image(at)
@@ -198,6 +199,7 @@ class Script:
 
     def result(self, vm: Vm, operation: int) -> int:
         """The result of an executed operation, as a signed integer. ValueError if the script was not started."""
+        _machine(vm)
         if self._table is None:
             raise ValueError("the script was not started")
         at = self._table + operation * _RECORD.size + _RESULT_OFFSET
@@ -225,6 +227,11 @@ def _checked(name: str, value: int | str, most: int = _MOST) -> int:
     if not 0 <= value <= most:
         raise ValueError(f"{name} is {value}: it must be in 0..{most:#x}")
     return value
+
+
+def _machine(vm: object) -> None:
+    if not isinstance(vm, Vm):
+        raise TypeError(f"vm is {vm!r}: it must be the Vm that runs the script")
 
 
 def _port(port: int) -> int:

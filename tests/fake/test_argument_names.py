@@ -134,10 +134,36 @@ WRONG = {
     "policy_timeout is '5': it must be a number": lambda: Vm(PAGE, policy_timeout="5"),
     "path is 1: it must be a path": lambda: devices.Block(1),
     "mac is 1: it must be text": lambda: devices.Net("tap0", mac=1),
-    "ranges is 5: it must be a list of (gpa, size)": lambda: policies.Window(5),
-    "ranges is '1M+4K': it must be a list of (gpa, size)": lambda: policies.Window("1M+4K"),
+    "ranges is 5: it must be a range of addresses, such as range(": lambda: policies.Window(5),
+    "ranges is '1M+4K': it must be a range of addresses": lambda: policies.Window("1M+4K"),
+    "ranges is (0, 4096): it must be a range of addresses": lambda: policies.Window((0, 4096)),
     "memslots is '1': it must be an int": lambda: Fake(memslots="1"),
 }
+
+
+def test_a_window_of_ranges_as_python_has_them() -> None:
+    assert repr(policies.Window(range(0x1000, 0x3000))) == "Window([(0x1000, 0x2000)])"
+    mixed = policies.Window([range(1 << 40), range(0x1000, 0x2000), "1M+4K", (0, PAGE)])
+    assert repr(mixed) == "Window([(0x0, 0x10000000000), (0x1000, 0x1000), (0x100000, 0x1000), (0x0, 0x1000)])"
+    tester = PolicyTester(policies.Window(range(0x1000, 0x3000)), memory="1M")
+    assert tester.call(0x2000, PAGE, to="shared") == Convert()
+    assert tester.call(0x3000, PAGE, to="shared") == Deny()
+
+
+@pytest.mark.parametrize(
+    ("addresses", "said"),
+    [
+        (range(0x1000, 0x3000, PAGE), r"ranges has range\(4096, 12288, 4096\): its step must be 1"),
+        (range(0x3000, 0x1000), r"ranges has range\(12288, 4096\): it is empty"),
+        (range(-PAGE, PAGE), r"ranges has range\(-4096, 4096\): its addresses must be between 0 and"),
+        (range(1 << 64, 1 << 65), "its addresses must be between 0 and 18446744073709551615"),
+        (range(1, PAGE), "each of ranges must begin and end at a multiple of 4096, and not be empty"),
+        ([(0, 0)], "each of ranges must begin and end at a multiple of 4096, and not be empty"),
+    ],
+)
+def test_ranges_that_make_no_window(addresses, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        policies.Window(addresses)
 
 
 @pytest.mark.parametrize(("said", "call"), WRONG.items(), ids=WRONG.keys())

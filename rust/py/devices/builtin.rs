@@ -246,7 +246,7 @@ impl PyNet {
                     true => (*call::call_alone(&tap.getattr("fileno")?)?).clone(),
                     false => tap.clone(),
                 };
-                let number: i32 = arguments::integer_named(&number, "tap", "a tap's name, or a descriptor")?;
+                let number: i32 = arguments::integer_named(&number, "tap", "a tap's name, or a descriptor", "")?;
                 (net::duplicate(number), format!("descriptor {number}"))
             }
         };

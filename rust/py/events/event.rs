@@ -146,7 +146,7 @@ pub(crate) fn item<'py>(
         let events = (0..indices.slicelength).filter_map(|step| at(place(step)?));
         return Ok(PyList::new(py, events.collect::<Vec<_>>())?.into_any());
     }
-    let given: i64 = arguments::integer_named(index, "the index", "0 or -1, or a slice")?;
+    let given: i64 = arguments::integer_named(index, "the index", "0 or -1, or a slice", "")?;
     let from_end = len as i64 + given;
     let place = usize::try_from(if given < 0 { from_end } else { given }).ok();
     let event = place

@@ -102,10 +102,12 @@ pub(crate) trait Named {
     const NAME: &'static str;
     /// How a good one is written; empty where an int says it all.
     const SUCH_AS: &'static str;
+    /// Which numbers are allowed, for "it must be ..."; empty where all are that its type has.
+    const ALLOWED: &'static str = "";
 }
 
 macro_rules! named {
-    ($($name:ident $such_as:literal),* $(,)?) => {
+    ($($name:ident $such_as:literal $($allowed:literal)?),* $(,)?) => {
         /// A type for each argument: `from_py_with` takes a function that is given the value only.
         #[expect(non_camel_case_types, reason = "each has the name of its argument")]
         pub(crate) mod named {
@@ -115,6 +117,7 @@ macro_rules! named {
                 impl super::Named for $name {
                     const NAME: &'static str = stringify!($name);
                     const SUCH_AS: &'static str = $such_as;
+                    const ALLOWED: &'static str = concat!($($allowed)?);
                 }
             )*
         }
@@ -161,7 +164,7 @@ named! {
     marks "",
     max "",
     max_shared "8 << 20, or text such as 8M",
-    memory "64 << 20, or text such as 64M",
+    memory "64 << 20, or text such as 64M" "a multiple of 4096, from 4096 to 1 << 52 (4 PiB)",
     memslots "",
     n "4096, or text such as 4K",
     name "",
@@ -180,7 +183,7 @@ named! {
     prefault "",
     private "",
     private_memory "",
-    private_bit "",
+    private_bit "" "above all of memory, and below 52",
     raw "",
     read_only "",
     reason "",
@@ -192,7 +195,7 @@ named! {
     seconds "",
     seed "",
     sequence "",
-    shared_bit "",
+    shared_bit "" "above all of memory, and below 52",
     since "",
     size "4096, or text such as 4K",
     state "",
@@ -211,7 +214,7 @@ named! {
 
 /// An integer argument with this name, for `from_py_with`.
 pub(crate) fn integer<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<T> {
-    integer_named(value, N::NAME, N::SUCH_AS)
+    integer_named(value, N::NAME, N::SUCH_AS, N::ALLOWED)
 }
 
 /// As [`integer`], or None.
@@ -223,7 +226,12 @@ pub(crate) fn optional<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResu
 }
 
 /// An integer with a name that is known when it is read.
-pub(crate) fn integer_named<T: Integer>(value: &Bound<'_, PyAny>, name: &str, such_as: &str) -> PyResult<T> {
+pub(crate) fn integer_named<T: Integer>(
+    value: &Bound<'_, PyAny>,
+    name: &str,
+    such_as: &str,
+    allowed: &str,
+) -> PyResult<T> {
     let extracted = match value.is_exact_instance_of::<PyInt>() {
         true => value.extract(),
         false => match call::index(value) {
@@ -245,14 +253,21 @@ pub(crate) fn integer_named<T: Integer>(value: &Bound<'_, PyAny>, name: &str, su
     };
     extracted.map_err(
         |error: PyErr| match error.is_instance_of::<PyOverflowError>(value.py()) {
-            true => PyValueError::new_err(format!(
-                "{name} is {value}, which is out of range: it must be between {} and {}",
-                T::MIN,
-                T::MAX
-            )),
+            true => out_of_range::<T>(name, &value.to_string(), allowed),
             false => error,
         },
     )
+}
+
+/// The ValueError for a number that its type does not have.
+pub(super) fn out_of_range<T: Integer>(name: &str, value: &str, allowed: &str) -> PyErr {
+    let allowed = match allowed.is_empty() {
+        true => format!("between {} and {}", T::MIN, T::MAX),
+        false => allowed.to_owned(),
+    };
+    PyValueError::new_err(format!(
+        "{name} is {value}, which is out of range: it must be {allowed}"
+    ))
 }
 
 /// The seconds of a ``timeout`` argument, infinity for ``None``.

@@ -2,9 +2,9 @@
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyInt, PyString};
+use pyo3::types::{PyInt, PyRange, PyString};
 
-use super::arguments::{Integer, Named, integer, integer_named};
+use super::arguments::{Integer, Named, integer, integer_named, out_of_range};
 use super::call;
 
 const FORM: &str = "whole number, such as 64, 0x40, 64K, 64M or 1G";
@@ -30,7 +30,7 @@ pub(crate) fn number_of_bytes(value: &Bound<'_, PyAny>, name: &str) -> PyResult<
 /// A number of bytes or an address with this name, for `from_py_with`.
 pub(crate) fn size<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<T> {
     match value.cast::<PyString>() {
-        Ok(text) => size_from_text(text, N::NAME),
+        Ok(text) => size_from_text(text, N::NAME, N::ALLOWED),
         Err(_) => integer::<N, T>(value),
     }
 }
@@ -43,19 +43,29 @@ pub(crate) fn optional<N: Named>(value: &Bound<'_, PyAny>) -> PyResult<Option<u6
     }
 }
 
-/// A list of ranges of addresses, each `(gpa, size)` or text, "GPA+SIZE".
+/// A list of ranges of addresses, each `(gpa, size)`, text, "GPA+SIZE", or a `range`; or one `range`.
 pub(crate) fn ranges(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u64, u64)>> {
     let form = || -> PyResult<PyErr> {
         Ok(PyTypeError::new_err(format!(
-            "ranges is {}: it must be a list of (gpa, size), such as [(0x100_0000, 64 << 10)] or [\"16M+64K\"]",
+            "ranges is {}: it must be a range of addresses, such as range(0x100_0000, 0x101_0000), or a list of such ranges, of \
+             (gpa, size), such as [(0x100_0000, 64 << 10)], or of text, such as [\"16M+64K\"]",
             call::repr(value)?
         )))
     };
-    let Some(items) = items(value)? else {
-        return Err(form()?);
+    // Not as a list, which it would be of each of its addresses.
+    let items = match value.is_instance_of::<PyRange>() {
+        true => vec![value.clone()],
+        false => match items(value)? {
+            Some(items) => items,
+            None => return Err(form()?),
+        },
     };
     let mut pairs = Vec::new();
     for item in items {
+        if let Ok(range) = item.cast::<PyRange>() {
+            pairs.push(of_range(range)?);
+            continue;
+        }
         let (gpa, size) = match item.cast::<PyString>() {
             Ok(text) => {
                 let text = text.to_str()?;
@@ -76,6 +86,20 @@ pub(crate) fn ranges(value: &Bound<'_, PyAny>) -> PyResult<Vec<(u64, u64)>> {
     Ok(pairs)
 }
 
+/// The address and the size of a Python `range` of addresses.
+fn of_range(range: &Bound<'_, PyRange>) -> PyResult<(u64, u64)> {
+    let wrong = |why: &str| PyValueError::new_err(format!("ranges has {range}: {why}"));
+    if !range.getattr("step")?.eq(1)? {
+        return Err(wrong("its step must be 1, so that it has every address"));
+    }
+    let end = |name: &str| range.getattr(name)?.extract::<u64>();
+    let (Ok(start), Ok(stop)) = (end("start"), end("stop")) else {
+        return Err(wrong("its addresses must be between 0 and 18446744073709551615"));
+    };
+    let size = stop.checked_sub(start).filter(|size| *size > 0);
+    size.map(|size| (start, size)).ok_or_else(|| wrong("it is empty"))
+}
+
 /// What a list or another sequence holds; `None` for what is none, or is text.
 fn items<'py>(value: &Bound<'py, PyAny>) -> PyResult<Option<Vec<Bound<'py, PyAny>>>> {
     match value.extract() {
@@ -90,21 +114,18 @@ fn items<'py>(value: &Bound<'py, PyAny>) -> PyResult<Option<Vec<Bound<'py, PyAny
 
 fn size_named(value: &Bound<'_, PyAny>, name: &str, such_as: &str) -> PyResult<u64> {
     match value.cast::<PyString>() {
-        Ok(text) => size_from_text(text, name),
-        Err(_) => integer_named(value, name, such_as),
+        Ok(text) => size_from_text(text, name, ""),
+        Err(_) => integer_named(value, name, such_as, ""),
     }
 }
 
-fn size_from_text<T: Integer>(text: &Bound<'_, PyString>, name: &str) -> PyResult<T> {
+fn size_from_text<T: Integer>(text: &Bound<'_, PyString>, name: &str, allowed: &str) -> PyResult<T> {
     match parse(text)? {
         Some(number) => match number.extract::<T>() {
             Ok(number) => Ok(number),
-            Err(error) if error.is_instance_of::<PyOverflowError>(text.py()) => Err(PyValueError::new_err(format!(
-                "{name} is {}, which is out of range: it must be between {} and {}",
-                call::repr(text)?,
-                T::MIN,
-                T::MAX
-            ))),
+            Err(error) if error.is_instance_of::<PyOverflowError>(text.py()) => {
+                Err(out_of_range::<T>(name, &call::repr(text)?, allowed))
+            }
             Err(error) => Err(error),
         },
         None => Err(PyValueError::new_err(format!(

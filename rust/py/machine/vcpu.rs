@@ -103,6 +103,6 @@ fn register((name, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)) -> PyResult<(St
             "there is no register {name:?}; there are {known}"
         )));
     }
-    let value = arguments::integer_named(&value, &name, "")?;
+    let value = arguments::integer_named(&value, &name, "", "")?;
     Ok((name, value))
 }

@@ -111,14 +111,9 @@ impl Config {
     /// Checks what can be checked without the host, and lays out memory.
     pub(super) fn views(&self) -> Result<Views, Error> {
         let memory = self.memory;
-        if memory == 0 || !memory.is_multiple_of(PAGE_SIZE) {
+        if memory == 0 || memory > PHYSICAL_END || !memory.is_multiple_of(PAGE_SIZE) {
             return invalid(format!(
-                "memory is {memory:#x} bytes: it must be a positive multiple of 4096"
-            ));
-        }
-        if memory > PHYSICAL_END {
-            return invalid(format!(
-                "memory is {memory:#x} bytes: x86 has addresses for no more than {PHYSICAL_END:#x}"
+                "memory is {memory:#x} bytes: it must be a multiple of 4096, from 4096 to 1 << 52 (4 PiB)"
             ));
         }
         if self.vcpus == 0 {
