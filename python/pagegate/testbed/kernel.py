@@ -125,7 +125,7 @@ def find_kernel(kernel: str | os.PathLike[str] | None = None) -> Path:
     built = _newest_built()
     if built is None:
         raise TestbedError(
-            "the testbed has no kernel: build one with pagegate testbed build (once, some 12 minutes on two cores), "
+            "the testbed has no kernel: build one with pagegate testbed build (once; it takes half an hour or more), "
             f"or name an image with --kernel or {KERNEL_VARIABLE}, or set XDG_CACHE_HOME if there is one elsewhere"
         )
     return built
