@@ -157,6 +157,7 @@ pub(crate) struct PyReport {
     /// Why it ended.
     ///
     /// "halt", "shutdown", "reboot", "poweroff", "timeout", "stopped", "denied", "livelock", or a Stop's reason.
+    /// Of a run that raised: "livelock", "interrupted" or "failed".
     reason: String,
     /// Requests that reached the policy: ``faults + hypercalls``.
     ///

@@ -129,6 +129,9 @@ fn nanoseconds(seconds: f64) -> PyResult<u64> {
 /// A page that changes state loses its bytes and reads as zeroes. So widen only to pages that hold nothing the guest
 /// needs, or that are in the wanted state already.
 ///
+/// What is converted need not be what was asked for. But a guest that touched a page touches it again until that page
+/// is in the state it needs: after ``LIVELOCK_BOUND`` identical faults the run ends as "livelock".
+///
 /// The conversion is one transaction, or several in a row, of at most 256 MiB each. If the kernel refuses, the
 /// transaction is undone: an explicit request gets the errno in RAX, an implicit one ends the run with PagegateError.
 /// If a listener refuses, the guest tries again: an explicit request gets EAGAIN.

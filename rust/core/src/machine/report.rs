@@ -9,7 +9,8 @@ use crate::vcpu::tally::Tally;
 /// What a run did, and why it ended.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// "halt", "shutdown", "reboot", "poweroff", "timeout", "stopped", "denied", "livelock", or the reason of a policy's Stop.
+    /// "halt", "shutdown", "reboot", "poweroff", "timeout", "stopped", "denied", "livelock", or the reason of a policy's Stop;
+    /// of a run that failed "livelock", "interrupted" or "failed".
     pub reason: String,
     /// Where the vCPU was that ended it, if one did: by a triple fault, or a request after which it could not go on.
     pub at: Option<Whereabouts>,
