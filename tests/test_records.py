@@ -240,6 +240,7 @@ SIZES = "it must be a multiple of 4096, from 4096 to 1 << 52 (4 PiB)"
         (lambda vm: Vm(1 << 64), ValueError, f"memory is {1 << 64}, which is out of range: {SIZES}"),
         (lambda vm: Vm(1 << 60), ValueError, f"memory is {1 << 60:#x} bytes: {SIZES}"),
         (lambda vm: Vm(0), ValueError, f"memory is 0x0 bytes: {SIZES}"),
+        (lambda vm: trace.read(vm.events, memory=-1), ValueError, "a multiple of 4096, from 4096 to 16 << 40 (16 TiB)"),
         (lambda vm: Vm("1M", shared_bit=-1), ValueError, "shared_bit is -1, which is out of range: it must be above"),
         (lambda vm: Vm("1M", events=-1), ValueError, "events is -1, which is out of range"),
         (lambda vm: Vm("1M", vcpus="2"), TypeError, "vcpus is '2': it must be an int"),
@@ -265,6 +266,8 @@ SIZES = "it must be a multiple of 4096, from 4096 to 1 << 52 (4 PiB)"
         (lambda vm: devices.Console().console.expect(3), TypeError, "pattern is 3: it must be text, bytes, or a"),
         (lambda vm: trace.Recorder(3, "x.arrows"), TypeError, "vm is 3: it must be a Vm"),
         (lambda vm: Script().start(3), TypeError, "vm is 3: it must be the Vm that runs the script"),
+        (lambda vm: Script().start(vm, 1), ValueError, "vcpu is 1: the machine has 1, from 0 on"),
+        (lambda vm: Script().start(vm, "0"), TypeError, "vcpu must be an int, not str"),
         (lambda vm: Script().result("vm", 0), TypeError, "vm is 'vm': it must be the Vm that runs the script"),
         (lambda vm: PolicyTester("x", memory="1M"), pagegate.PolicyError, "'x' is no policy"),
         (

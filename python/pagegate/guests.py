@@ -189,6 +189,8 @@ class Script:
     def start(self, vm: Vm, vcpu: int = 0, *, at: int | str = 0x1000) -> int:
         """Loads code and script at gpa ``at`` and starts a vCPU there. Returns the gpa after the last byte."""
         _machine(vm)
+        if _checked("vcpu", vcpu) >= (vcpus := len(vm.vcpus)):
+            raise ValueError(f"vcpu is {vcpu}: the machine has {vcpus}, from 0 on")
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit
         at = _checked("at", at)
         image, table = self.image(at)

@@ -212,6 +212,15 @@ named! {
     written "",
 }
 
+/// The `memory` of page states without a machine: a trial of a policy, and a trace.
+pub(crate) struct StatesOnly;
+
+impl Named for StatesOnly {
+    const NAME: &'static str = "memory";
+    const SUCH_AS: &'static str = named::memory::SUCH_AS;
+    const ALLOWED: &'static str = "a multiple of 4096, from 4096 to 16 << 40 (16 TiB)";
+}
+
 /// An integer argument with this name, for `from_py_with`.
 pub(crate) fn integer<N: Named, T: Integer>(value: &Bound<'_, PyAny>) -> PyResult<T> {
     integer_named(value, N::NAME, N::SUCH_AS, N::ALLOWED)

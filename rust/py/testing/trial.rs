@@ -30,7 +30,7 @@ impl PyTrial {
     fn new(
         py: Python<'_>,
         policy: Option<&Bound<'_, PyAny>>,
-        #[pyo3(from_py_with = sizes::size::<arguments::named::memory, _>)] memory: u64,
+        #[pyo3(from_py_with = sizes::size::<arguments::StatesOnly, _>)] memory: u64,
         #[pyo3(from_py_with = arguments::state_named::<arguments::named::initial>)] initial: State,
     ) -> PyResult<Self> {
         let judge = Judge::of(policy)?;

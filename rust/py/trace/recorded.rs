@@ -173,7 +173,7 @@ impl PyTraceIterator {
 pub(crate) fn read_trace(
     py: Python<'_>,
     source: &Bound<'_, PyAny>,
-    #[pyo3(from_py_with = sizes::optional::<arguments::named::memory>)] memory: Option<u64>,
+    #[pyo3(from_py_with = sizes::optional::<arguments::StatesOnly>)] memory: Option<u64>,
     #[pyo3(from_py_with = arguments::optional_state::<arguments::named::initial>)] initial: Option<State>,
 ) -> PyResult<PyTrace> {
     let about = about(memory, initial)?;
