@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -238,6 +240,65 @@ def memory(plan: Effort) -> Iterator[Row]:
     )
 
 
+# ---- machines that are put aside
+
+
+def snapshots(plan: Effort) -> Iterator[Row]:
+    size, touched, pages = 512 << 20, 100, random.Random(20261124)
+    names = (
+        "a machine resumed lazily, against with all of its memory read first",
+        f"reset_to after {touched} pages were touched, against resuming with all memory read first",
+    )
+    if plan.short:
+        for name, goal in zip(names, (0.1, 0.02), strict=True):
+            yield Row(name, goal, [], ON_FAKE, "an emulated CPU takes too long for it")
+        return
+
+    def fake() -> Fake:
+        return Fake([], private_memory=False)
+
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "saved"
+        with Vm(size, hypervisor=fake()) as vm:
+            for at in range(0, size, 1 << 20):
+                vm.write(at, pages.randbytes(1 << 20))
+            vm.snapshot(folder)
+
+        def seconds(call: Callable[[], Vm | None]) -> float:
+            begin = time.perf_counter()
+            made = call()
+            took = time.perf_counter() - begin
+            if made is not None:
+                made.close()
+            return took
+
+        again = Vm.resume(folder, hypervisor=fake(), lazy=True)
+
+        def reset() -> float:
+            for page in pages.sample(range(size // PAGE), touched):
+                again.write(page * PAGE, b"touched")
+            return seconds(lambda: again.reset_to(folder))
+
+        with again:
+            runs = [
+                {
+                    "eager": seconds(lambda: Vm.resume(folder, hypervisor=fake())),
+                    "lazy": min(seconds(lambda: Vm.resume(folder, hypervisor=fake(), lazy=True)) for _ in range(5)),
+                    "reset": min(reset() for _ in range(5)),
+                }
+                for _ in range(plan.runs)
+            ]
+    for name, side, goal in zip(names, ("lazy", "reset"), (0.1, 0.02), strict=True):
+        yield Row(
+            name,
+            goal,
+            [run[side] / run["eager"] for run in runs],
+            ON_FAKE,
+            f"{middle(runs, side) * 1e3:.1f} against {middle(runs, 'eager') * 1e3:.0f} ms, {size >> 20} MiB, none "
+            "of it zeroes, and the files in the page cache",
+        )
+
+
 # ---- the bookkeeping of page states
 
 
@@ -302,7 +363,7 @@ def page_states(plan: Effort) -> Iterator[Row]:
 
 def measured() -> list[Row]:
     plan = effort()
-    return [row for part in (memory, page_states, hooks, learned) for row in part(plan)]
+    return [row for part in (memory, page_states, hooks, learned, snapshots) for row in part(plan)]
 
 
 def main() -> int:

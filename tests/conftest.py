@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import os
 import signal
@@ -13,6 +14,7 @@ import pagegate
 import pytest
 from pagegate import Convert, Policy, Vm
 from pagegate.guests import _RECORD, _RESULT_OFFSET, Script
+from pagegate.testing import Fake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +29,24 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True, 
 hypothesis.settings.load_profile("default")
 
 
+@functools.cache
+def why_no_page_can_be_missing() -> str:
+    """Why this process cannot have machines with missing pages; nothing if it can."""
+
+    class Zeroes:
+        def missing(self, page: pagegate.MissingPage) -> bytes:
+            return bytes(page.size)
+
+    try:
+        Vm(4096, hypervisor=Fake([], private_memory=False), pager=Zeroes()).close()
+    except pagegate.NotSupported as error:
+        return str(error)
+    return ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("userfault") is not None and (why := why_no_page_can_be_missing()):
+        pytest.skip(why)
     if item.get_closest_marker("kvm") is None:
         return
     host = pagegate.probe()

@@ -63,8 +63,15 @@ RUN = [
 ]
 
 
+def needs(path):
+    """The marks of the test of this file's blocks."""
+    return [pytest.mark.userfault] if "lazy=True" in path.read_text() else []
+
+
 @pytest.mark.kvm
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=needs(path), id=path.relative_to(ROOT).as_posix()) for path in RUN]
+)
 def test_the_blocks_run(path, tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "mine.py").write_text(POLICY)

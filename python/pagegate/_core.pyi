@@ -952,9 +952,9 @@ class Event:
         """When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``."""
     @property
     def vcpu(self) -> int:
-        """Index of the vCPU; 0xffffffff for "device", which is no vCPU's."""
+        """Index of the vCPU; 0xffffffff for what no vCPU did: "device", and "missing" if another touched the page."""
     @property
-    def kind(self) -> Literal["implicit", "explicit", "poison", "unpaged", "device", "malformed"]:
+    def kind(self) -> Literal["implicit", "explicit", "poison", "unpaged", "device", "malformed", "missing"]:
         """How it came: by an access, by KVM_HC_MAP_GPA_RANGE, or by an access to a poisoned page.
 
         "unpaged" is no request: in a guest with ``confidential="sev"`` a private page was opened or closed to vCPUs
@@ -962,6 +962,8 @@ class Event:
         to access a page that is not shared, and ``Policy.device_access`` was asked, or it accessed one that is, and its
         accesses are logged (``Vm.add_device``). "malformed": the guest asked for what makes no sense, such as a part of
         a page; no policy is asked, and ``gpa``, ``size`` and ``raw`` are as it gave them, as far as they fit.
+        "missing": somebody touched a page that had no bytes yet; ``size`` is what came at once, ``latency`` how long
+        its pager took.
         """
     @property
     def gpa(self) -> int:
@@ -1026,12 +1028,13 @@ class Event:
         "closed",
         "accessed",
         "refused",
+        "came",
     ]:
         """What came of the request.
 
         "superseded": another vCPU had converted the page meanwhile. "failed": no decision, or a conversion that failed.
         Of "unpaged": "opened" or "closed". Of "malformed": "refused". "accessed": a device accessed shared pages, as it
-        was told to.
+        was told to. Of "missing": "came", or "failed".
         """
     @property
     def done_gpa(self) -> int:
@@ -1193,6 +1196,55 @@ class MemoryUsage:
 
         If not, it is an upper bound: the bytes in state private.
         """
+    @property
+    def missing(self) -> int:
+        """Bytes that are not there yet: nobody has touched their pages, and they come from a folder or a pager."""
+
+@final
+class MissingPage:
+    """A page that somebody touches and that has no bytes yet, as a pager's ``missing`` is told of it."""
+
+    @property
+    def gpa(self) -> int:
+        """Its address, without the view's bit."""
+    @property
+    def size(self) -> int:
+        """Bytes: 4096."""
+    @property
+    def state(self) -> str:
+        """Its state: ``"private"`` or ``"shared"``."""
+    @property
+    def by(self) -> str:
+        """Who touches it: ``"vcpu"``, ``"kvm"`` for itself, ``"device"``, or ``"host"``, by ``read`` for one."""
+    @property
+    def vcpu(self) -> int | None:
+        """The vCPU's index, if it is one."""
+    @property
+    def around(self) -> tuple[int, int]:
+        """Address and size of the missing pages of its state around it, without a gap: at most the 2 MiB that it is in.
+
+        An answer as long as that has the bytes of all of them.
+        """
+
+@final
+class TouchedPage:
+    """A page that was missing until somebody touched it."""
+
+    @property
+    def gpa(self) -> int:
+        """Its address, without the view's bit."""
+    @property
+    def state(self) -> str:
+        """Its state then: ``"private"`` or ``"shared"``."""
+    @property
+    def by(self) -> str:
+        """Who touched it first: ``"vcpu"``, ``"kvm"`` for itself, ``"device"``, or ``"host"``, by ``read`` for one."""
+    @property
+    def vcpu(self) -> int | None:
+        """The vCPU's index, if it was one."""
+    @property
+    def size(self) -> int:
+        """Bytes that came at once: its own, and those of missing pages around it."""
 
 @final
 class Vcpu:
@@ -1249,6 +1301,10 @@ class Vm:
     ``policy_timeout``: seconds that a call of a hook, handler or listener by a vCPU may take, looked at 40 times a
     second. One that takes longer gets a PolicyTimeoutError as soon as it executes Python code, which ends the run.
 
+    ``pager``: no page has bytes at first, and each gets them from here when it is first touched: an object with a
+    method ``missing(page)`` that returns the bytes of the ``MissingPage``, or a file in which a page's offset is its
+    address. It needs userfaultfd(2), as ``Vm.resume(lazy=True)`` does.
+
     Raises KvmUnavailable, NotSupported, PolicyError, and ValueError for an argument out of range.
     """
 
@@ -1270,6 +1326,7 @@ class Vm:
         confidential: str | None = None,
         debug_private: bool = False,
         policy_timeout: float | None = None,
+        pager: object | None = None,
     ) -> Self: ...
     @property
     def memory(self) -> int:
@@ -1448,6 +1505,18 @@ class Vm:
         read and while a store of a vCPU is unanswered, PagegateError while the machine runs.
         """
 
+    def reset_to(self, folder: str | PathLike[str]) -> None:
+        """Puts the machine back to a snapshot of it or of one that was made alike. Its next ``run`` goes on from there.
+
+        Between runs, of a machine that was resumed lazily. What was touched since then is freed, and comes back from
+        the folder when it is touched again. Page states and registers are put back; devices are reset and go on as they
+        were then; disks keep their bytes. The policy, the log and the console stay; ``working_set`` begins anew.
+        Checksums of memory are not checked.
+
+        Raises as ``Vm.resume``, and then nothing has changed, NotSupported for a machine that was not resumed lazily,
+        PagegateError while it runs or its pager hangs. After any other failure, such as a listener's, it cannot run
+        before it was put back.
+        """
     @staticmethod
     def resume(
         folder: str | PathLike[str],
@@ -1457,6 +1526,8 @@ class Vm:
         events: int = 65536,
         debug_private: bool = False,
         policy_timeout: float | None = None,
+        lazy: bool = False,
+        pager: object | None = None,
         hypervisor: Fake | None = None,
     ) -> Vm:
         """A machine that goes on from a snapshot: its next ``run`` continues where the guest was.
@@ -1466,12 +1537,22 @@ class Vm:
         ``hypervisor``: as for ``Vm``. All else is as it was. Guests in other machines may go on from the same folder. A
         vsock's streams have ended, and its driver is told so.
 
+        ``lazy``: the guest goes on at once, and each page is read from the folder when it is first touched: by a vCPU,
+        a device, ``read`` or KVM itself. So the folder's files of memory have to stay as they are, and their checksums
+        are not checked. It needs userfaultfd(2), which root has. ``pager``: as for ``Vm``, in place of the folder's
+        files of memory; it is asked for every page, also for one of zeroes.
+
         Raises OSError, ValueError for a snapshot that is damaged, which names the file, and for other devices,
         NotSupported for a snapshot of another format or of a host with features that this one lacks, else as ``Vm``.
         """
 
     def memory_usage(self) -> MemoryUsage:
         """Resident bytes of guest memory, on each side."""
+    def working_set(self) -> list[TouchedPage]:
+        """The pages that were missing until they were touched, in this order.
+
+        By the guest, and by ``read``, ``snapshot`` and the like. Only ``lazy=True`` and ``pager=`` make pages missing.
+        """
     def close(self) -> None:
         """Frees the machine, its memory and all descriptors. PagegateError while it runs, and from a listener.
 

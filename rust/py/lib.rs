@@ -39,6 +39,8 @@ mod _core {
     #[pymodule_export]
     use crate::machine::marks::PyMarks;
     #[pymodule_export]
+    use crate::machine::missing::{PyMissingPage, PyTouchedPage};
+    #[pymodule_export]
     use crate::machine::policy_handle::PyPolicyHandle;
     #[pymodule_export]
     use crate::machine::report::{PyLatency, PyReport, PyWhereabouts};

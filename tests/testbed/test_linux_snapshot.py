@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -43,12 +44,14 @@ umount /mnt
 GOES_ON = """
 import json
 from pagegate import Vm, devices
-with Vm.resume({saved!r}, devices=[devices.Block({disk!r})], events=1 << 18) as vm:
+with Vm.resume({saved!r}, devices=[devices.Block({disk!r})], events=1 << 18, lazy={lazy}) as vm:
     first = vm.console.expect(r"count (\\d+)", timeout={seconds})[1].decode()
+    read, pages = sum(page.size for page in vm.working_set()), [page.gpa for page in vm.working_set()]
     vm.console.write("go\\n")
     report = vm.run(timeout={seconds})
     told = {{"first": int(first), "reason": report.reason, "requests": report.requests, "faults": report.faults}}
     told |= {{"hypercalls": report.hypercalls, "refused": report.device_accesses}}
+    told |= {{"read": read, "pages": len(pages), "distinct": len(set(pages))}}
     print(json.dumps(told | {{"output": vm.console.tail(1 << 20).decode(errors="replace")}}))
 """
 
@@ -86,27 +89,40 @@ def test_a_guest_goes_on_where_it_was(kernel, how, vcpus, tmp_path) -> None:
         states = vm.attributes.runs()
         manifest = json.loads((tmp_path / "saved" / "manifest.json").read_bytes())
         assert manifest["machine"]["vcpus"] == vcpus
-    program = textwrap.dedent(GOES_ON).format(saved=str(tmp_path / "saved"), disk=str(disk), seconds=SECONDS)
+    for lazy in (True, False):
+        used = disk.with_name(f"used-{lazy}.img")
+        shutil.copy(disk, used)
+        goes_on(tmp_path / "saved", used, lazy, summed[1], vcpus if how and extra else None)
+    # What was put aside is as it was: another one goes on from it.
+    with Vm.resume(tmp_path / "saved", devices=[devices.Block(disk, read_only=False)], lazy=True) as again:
+        assert again.attributes.runs() == states
+        for _ in range(3):
+            assert again.console.expect(r"count \d+", timeout=SECONDS)[0] == b"count 4"
+            again.reset_to(tmp_path / "saved")
+            assert again.attributes.runs() == states
+
+
+def goes_on(saved: Path, disk: Path, lazy: bool, summed: str, converting: int | None) -> None:
+    """Resumes it in a new process. ``converting``: the vCPUs whose pages a module converts, if there is one."""
+    program = textwrap.dedent(GOES_ON).format(saved=str(saved), disk=str(disk), seconds=SECONDS, lazy=lazy)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, ""), done
     told = json.loads(done.stdout)
     output = told["output"].replace("\r\n", "\n")
     assert (told["first"], told["reason"], told["refused"]) == (4, "poweroff", 0), output
-    assert f"{summed[1]}  -\nwritten before\n" in output
+    assert f"{summed}  -\nwritten before\n" in output
     assert f"{STATUS}0\n" in output
     assert "Kernel panic" not in output
-    assert file_on(disk, "/after", tmp_path) == b"written later\n"
-    if how and extra:
+    assert file_on(disk, "/after", disk.parent) == b"written later\n"
+    assert told["distinct"] == told["pages"]
+    assert (0 < told["read"] < MEMORY // 10) if lazy else not told["read"]
+    if converting is not None:
         counts = COUNTS.search(output)
         assert counts, output
         workers, asked, failed, touched, _, lost = map(int, counts.groups())
-        assert (workers, failed, lost) == (vcpus, 0, 0)
+        assert (workers, failed, lost) == (converting, 0, 0)
         assert told["hypercalls"] == asked > 0
         assert told["faults"] >= touched > 0
-    # What was put aside is as it was: another one goes on from it.
-    with Vm.resume(tmp_path / "saved", devices=[devices.Block(disk, read_only=False)]) as again:
-        assert again.attributes.runs() == states
-        assert again.console.expect(r"count \d+", timeout=SECONDS)[0] == b"count 4"
 
 
 @pytest.mark.timeout(2 * SECONDS + 60)
@@ -125,8 +141,8 @@ def test_the_command_line_puts_aside_and_goes_on(kernel, tmp_path) -> None:
     told = json.loads(done.stdout)
     assert (told["reason"], told["ended_well"], told["saved"]) == ("stopped", True, str(saved))
     assert "after" not in done.stderr
-    for _ in range(2):
-        done = pagegate("resume", str(saved), typed="go\n")
+    for more in ([], ["--lazy"]):
+        done = pagegate("resume", str(saved), *more, typed="go\n")
         assert done.returncode == 0, done
         assert "after" in done.stdout
         assert "poweroff after" in done.stdout

@@ -32,6 +32,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @verbose_option
 @events_option
 @limit_option
+@click.option("--lazy", is_flag=True, help="Read a page when it is touched, so that the guest goes on at once.")
 @click.option("--timeout", type=Seconds(), help="End the run S seconds after it began to read the snapshot.")
 @save_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; the console is standard error.")
@@ -46,6 +47,7 @@ def resume(  # noqa: PLR0913 - one for each option
     verbose: bool,
     events: Path | None,
     events_limit: int,
+    lazy: bool,
     timeout: float | None,
     saving: Saving | None,
     as_json: bool,
@@ -55,6 +57,8 @@ def resume(  # noqa: PLR0913 - one for each option
 
     Memory, vCPUs and devices are as they were. The devices of `boot` have to be given again, disks with what they had
     then. DIR stays as it is: any number of guests may go on from it.
+
+    With --lazy its files must stay until the guest has ended, and the checksums of memory are not checked.
 
     Exit status: as that of `pagegate boot`.
     """
@@ -66,7 +70,12 @@ def resume(  # noqa: PLR0913 - one for each option
     try:
         with deadline:
             vm = Vm.resume(
-                folder, policy=judge, devices=devices, debug_private=debug_private, policy_timeout=policy_timeout
+                folder,
+                policy=judge,
+                devices=devices,
+                debug_private=debug_private,
+                policy_timeout=policy_timeout,
+                lazy=lazy,
             )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

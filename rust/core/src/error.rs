@@ -183,6 +183,21 @@ pub enum Error {
         /// What it raised.
         failure: Failure,
     },
+    /// A missing page's bytes could not be had.
+    #[error("page {gpa:#x} has no bytes yet, {by} touched it, and its pager failed: {failure}")]
+    Pager {
+        /// The page.
+        gpa: u64,
+        /// Who touched it.
+        by: String,
+        /// If that was a vCPU, its index.
+        vcpu: Option<u32>,
+        /// What the pager said.
+        failure: Failure,
+    },
+    /// A page that was needed did not come, and what needed it went on without its bytes.
+    #[error("this machine is lost: {0}; put it back with reset_to, or make another one")]
+    Lost(Arc<str>),
     /// The `interrupt` callback of a run failed: its caller wants it to end.
     #[error("interrupted: {0}")]
     Interrupted(Failure),
@@ -208,6 +223,8 @@ impl Error {
             | Error::HostConversion(_)
             | Error::Device { .. }
             | Error::DeviceHook { .. }
+            | Error::Pager { .. }
+            | Error::Lost(_)
             | Error::Interrupted(_) => None,
         }
     }

@@ -15,7 +15,7 @@ use pagegate_core::error::Error;
 use pagegate_core::hypervisor::fake::FakeVm;
 use pagegate_core::machine::assembly::Machine;
 use pagegate_core::machine::config::{Config, Platform};
-use pagegate_core::machine::snapshot::resume::Snapshot;
+use pagegate_core::machine::snapshot::resume::{Bytes, Snapshot};
 use pagegate_core::policy::simple::Allow;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -62,7 +62,7 @@ fn put_aside(at: &Path) {
 }
 
 /// Resumes it, and lets it run for a moment.
-fn resume(at: &Path) -> Result<(), Error> {
+fn resume(at: &Path, lazy: bool) -> Result<(), Error> {
     let snapshot = Snapshot::open(at, &mut || Ok(()))?;
     let config = Config {
         hypervisor: Some(fake()),
@@ -70,7 +70,8 @@ fn resume(at: &Path) -> Result<(), Error> {
     };
     let machine = Machine::new(config)?;
     add_devices(&machine)?;
-    machine.resume(snapshot, &mut || Ok(()))?;
+    let bytes = if lazy { Bytes::Lazily } else { Bytes::Now };
+    machine.resume(snapshot, bytes, &mut || Ok(()))?;
     // Nobody has started a vCPU, so it does not.
     let _ = machine.run(Some(Duration::from_millis(1)), &mut || Ok(()));
     Ok(())
@@ -133,9 +134,14 @@ fn values() -> impl Strategy<Value = Value> {
 fn as_it_was_written_it_is_resumed() {
     let folder = folder("plain");
     put_aside(&folder.0);
-    resume(&folder.0).unwrap();
+    resume(&folder.0, false).unwrap();
+    match resume(&folder.0, true) {
+        // Not everybody has userfaultfd(2).
+        Err(Error::NotSupported(why)) => assert!(why.contains("userfaultfd"), "{why}"),
+        resumed => resumed.unwrap(),
+    }
     tamper(&folder.0, &[]);
-    resume(&folder.0).unwrap();
+    resume(&folder.0, false).unwrap();
 }
 
 proptest! {
@@ -143,13 +149,14 @@ proptest! {
 
     #[test]
     fn whatever_its_state_says_the_process_goes_on(
-        changes in prop::collection::vec((any::<usize>(), values()), 1..5)
+        changes in prop::collection::vec((any::<usize>(), values()), 1..5),
+        lazy in any::<bool>(),
     ) {
         let folder = folder("tampered");
         put_aside(&folder.0);
         tamper(&folder.0, &changes);
         // Refused, or resumed: whichever, it says so.
-        if let Err(error) = resume(&folder.0) {
+        if let Err(error) = resume(&folder.0, lazy) {
             prop_assert!(!error.to_string().is_empty());
         }
     }
@@ -182,7 +189,7 @@ fn a_device_that_no_driver_can_have_made() {
         }
         fs::write(&path, serde_json::to_vec(&state).unwrap()).unwrap();
         tamper(&folder.0, &[]);
-        let error = resume(&folder.0).unwrap_err().to_string();
+        let error = resume(&folder.0, false).unwrap_err().to_string();
         assert!(error.contains(said), "{place}: {error}");
     }
 }

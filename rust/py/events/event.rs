@@ -24,7 +24,7 @@ pub(crate) struct PyEvent {
     sequence: u64,
     /// When the vCPU exited: nanoseconds of CLOCK_MONOTONIC, as ``time.monotonic_ns()``.
     time: u64,
-    /// Index of the vCPU; 0xffffffff for "device", which is no vCPU's.
+    /// Index of the vCPU; 0xffffffff for what no vCPU did: "device", and "missing" if another touched the page.
     vcpu: u32,
     /// How it came: by an access, by KVM_HC_MAP_GPA_RANGE, or by an access to a poisoned page.
     ///
@@ -33,6 +33,8 @@ pub(crate) struct PyEvent {
     /// to access a page that is not shared, and ``Policy.device_access`` was asked, or it accessed one that is, and its
     /// accesses are logged (``Vm.add_device``). "malformed": the guest asked for what makes no sense, such as a part of
     /// a page; no policy is asked, and ``gpa``, ``size`` and ``raw`` are as it gave them, as far as they fit.
+    /// "missing": somebody touched a page that had no bytes yet; ``size`` is what came at once, ``latency`` how long
+    /// its pager took.
     kind: &'static str,
     /// Start of the pages that were asked for, in bytes.
     gpa: u64,
@@ -70,7 +72,7 @@ pub(crate) struct PyEvent {
     ///
     /// "superseded": another vCPU had converted the page meanwhile. "failed": no decision, or a conversion that failed.
     /// Of "unpaged": "opened" or "closed". Of "malformed": "refused". "accessed": a device accessed shared pages, as it
-    /// was told to.
+    /// was told to. Of "missing": "came", or "failed".
     outcome: &'static str,
     /// Start of what was converted, in bytes.
     done_gpa: u64,

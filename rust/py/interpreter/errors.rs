@@ -72,8 +72,33 @@ pub(crate) fn raise(py: Python<'_>, error: Error) -> PyErr {
             Ok(error) => noted(py, error, [access]),
             Err(failure) => policy_error(py, format!("{access}: {failure}")),
         },
+        Error::Pager {
+            gpa,
+            ref by,
+            vcpu,
+            failure,
+            ..
+        } => {
+            let error = match downcast(failure) {
+                Ok(error) => return noted(py, error, [format!("pager of gpa {gpa:#x}, which {by} touched")]),
+                Err(failure) => new(
+                    py,
+                    "PagegateError",
+                    Error::Pager {
+                        gpa,
+                        by: by.clone(),
+                        vcpu,
+                        failure,
+                    }
+                    .to_string(),
+                ),
+            };
+            set(py, &error, "gpa", gpa);
+            set(py, &error, "vcpu", vcpu);
+            error
+        }
         Error::File { path, errno } => of_file(&errno.into(), &path),
-        Error::Busy(_) | Error::Host { .. } => new(py, "PagegateError", error.to_string()),
+        Error::Busy(_) | Error::Host { .. } | Error::Lost(_) => new(py, "PagegateError", error.to_string()),
         Error::PrivateMemory { gpa, .. } => {
             let error = new(py, "PrivateMemoryError", error.to_string());
             set(py, &error, "gpa", gpa);

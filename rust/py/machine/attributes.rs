@@ -132,6 +132,8 @@ pub(crate) struct PyMemoryUsage {
     ///
     /// If not, it is an upper bound: the bytes in state private.
     pub(super) exact: bool,
+    /// Bytes that are not there yet: nobody has touched their pages, and they come from a folder or a pager.
+    pub(super) missing: u64,
 }
 
 #[pymethods]
@@ -139,6 +141,10 @@ impl PyMemoryUsage {
     fn __repr__(&self) -> String {
         let Self { shared, private, .. } = self;
         let exact = if self.exact { "True" } else { "False" };
-        format!("MemoryUsage(shared={shared}, private={private}, exact={exact})")
+        let missing = match self.missing {
+            0 => String::new(),
+            missing => format!(", missing={missing}"),
+        };
+        format!("MemoryUsage(shared={shared}, private={private}, exact={exact}{missing})")
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod input;
 mod linux;
 pub(crate) mod listener;
 pub(crate) mod marks;
+pub(crate) mod missing;
 pub(crate) mod parts;
 pub(crate) mod policy_handle;
 pub(crate) mod report;

@@ -18,6 +18,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::device_io::Handler;
 use super::listener::PyListener;
+use super::missing::PyPager;
 use super::report::PyReport;
 use crate::devices::python::PyDevice;
 use crate::interpreter::call::Owned;
@@ -34,6 +35,7 @@ pub(super) struct Callbacks {
     pub handlers: Vec<Arc<Handler>>,
     pub listeners: Vec<Arc<PyListener>>,
     pub devices: Vec<Arc<PyDevice>>,
+    pub pager: Option<Arc<PyPager>>,
 }
 
 impl Callbacks {
@@ -51,7 +53,7 @@ impl Callbacks {
         for device in &self.devices {
             device.traverse(visit)?;
         }
-        Ok(())
+        self.pager.as_ref().map_or(Ok(()), |pager| pager.traverse(visit))
     }
 
     /// Drops them.
@@ -64,6 +66,8 @@ impl Callbacks {
                 .iter()
                 .map(|listener| Owned::another(py, listener.object())),
         );
+        let pager = self.pager.iter().flat_map(|pager| pager.object());
+        last.extend(pager.map(|object| Owned::another(py, object)));
         last.extend(self.devices.iter().map(|device| Owned::another(py, device.object())));
         drop(self);
         drop(last);
@@ -109,6 +113,7 @@ impl Parts {
         policy: Option<&Bound<'_, PyAny>>,
         enters_python: Arc<AtomicBool>,
         overdue: Option<Arc<Overdue>>,
+        pager: Option<Arc<PyPager>>,
     ) -> Self {
         let views = *machine.memory().views();
         Self {
@@ -130,6 +135,7 @@ impl Parts {
                 handlers: Vec::new(),
                 listeners: Vec::new(),
                 devices: Vec::new(),
+                pager,
             })),
             enters_python,
             overdue,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use pagegate_core::machine::assembly::Machine;
-use pagegate_core::machine::snapshot::resume::Snapshot;
+use pagegate_core::machine::snapshot::resume::{Bytes, Snapshot};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -15,6 +15,13 @@ use crate::interpreter::{attach, errors};
 pub(super) fn save(py: Python<'_>, machine: &Machine, folder: &Path) -> PyResult<()> {
     let saved = py.detach(|| machine.snapshot(folder, &mut attach::check_signals));
     saved.map_err(|error| errors::raise(py, error))
+}
+
+/// Puts a machine back to what a folder has.
+pub(super) fn reset(py: Python<'_>, machine: &Machine, folder: &Path) -> PyResult<()> {
+    let opened = open(py, folder)?;
+    let done = py.detach(|| machine.reset_to(opened, &mut attach::check_signals));
+    done.map_err(|error| errors::raise(py, error))
 }
 
 /// Reads what a folder has besides memory.
@@ -29,6 +36,7 @@ pub(super) fn resume(
     parts: &Parts,
     snapshot: Snapshot,
     devices: &[Bound<'_, PyAny>],
+    bytes: Bytes,
 ) -> PyResult<()> {
     let py = vm.py();
     let machine = parts.machine(py)?;
@@ -55,7 +63,7 @@ pub(super) fn resume(
             parts.keep_device(device);
         }
     }
-    let resumed = py.detach(|| machine.resume(snapshot, &mut attach::check_signals));
+    let resumed = py.detach(|| machine.resume(snapshot, bytes, &mut attach::check_signals));
     resumed.map_err(|error| errors::raise(py, error))?;
     parts.is_new(&machine);
     Ok(())

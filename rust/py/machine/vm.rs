@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pagegate_core::hypervisor::host::{EnforcementMode, VmType};
 use pagegate_core::machine::assembly::Machine;
 use pagegate_core::machine::config::{Confidential, Config, Platform};
+use pagegate_core::machine::snapshot::resume::Bytes;
 use pagegate_core::memory::address::State;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -17,6 +18,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::attributes::{PyAttributes, PyMemoryUsage};
 use super::event_log::PyEvents;
 use super::handlers;
+use super::missing::{Given, PyTouchedPage};
 use super::parts::{OfVm, Parts, held, lock, taken};
 use super::policy_handle::PyPolicyHandle;
 use super::report::PyReport;
@@ -51,6 +53,10 @@ use crate::testing::fake::PyFake;
 /// ``policy_timeout``: seconds that a call of a hook, handler or listener by a vCPU may take, looked at 40 times a
 /// second. One that takes longer gets a PolicyTimeoutError as soon as it executes Python code, which ends the run.
 ///
+/// ``pager``: no page has bytes at first, and each gets them from here when it is first touched: an object with a
+/// method ``missing(page)`` that returns the bytes of the ``MissingPage``, or a file in which a page's offset is its
+/// address. It needs userfaultfd(2), as ``Vm.resume(lazy=True)`` does.
+///
 /// Raises KvmUnavailable, NotSupported, PolicyError, and ValueError for an argument out of range.
 #[pyclass(name = "Vm", module = "pagegate", frozen, weakref)]
 pub(crate) struct PyVm(pub(crate) Arc<Parts>);
@@ -60,10 +66,11 @@ impl PyVm {
     #[new]
     #[pyo3(signature = (memory, *, vcpus = 1, policy = None, vm_type = None, enforcement = None, shared_bit = None,
                         private_bit = None, initial = None, events = 65536, memslots = 1, hypervisor = None,
-                        platform = Platform::Bare, confidential = None, debug_private = false, policy_timeout = None),
+                        platform = Platform::Bare, confidential = None, debug_private = false, policy_timeout = None,
+                        pager = None),
            text_signature = "(memory, *, vcpus=1, policy=None, vm_type='auto', enforcement='auto', shared_bit=None, \
                              private_bit=None, initial=None, events=65536, memslots=1, hypervisor=None, \
-                             platform='bare', confidential=None, debug_private=False, policy_timeout=None)")]
+                             platform='bare', confidential=None, debug_private=False, policy_timeout=None, pager=None)")]
     #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
     fn new(
         py: Python<'_>,
@@ -84,6 +91,7 @@ impl PyVm {
         #[pyo3(from_py_with = arguments::optional_real::<arguments::named::policy_timeout>)] policy_timeout: Option<
             f64,
         >,
+        pager: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let initial = match initial {
             Some(initial) => initial,
@@ -104,6 +112,8 @@ impl PyVm {
             platform,
             confidential,
             debug_private,
+            host_memory: pager.is_some(),
+            pager: None,
             events,
             memslots,
             policy: judge.policy.clone(),
@@ -111,6 +121,16 @@ impl PyVm {
             stack: runs::stack(py)?,
             hypervisor: hypervisor.map(|fake| fake.get().vm()),
         };
+        let given = pager.map(Given::of).transpose()?;
+        let pager = match &given {
+            Some(given) => Some(given.pager(py, config.memory_end().map_err(|error| errors::raise(py, error))?)?),
+            None => None,
+        };
+        let pager_in_python = given.and_then(Given::python);
+        if pager_in_python.is_some() {
+            enters_python.store(true, Ordering::Relaxed);
+        }
+        let config = Config { pager, ..config };
         let machine = py
             .detach(|| Machine::new_watched(config, &mut attach::check_signals))
             .map_err(|error| errors::raise(py, error))?;
@@ -120,6 +140,7 @@ impl PyVm {
             policy,
             enters_python,
             overdue,
+            pager_in_python,
         ))))
     }
 
@@ -426,7 +447,8 @@ impl PyVm {
             )));
         }
         PyBytes::new_with(py, n, |into| {
-            py.detach(|| machine.read(gpa, into))
+            let bring = || machine.bring(gpa, n as u64, &mut attach::check_signals);
+            py.detach(|| bring().and_then(|()| machine.read(gpa, into)))
                 .map_err(|error| errors::raise(py, error))
         })
     }
@@ -442,7 +464,8 @@ impl PyVm {
         #[pyo3(from_py_with = arguments::bytes_named::<arguments::named::data>)] data: Vec<u8>,
     ) -> PyResult<()> {
         let machine = self.0.machine(py)?;
-        py.detach(|| machine.write(gpa, &data))
+        let bring = || machine.bring(gpa, data.len() as u64, &mut attach::check_signals);
+        py.detach(|| bring().and_then(|()| machine.write(gpa, &data)))
             .map_err(|error| errors::raise(py, error))
     }
 
@@ -478,6 +501,20 @@ impl PyVm {
         snapshot::save(py, &*self.0.machine(py)?, &folder)
     }
 
+    /// Puts the machine back to a snapshot of it or of one that was made alike. Its next ``run`` goes on from there.
+    ///
+    /// Between runs, of a machine that was resumed lazily. What was touched since then is freed, and comes back from
+    /// the folder when it is touched again. Page states and registers are put back; devices are reset and go on as they
+    /// were then; disks keep their bytes. The policy, the log and the console stay; ``working_set`` begins anew.
+    /// Checksums of memory are not checked.
+    ///
+    /// Raises as ``Vm.resume``, and then nothing has changed, NotSupported for a machine that was not resumed lazily,
+    /// PagegateError while it runs or its pager hangs. After any other failure, such as a listener's, it cannot run
+    /// before it was put back.
+    fn reset_to(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        snapshot::reset(py, &*self.0.machine(py)?, &folder)
+    }
+
     /// A machine that goes on from a snapshot: its next ``run`` continues where the guest was.
     ///
     /// ``folder``: as ``snapshot`` has written it. ``devices``: the devices of ``add_device``, of the same types and in
@@ -485,11 +522,16 @@ impl PyVm {
     /// ``hypervisor``: as for ``Vm``. All else is as it was. Guests in other machines may go on from the same folder. A
     /// vsock's streams have ended, and its driver is told so.
     ///
+    /// ``lazy``: the guest goes on at once, and each page is read from the folder when it is first touched: by a vCPU,
+    /// a device, ``read`` or KVM itself. So the folder's files of memory have to stay as they are, and their checksums
+    /// are not checked. It needs userfaultfd(2), which root has. ``pager``: as for ``Vm``, in place of the folder's
+    /// files of memory; it is asked for every page, also for one of zeroes.
+    ///
     /// Raises OSError, ValueError for a snapshot that is damaged, which names the file, and for other devices,
     /// NotSupported for a snapshot of another format or of a host with features that this one lacks, else as ``Vm``.
     #[staticmethod]
     #[pyo3(signature = (folder, *, policy = None, devices = None, events = 65536, debug_private = false,
-                        policy_timeout = None, hypervisor = None))]
+                        policy_timeout = None, lazy = false, pager = None, hypervisor = None))]
     #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
     fn resume(
         py: Python<'_>,
@@ -499,9 +541,12 @@ impl PyVm {
         #[pyo3(from_py_with = arguments::integer::<arguments::named::events, _>)] events: usize,
         debug_private: bool,
         policy_timeout: Option<f64>,
+        lazy: bool,
+        pager: Option<&Bound<'_, PyAny>>,
         hypervisor: Option<&PyFake>,
     ) -> PyResult<Py<Self>> {
         let opened = snapshot::open(py, &folder)?;
+        let given = pager.map(Given::of).transpose()?;
         let judge = Judge::of(policy)?;
         let enters_python = Arc::new(AtomicBool::new(judge.enters_python || policy_timeout.is_some()));
         let overdue = runs::policy_timeout(policy_timeout)?;
@@ -510,6 +555,7 @@ impl PyVm {
             .map_err(|error| errors::raise(py, error))?;
         let config = Config {
             debug_private,
+            host_memory: lazy || given.is_some(),
             events,
             around: Some(runs::around(enters_python.clone(), overdue.clone())),
             stack: runs::stack(py)?,
@@ -519,9 +565,18 @@ impl PyVm {
         let machine = py
             .detach(|| Machine::new_watched(config, &mut attach::check_signals))
             .map_err(|error| errors::raise(py, error))?;
-        let parts = Arc::new(Parts::of(machine, judge, policy, enters_python, overdue));
+        let bytes = match &given {
+            Some(given) => Bytes::From(given.pager(py, machine.memory().views().memory_end())?),
+            None if lazy => Bytes::Lazily,
+            None => Bytes::Now,
+        };
+        let pager = given.and_then(Given::python);
+        if pager.is_some() {
+            enters_python.store(true, Ordering::Relaxed);
+        }
+        let parts = Arc::new(Parts::of(machine, judge, policy, enters_python, overdue, pager));
         let vm = Bound::new(py, Self(parts.clone()))?;
-        let resumed = snapshot::resume(vm.as_any(), &parts, opened, &devices.unwrap_or_default());
+        let resumed = snapshot::resume(vm.as_any(), &parts, opened, &devices.unwrap_or_default(), bytes);
         if resumed.is_err() {
             vm.get().close(py)?;
         }
@@ -538,7 +593,17 @@ impl PyVm {
             shared: resident.shared,
             private: resident.private,
             exact: resident.exact,
+            missing: machine.missing_bytes(),
         })
+    }
+
+    /// The pages that were missing until they were touched, in this order.
+    ///
+    /// By the guest, and by ``read``, ``snapshot`` and the like. Only ``lazy=True`` and ``pager=`` make pages missing.
+    fn working_set(&self, py: Python<'_>) -> PyResult<Vec<PyTouchedPage>> {
+        let machine = self.0.machine(py)?;
+        let pages = py.detach(|| machine.working_set());
+        Ok(pages.into_iter().map(PyTouchedPage::of).collect())
     }
 
     /// Frees the machine, its memory and all descriptors. PagegateError while it runs, and from a listener.

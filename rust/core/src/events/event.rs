@@ -21,17 +21,20 @@ pub enum Kind {
     Device,
     /// The guest asked for what makes no sense. No policy is asked.
     Malformed,
+    /// A page that had no bytes yet was touched. A pager is asked, and no policy.
+    Missing,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 6] = [
+    pub const ALL: [Kind; 7] = [
         Kind::Implicit,
         Kind::Explicit,
         Kind::Poison,
         Kind::Unpaged,
         Kind::Device,
         Kind::Malformed,
+        Kind::Missing,
     ];
 
     /// Its name in tables and Python.
@@ -43,6 +46,7 @@ impl Kind {
             Kind::Unpaged => "unpaged",
             Kind::Device => "device",
             Kind::Malformed => "malformed",
+            Kind::Missing => "missing",
         }
     }
 
@@ -77,11 +81,13 @@ pub enum Outcome {
     Accessed,
     /// Refused without asking the policy.
     Refused,
+    /// The pager gave a missing page its bytes.
+    Came,
 }
 
 impl Outcome {
     /// All of them.
-    pub const ALL: [Outcome; 11] = [
+    pub const ALL: [Outcome; 12] = [
         Outcome::Converted,
         Outcome::Denied,
         Outcome::Retried,
@@ -93,6 +99,7 @@ impl Outcome {
         Outcome::Closed,
         Outcome::Accessed,
         Outcome::Refused,
+        Outcome::Came,
     ];
 
     /// Its name in tables and Python.
@@ -109,6 +116,7 @@ impl Outcome {
             Outcome::Closed => "closed",
             Outcome::Accessed => "accessed",
             Outcome::Refused => "refused",
+            Outcome::Came => "came",
         }
     }
 }
@@ -251,7 +259,7 @@ pub struct Event {
     pub sequence: u64,
     /// When its exit was seen, in nanoseconds of CLOCK_MONOTONIC. A replay goes by this order.
     pub time: u64,
-    /// The vCPU's index; [`NO_VCPU`] for a device's access.
+    /// The vCPU's index; [`NO_VCPU`] for a device's access, and for a missing page that no vCPU touched.
     pub vcpu: u32,
     /// The device's access.
     pub device: Option<ByDevice>,

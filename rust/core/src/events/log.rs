@@ -10,12 +10,9 @@ use parking_lot::Mutex;
 
 use super::chunk::{Chunk, Draft, ROWS};
 use super::columns::Cells;
-use super::event::{Asked, ByDevice, Done, Event, Kind, NO_VCPU, Outcome, RecordedDecision, Verdict, monotonic};
+use super::event::{Asked, ByDevice, Done, Event, NO_VCPU, Outcome, RecordedDecision};
 use super::table;
 use crate::errno::Errno;
-use crate::memory::address::State;
-use crate::policy::decision::Decision;
-use crate::policy::device_access::DeviceAccess;
 
 /// The events of one vCPU. Shares no cache line with another vCPU's, because each request writes to it.
 #[repr(align(128))]
@@ -33,7 +30,8 @@ const NONE_ARRIVING: u64 = u64::MAX;
 /// The last events of each vCPU. When a ring is full, its oldest are dropped.
 pub struct EventLog {
     rings: Vec<Ring>,
-    of_devices: SideRing,
+    /// Of devices, and of missing pages.
+    others: SideRing,
     /// Requests that no policy saw: cheap for a guest, so they take no room from the others.
     malformed: SideRing,
     sequence: Sequence,
@@ -92,7 +90,7 @@ impl EventLog {
         let capacity = capacity.div_ceil(vcpus.max(1));
         let log = Self {
             rings: (0..vcpus).map(|_| Ring::new(capacity)).collect(),
-            of_devices: SideRing::new(capacity),
+            others: SideRing::new(capacity),
             malformed: SideRing::new(malformed),
             sequence: Sequence::default(),
         };
@@ -129,8 +127,14 @@ impl EventLog {
         writer.stage = Stage::Nothing;
     }
 
-    /// Adds an event of devices or a malformed request.
-    fn publish_aside(&self, to: &SideRing, vcpu: u32, asked: &Asked, write: impl FnOnce(&mut Writer)) {
+    /// Adds an event of the other rings.
+    fn publish_aside(
+        &self,
+        to: &SideRing,
+        vcpu: u32,
+        (asked, latency): (&Asked, u64),
+        write: impl FnOnce(&mut Writer),
+    ) {
         let (writer, written) = &mut *to.writer.lock();
         if writer.chunk.is_none() {
             writer.chunk = to.ring.open_chunk();
@@ -138,13 +142,18 @@ impl EventLog {
         writer.vcpu = vcpu;
         writer.begin(asked);
         write(writer);
-        self.publish_to(&to.ring, writer, 0);
+        self.publish_to(&to.ring, writer, latency);
         *written += 1;
+    }
+
+    /// Adds an event that is no vCPU's request.
+    pub(super) fn publish_other(&self, vcpu: u32, asked: (&Asked, u64), write: impl FnOnce(&mut Writer)) {
+        self.publish_aside(&self.others, vcpu, asked, write);
     }
 
     /// Adds the event of a vCPU's request that reached no policy.
     pub(crate) fn malformed(&self, vcpu: u32, asked: &Asked, errno: Errno) {
-        self.publish_aside(&self.malformed, vcpu, asked, |writer| {
+        self.publish_aside(&self.malformed, vcpu, (asked, 0), |writer| {
             writer.decided(&RecordedDecision::none(asked.to));
             writer.ended(Outcome::Refused, errno.0, &Done::nothing(asked.gpa, asked.to));
         });
@@ -169,65 +178,6 @@ impl EventLog {
     /// How many malformed requests were dropped to keep newer ones.
     pub(crate) fn malformed_dropped(&self) -> u64 {
         self.malformed_before(0)
-    }
-
-    /// Adds the event of a device's access to shared pages, which nobody converts before this returns.
-    pub(crate) fn device_access(&self, by: &ByDevice, gpa: u64, size: u64) {
-        let nothing = RecordedDecision::none(State::Shared);
-        self.by_device(by, (gpa, size), State::Shared, &nothing, (Outcome::Accessed, 0));
-    }
-
-    /// Adds the event of a device's access to what is not shared, and what the policy decided, unless it failed.
-    pub(crate) fn refused_access(&self, access: &DeviceAccess, decision: Option<&Decision>) {
-        let by = ByDevice {
-            number: access.number,
-            queue: access.queue,
-            descriptor: access.descriptor,
-            write: access.write,
-        };
-        let (recorded, outcome, errno) = match decision {
-            Some(Decision::Deny(errno)) => (RecordedDecision::deny(State::Shared, *errno), Outcome::Denied, errno.0),
-            Some(_) => {
-                let stop = RecordedDecision {
-                    verdict: Verdict::Stop,
-                    ..RecordedDecision::none(State::Shared)
-                };
-                (stop, Outcome::Stopped, 0)
-            }
-            None => (RecordedDecision::none(State::Shared), Outcome::Failed, 0),
-        };
-        let bytes = (access.gpa, access.size);
-        self.by_device(&by, bytes, access.state, &recorded, (outcome, errno));
-    }
-
-    fn by_device(
-        &self,
-        by: &ByDevice,
-        (gpa, size): (u64, u64),
-        state: State,
-        decision: &RecordedDecision,
-        (outcome, errno): (Outcome, i32),
-    ) {
-        let asked = Asked {
-            time: monotonic(),
-            kind: Kind::Device,
-            gpa,
-            size,
-            to: State::Shared,
-            state: Some(state),
-            page_size: 0,
-            raw: 0,
-            flags: 0,
-            rip: 0,
-            repeats: 0,
-        };
-        self.publish_aside(&self.of_devices, NO_VCPU, &asked, |writer| {
-            if let Some(mut row) = writer.draft() {
-                row.by_device(by);
-            }
-            writer.decided(decision);
-            writer.ended_with_nothing(outcome, errno);
-        });
     }
 
     /// How many events there were, kept or dropped.
@@ -257,7 +207,7 @@ impl EventLog {
         let parts = self.parts_since(since);
         let batches = parts.iter().map(|part| part.chunk.batch(part.from, part.to)).collect();
         match self.rings.len() {
-            1 if [&self.of_devices, &self.malformed].iter().all(|side| side.is_empty()) => batches,
+            1 if [&self.others, &self.malformed].iter().all(|side| side.is_empty()) => batches,
             _ => table::merge(&batches).into_iter().collect(),
         }
     }
@@ -293,7 +243,7 @@ impl EventLog {
     }
 
     fn all_rings(&self) -> impl Iterator<Item = &Ring> {
-        self.rings.iter().chain([&self.of_devices.ring, &self.malformed.ring])
+        self.rings.iter().chain([&self.others.ring, &self.malformed.ring])
     }
 
     /// The last `n` events whose request was for the page at `gpa`, among others.
@@ -329,6 +279,13 @@ impl Writer {
             row.asked(self.vcpu, asked);
         }
         self.stage = Stage::Asked;
+    }
+
+    /// Notes which device it was.
+    pub(super) fn by_device(&mut self, by: &ByDevice) {
+        if let Some(mut row) = self.draft() {
+            row.by_device(by);
+        }
     }
 
     /// Notes the policy's decision.

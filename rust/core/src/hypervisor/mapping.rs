@@ -52,6 +52,17 @@ impl Mapping {
         HostAddress(self.0.as_ptr() as u64 + offset)
     }
 
+    /// Where in it a virtual address is.
+    pub(crate) fn offset_of(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.address(0).get())?;
+        (offset < self.size()).then_some(offset)
+    }
+
+    /// Bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.0.size() as u64
+    }
+
     /// A part of it, to copy from or to.
     pub(crate) fn slice(&self, offset: u64, len: usize) -> Result<VolatileSlice<'_>, Errno> {
         self.0.get_slice(offset as usize, len).map_err(|_| Errno(libc::EFAULT))

@@ -4,7 +4,8 @@
 //! - [`kvm`]: /dev/kvm; [`fake`]: vCPUs that replay scripts, and calls that fail on demand
 //! - [`exit`]: what a return of KVM_RUN means
 //! - [`interrupts`]: interrupts by number
-//! - [`host`]: what this host's KVM offers; [`mapping`]: host memory for memslots
+//! - [`host`]: what this host's KVM offers; [`mapping`]: host memory for memslots; `userfault`: pages of it that come when they are
+//!   touched
 
 pub mod exit;
 pub mod fake;
@@ -14,4 +15,5 @@ pub mod interrupts;
 pub mod kvm;
 pub mod mapping;
 pub(crate) mod raw;
+pub(crate) mod userfault;
 pub mod vm;

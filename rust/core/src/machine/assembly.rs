@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
@@ -59,6 +61,10 @@ pub struct Machine {
     /// Whether the host may read and write private pages.
     debug_private: bool,
     pub(super) hypervisor: Arc<dyn Hypervisor>,
+    /// Gives missing pages their bytes, if there ever were any.
+    pub(super) pager_thread: Mutex<Option<JoinHandle<()>>>,
+    /// Whether they come from elsewhere than from a snapshot.
+    pub(super) own_pager: AtomicBool,
     /// For a snapshot: what it was made with.
     pub(super) made: Made,
     /// Last, so that it is dropped after the vCPUs: it holds the memory of the VM's memslots.
@@ -103,7 +109,7 @@ impl Machine {
             initial: config.initial,
             mode,
             borders: config.borders(mode, &views),
-            host_memory: mode == EnforcementMode::Traps || config.platform == Platform::Pc,
+            host_memory: config.host_memory || mode == EnforcementMode::Traps || config.platform == Platform::Pc,
             vcpus: config.vcpus as usize,
         };
         let memory = GuestMemory::new(hypervisor.clone(), layout, watch)?;
@@ -132,7 +138,7 @@ impl Machine {
             Platform::Pc => Some(Pc::new(&hypervisor, &bus, &current)?),
             Platform::Bare => None,
         };
-        Ok(Self {
+        let machine = Self {
             vcpus: vcpus.into_iter().map(Mutex::new).collect(),
             kicks,
             policy: Arc::new(CurrentPolicy::new(config.policy)),
@@ -146,10 +152,16 @@ impl Machine {
             pc,
             sev,
             made,
+            pager_thread: Mutex::new(None),
+            own_pager: AtomicBool::new(false),
             hypervisor,
             debug_private: config.debug_private,
             memory: Arc::new(memory),
-        })
+        };
+        if let Some(pager) = config.pager {
+            machine.begin_all_missing(pager)?;
+        }
+        Ok(machine)
     }
 
     /// Guest memory, with the state of each page.
@@ -271,7 +283,7 @@ impl Machine {
     /// # Errors
     /// `Busy` when called from a listener; the listener's own failure as `HostConversion`, and then it was not added.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Result<(), Error> {
-        outside_listeners()?;
+        self.outside_callbacks()?;
         Ok(self.memory.join(listener)?)
     }
 
@@ -285,7 +297,7 @@ impl Machine {
     /// # Errors
     /// As [`GuestMemory::convert`]; `Busy` when called from a listener.
     pub fn convert(&self, gpa: u64, size: u64, to: State) -> Result<Converted, Error> {
-        outside_listeners()?;
+        self.outside_callbacks()?;
         Ok(self.memory.convert(gpa, size, to, false)?)
     }
 
@@ -318,6 +330,35 @@ impl Machine {
         self.touch(gpa, len, "write", |side, gpa, part| side.write(gpa, &from[part]))
     }
 
+    /// Waits until the bytes that [`read`](Self::read) and [`write`](Self::write) may touch are there, if they are missing.
+    /// Those do so, too, and cannot be interrupted.
+    ///
+    /// # Errors
+    /// `Pager` where a pager fails; `Interrupted` for a failure of `watch`; `Busy` when called from a listener.
+    pub fn bring(&self, gpa: u64, len: u64, watch: &mut Watch<'_>) -> Result<(), Error> {
+        self.outside_callbacks()?;
+        let pages = self.memory.pages(gpa & !self.memory.views().mask(), len);
+        match (pages, self.memory.missing()) {
+            (Some(pages), Some(missing)) if self.debug_private => {
+                missing.bring(State::Shared, pages, watch)?;
+                missing.bring(State::Private, pages, watch)
+            }
+            (Some(pages), Some(missing)) => missing.bring(State::Shared, pages, watch),
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails if the calling thread is inside a listener, or inside the pager of this machine.
+    pub(super) fn outside_callbacks(&self) -> Result<(), Error> {
+        match self.memory.missing().is_some_and(|missing| missing.is_calling()) {
+            true => Err(Error::Busy(
+                "a pager is called while somebody waits for its page: it must not convert, read or write the memory of this \
+                 machine, nor run or close it",
+            )),
+            false => outside_listeners(),
+        }
+    }
+
     fn touch(
         &self,
         gpa: u64,
@@ -325,7 +366,7 @@ impl Machine {
         what: &'static str,
         mut access: impl FnMut(&Backing, u64, Range<usize>) -> Result<(), Errno>,
     ) -> Result<(), Error> {
-        outside_listeners()?;
+        self.outside_callbacks()?;
         let gpa = gpa & !self.memory.views().mask();
         if len == 0 {
             return Ok(());
@@ -369,9 +410,12 @@ impl Machine {
     /// # Errors
     /// `Busy` while it runs, and when called from a listener.
     pub fn close(&self) -> Result<(), Error> {
-        outside_listeners()?;
+        self.outside_callbacks()?;
         self.current.close()?;
         self.memory.end_conversions();
+        // A pager that hangs ends its thread when it returns.
+        self.memory.end_missing();
+        let _ = self.pager_has_ended();
         self.bus.clear();
         if let Some(pc) = &self.pc {
             pc.close();

@@ -30,7 +30,7 @@ impl Machine {
     ///
     /// # Errors
     /// `Invalid` for a kernel, an initrd or a command line that does not fit, `Busy` on a bare platform, for a second
-    /// boot, or while the machine runs; `Interrupted` for a failure of `watch`, which is called again and again.
+    /// boot, or while the machine runs; `NotSupported` with a pager; `Interrupted` for a failure of `watch`, which is called again and again.
     pub fn boot(
         &self,
         kernel: KernelFile,
@@ -39,6 +39,13 @@ impl Machine {
         watch: &mut Watch<'_>,
     ) -> Result<(), Error> {
         let pc = self.pc()?;
+        if self.memory.missing().is_some() {
+            return Err(Error::NotSupported(
+                "a kernel is loaded past the pager: boot it in a machine without one, put that aside before its first run, \
+                 and resume it with the pager"
+                    .to_owned(),
+            ));
+        }
         let idle = (0..self.vcpus.len()).map(|vcpu| self.idle_vcpu(vcpu));
         let mut vcpus = idle.collect::<Result<Vec<_>, _>>()?;
         if pc.kernel.lock().is_some() {

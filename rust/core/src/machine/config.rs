@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::hypervisor::host::{self, EnforcementMode, VmType};
 use crate::hypervisor::vm::Hypervisor;
 use crate::memory::address::{PAGE_SIZE, Range, State};
+use crate::memory::missing::pager::Pager;
 use crate::memory::views::{PHYSICAL_END, ViewBit, Views};
 use crate::policy::hooks::Policy;
 use crate::x86::cpuid;
@@ -60,6 +61,11 @@ pub struct Config {
     pub confidential: Option<Confidential>,
     /// The host may read and write private pages that are host memory.
     pub debug_private: bool,
+    /// The private side is host memory also where the VM can have a guest_memfd: a page of a guest_memfd cannot come when it is
+    /// touched.
+    pub host_memory: bool,
+    /// All pages are missing at first, and this gives them their bytes. It needs `host_memory`.
+    pub pager: Option<Arc<dyn Pager>>,
     /// How many events the log keeps, 2^32 at most.
     pub events: usize,
     /// Memory is divided into this many equal parts, and no memslot crosses from one to the next.
@@ -99,6 +105,8 @@ impl Config {
             platform: Platform::Bare,
             confidential: None,
             debug_private: false,
+            host_memory: false,
+            pager: None,
             events: 0,
             memslots: 1,
             policy,
@@ -106,6 +114,14 @@ impl Config {
             stack: None,
             hypervisor: None,
         }
+    }
+
+    /// Where memory ends: a PC's has a hole.
+    ///
+    /// # Errors
+    /// `Invalid` for an argument.
+    pub fn memory_end(&self) -> Result<u64, Error> {
+        Ok(self.views()?.memory_end())
     }
 
     /// Checks what can be checked without the host, and lays out memory.

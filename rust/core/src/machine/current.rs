@@ -82,6 +82,18 @@ impl Current {
         matches!(&*self.now.lock(), Now::Running(control) if control.leaving())
     }
 
+    /// Ends the run in progress with an error; gives it back if no vCPU runs.
+    pub(super) fn fail(&self, error: Error) -> Result<(), Error> {
+        let now = self.now.lock();
+        let Now::Running(control) = &*now else {
+            return Err(error);
+        };
+        let control = control.clone();
+        drop(now);
+        control.finish(Err(error));
+        Ok(())
+    }
+
     pub(super) fn running(&self) -> bool {
         matches!(*self.now.lock(), Now::Entering(_) | Now::Running(_))
     }

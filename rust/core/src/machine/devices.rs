@@ -11,6 +11,7 @@ use crate::devices::virtio::function::VirtioFunction;
 use crate::devices::virtio::run::{Accesses, Spawn};
 use crate::errno::Errno;
 use crate::error::{Error, Failure};
+use crate::memory::missing::{DEVICE_THREAD, HELPER_THREAD};
 use crate::vcpu::control::{Control, POLL};
 
 /// Ends the threads and waits for them, when dropped.
@@ -117,7 +118,7 @@ impl Machine {
         let watched = end.clone();
         let spawn = self.helper_threads(control, stack);
         let body = move || self.device_thread(control, accesses, spawn, &device, &watched);
-        let name = "pagegate-device".to_owned();
+        let name = DEVICE_THREAD.to_owned();
         let thread = Builder::new().name(name).stack_size(stack).spawn_scoped(scope, body)?;
         Ok((end, thread))
     }
@@ -129,7 +130,7 @@ impl Machine {
             let (control, around) = (control.clone(), around.clone());
             let mut body = Some(body);
             let mut once = move || body.take().map_or((), |body| body());
-            let thread = Builder::new().name("pagegate-helper".to_owned()).stack_size(stack);
+            let thread = Builder::new().name(HELPER_THREAD.to_owned()).stack_size(stack);
             thread.spawn(move || {
                 let _ended = Ended(&control);
                 match &around {

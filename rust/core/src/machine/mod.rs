@@ -4,6 +4,7 @@
 //! - `pc`: the devices of a PC; `devices`: their threads during a run; `boot`: Linux before its first run
 //! - `start`: images and registers before a run; [`run`]: a run with its threads; `entering`: what ends it before they run;
 //!   [`current`]: the run in progress; [`report`]: what a run did
+//! - `paging`: the thread that gives missing pages their bytes
 //! - [`snapshot`]: a machine that is put aside, and goes on
 
 pub mod assembly;
@@ -13,6 +14,7 @@ pub mod config;
 pub mod current;
 mod devices;
 mod entering;
+mod paging;
 mod pc;
 pub mod report;
 pub mod run;

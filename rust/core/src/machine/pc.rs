@@ -135,8 +135,13 @@ impl Pc {
         })
     }
 
-    /// Takes a state that was saved, before the first run.
-    pub(super) fn restore(&self, saved: SavedPc) -> Result<(), Error> {
+    /// Resets all devices, between runs.
+    pub(super) fn reset(&self) -> Result<(), Error> {
+        self.devices().iter().try_for_each(|device| device.reset())
+    }
+
+    /// Whether there are as many devices as in a state that was saved.
+    pub(super) fn check(&self, saved: &SavedPc) -> Result<(), Error> {
         let devices = self.devices();
         if devices.len() != saved.devices.len() {
             let list = |names: Vec<&str>| match names.is_empty() {
@@ -149,6 +154,16 @@ impl Pc {
                 "the devices of the snapshot were: {was}; give as many, in this order (given: {is})"
             )));
         }
+        devices
+            .iter()
+            .zip(&saved.devices)
+            .try_for_each(|(device, saved)| device.check(saved))
+    }
+
+    /// Takes a state that was saved: before the first run, or after [`reset`](Self::reset).
+    pub(super) fn restore(&self, saved: SavedPc) -> Result<(), Error> {
+        self.check(&saved)?;
+        let devices = self.devices();
         let what = "set the interrupt controllers";
         let set = self.hypervisor.set_controllers(&saved.controllers);
         set.map_err(|errno| Error::Host { what, errno })?;

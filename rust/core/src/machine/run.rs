@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 
-use super::assembly::{Machine, outside_listeners};
+use super::assembly::Machine;
 use super::current::Watched;
 use super::entering::Entering;
 use super::report::Report;
@@ -105,7 +105,7 @@ impl Machine {
     /// `Busy` if there is one already, the machine is closed, or a listener calls this; `Host` without memory for what is
     /// counted.
     pub fn claim_run(&self, timeout: Option<Duration>) -> Result<Claim<'_>, Error> {
-        outside_listeners()?;
+        self.outside_callbacks()?;
         let begun = Instant::now();
         // Before anything has begun: there may be no memory for it.
         let tally = Tally::new()?;
@@ -138,6 +138,7 @@ impl Machine {
         done: &mut Done,
     ) -> Result<String, Error> {
         let mut entering = Entering::new(&self.current, deadline, interrupt);
+        self.memory.ask_again()?;
         let failed = |failure| Error::HostConversion(ConvertError::Listener(failure));
         let told = self.memory.tell_listeners_again(&mut || entering.goes_on());
         told.map_err(failed)?;
@@ -167,7 +168,12 @@ impl Machine {
                 }
             }
             let devices = self.start_devices(scope, &control, stack, accesses);
-            control.wait(deadline, interrupt);
+            let mut leaving = None;
+            let mut look = || {
+                self.let_go_of_missing(&control, &mut leaving);
+                interrupt()
+            };
+            control.wait(deadline, &mut look);
             devices.end(&control, interrupt);
             for thread in threads {
                 if let Err(panic) = thread.join() {

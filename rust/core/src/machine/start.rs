@@ -55,6 +55,7 @@ impl Machine {
                     true => &ZEROES[..len],
                     false => &rest[..len.min(rest.len())],
                 };
+                self.bring(at, part.len() as u64, watch)?;
                 self.write(at, part)?;
                 rest = &rest[part.len().min(rest.len())..];
                 at += part.len() as u64;
@@ -96,6 +97,7 @@ impl Machine {
         }
         if let Some(tables) = &tables {
             self.convert(tables.gpa, tables.bytes.len() as u64, State::Shared)?;
+            self.bring(tables.gpa, tables.bytes.len() as u64, &mut || Ok(()))?;
             self.write(tables.gpa, &tables.bytes)?;
         }
         // Only now: a listener that is told of the conversion may do anything, and run() waits for the vCPU.

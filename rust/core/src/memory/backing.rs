@@ -6,12 +6,13 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::MemfdFlags;
 use vm_memory::{VolatileMemory, VolatileSlice};
 
 use super::address::{PAGE_SIZE, Range, State};
+use super::missing::{Missing, Side};
 use crate::errno::Errno;
 use crate::error::Error;
 use crate::hypervisor::mapping::{HostAddress, Mapping, Touched};
@@ -28,9 +29,11 @@ pub const GUEST_MEMFD_FLAG_INIT_SHARED: u64 = 2;
 pub struct Backing {
     file: Arc<File>,
     /// Of the file; for a guest_memfd that the host cannot map, of nothing (PROT_NONE).
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     kind: BackingKind,
-    touched: Touched,
+    touched: Arc<Touched>,
+    /// Its pages that have no bytes yet, if there ever were any; and which side this is.
+    missing: OnceLock<(Arc<Missing>, State)>,
 }
 
 /// What kind of file backs a side.
@@ -49,10 +52,11 @@ impl Backing {
         let file = Arc::new(File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?));
         file.set_len(size)?;
         Ok(Self {
-            mapping: Mapping::of_file(&file, size)?,
+            mapping: Arc::new(Mapping::of_file(&file, size)?),
             file,
             kind: BackingKind::Memfd,
-            touched: Touched::nothing(),
+            touched: Arc::new(Touched::nothing()),
+            missing: OnceLock::new(),
         })
     }
 
@@ -63,10 +67,11 @@ impl Backing {
             false => (Mapping::inaccessible(size)?, BackingKind::GuestMemfd),
         };
         Ok(Self {
-            mapping,
+            mapping: Arc::new(mapping),
             file,
             kind,
-            touched: Touched::nothing(),
+            touched: Arc::new(Touched::nothing()),
+            missing: OnceLock::new(),
         })
     }
 
@@ -85,6 +90,51 @@ impl Backing {
         self.kind != BackingKind::GuestMemfd
     }
 
+    /// Where missing pages are put.
+    pub(super) fn side(&self) -> Side {
+        Side {
+            mapping: self.mapping.clone(),
+            touched: self.touched.clone(),
+        }
+    }
+
+    /// Pages of it come when they are touched, from now on.
+    pub(super) fn set_missing(&self, missing: &Arc<Missing>, state: State) {
+        // Of a machine that has some already nobody asks this.
+        let _ = self.missing.set((missing.clone(), state));
+    }
+
+    /// Waits until these pages have their bytes.
+    ///
+    /// # Errors
+    /// EIO where they cannot be had.
+    #[inline]
+    pub(crate) fn bring(&self, at: u64, len: usize) -> Result<(), Errno> {
+        match self.missing.get() {
+            None => Ok(()),
+            Some((missing, state)) => match pages_of(at, len as u64) {
+                Some(pages) => missing.bring_in_run(*state, pages),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Whether any of these pages is missing.
+    #[inline]
+    pub(crate) fn is_missing(&self, range: Range) -> bool {
+        self.missing
+            .get()
+            .is_some_and(|(missing, state)| missing.is_any_in(*state, range))
+    }
+
+    /// These pages are zeroes, as soon as what they have is discarded.
+    #[inline]
+    pub(crate) fn forget_missing(&self, range: Range) {
+        if let Some((missing, state)) = self.missing.get() {
+            missing.forget(*state, range);
+        }
+    }
+
     /// Has `range` of this side's host mapping show the bytes of another side, or its own again. KVM, whose memslots
     /// refer to the mapping, follows. Reads and writes by [`read`](Self::read) and [`write`](Self::write) are as before
     /// where this side is a memfd.
@@ -92,6 +142,9 @@ impl Backing {
     /// # Errors
     /// Those of mmap(2), ENOMEM among them.
     pub(crate) fn show(&self, other: &Backing, range: Range) -> Result<(), Errno> {
+        // A mapping that is mapped anew does not hold whoever touches what is missing.
+        self.bring(range.gpa(), range.size() as usize)?;
+        other.bring(range.gpa(), range.size() as usize)?;
         raw::map_over(&self.mapping, range.gpa(), range.size(), &other.file)
     }
 
@@ -132,6 +185,7 @@ impl Backing {
     /// The bytes from offset `at` on, in this process. A poisoned page ends the process with SIGBUS when it is touched.
     /// `None` for a guest_memfd that the host cannot map.
     pub(crate) fn slice(&self, at: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        self.bring(at, len).ok()?;
         self.touched.add(at, len);
         let reachable = self.is_reachable().then(|| self.mapping.slice(at, len));
         reachable?.ok()
@@ -140,8 +194,9 @@ impl Backing {
     /// Copies bytes from offset `at` on.
     ///
     /// # Errors
-    /// EIO where a page is poisoned, EOPNOTSUPP for a guest_memfd that the host cannot map.
+    /// EIO where a page is poisoned, or missing and not to be had; EOPNOTSUPP for a guest_memfd that the host cannot map.
     pub fn read(&self, at: u64, into: &mut [u8]) -> Result<(), Errno> {
+        self.bring(at, into.len())?;
         match self.kind {
             BackingKind::Memfd => Ok(self.file.read_exact_at(into, at)?),
             BackingKind::MappedGuestMemfd => {
@@ -159,6 +214,7 @@ impl Backing {
     /// # Errors
     /// As [`Backing::read`], and ENOMEM, ENOSPC.
     pub fn write(&self, at: u64, from: &[u8]) -> Result<(), Errno> {
+        self.bring(at, from.len())?;
         self.touched.add(at, from.len());
         match self.kind {
             BackingKind::Memfd => Ok(self.file.write_all_at(from, at)?),
@@ -169,6 +225,13 @@ impl Backing {
             BackingKind::GuestMemfd => Err(Errno(libc::EOPNOTSUPP)),
         }
     }
+}
+
+/// The pages that hold these bytes.
+fn pages_of(at: u64, len: u64) -> Option<Range> {
+    let start = at - at % PAGE_SIZE;
+    let end = at.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
+    Range::new(start, end - start)
 }
 
 /// Both sides of guest memory. The bytes of a page are in the side of its state, at its gpa.

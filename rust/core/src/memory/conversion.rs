@@ -406,7 +406,8 @@ impl GuestMemory {
         if !emulated || self.kept.load(Ordering::Relaxed) {
             return Ok(());
         }
-        match self.hypervisor.has_data(&self.sides.of(order.to).part(range))? {
+        let side = self.sides.of(order.to);
+        match self.hypervisor.has_data(&side.part(range))? || side.is_missing(range) {
             true => self.discard_emulated(range, order.to),
             false => Ok(()),
         }

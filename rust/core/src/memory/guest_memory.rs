@@ -1,7 +1,7 @@
 //! Guest memory with the state of each page: everything but conversions, which are in `conversion.rs`.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::address::{PAGE_SIZE, Range, Run, State};
@@ -9,6 +9,7 @@ use super::backing::{Backing, Sides};
 pub(crate) use super::enforcement::Pause;
 use super::enforcement::{Enforcement, NotEnforced};
 use super::listeners::{self, Listener, Listeners};
+use super::missing::Missing;
 use super::open_pages::OpenPages;
 use super::page_map::{AttributeMap, Snapshot};
 use super::page_states::{PageStates, Seen, States};
@@ -113,6 +114,8 @@ pub struct GuestMemory {
     pub(super) closed: AtomicBool,
     /// A conversion kept its old side, so bytes on the shared side of private pages may be wanted and are not freed.
     pub(super) kept: AtomicBool,
+    /// Set once, if pages are ever missing.
+    pub(super) missing: OnceLock<Arc<Missing>>,
     /// The last field, so that it is dropped after the VM, whose memslots point into it.
     pub(super) sides: Arc<Sides>,
 }
@@ -140,6 +143,7 @@ impl GuestMemory {
             frozen: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             kept: AtomicBool::new(false),
+            missing: OnceLock::new(),
             views,
             enforcement,
             hypervisor,
@@ -345,7 +349,9 @@ impl GuestMemory {
     /// Frees the bytes that pages have on one side.
     #[inline]
     pub(super) fn discard_side(&self, state: State, range: Range) -> Result<(), Errno> {
-        self.hypervisor.punch_hole(&self.sides.of(state).part(range))
+        let side = self.sides.of(state);
+        side.forget_missing(range);
+        self.hypervisor.punch_hole(&side.part(range))
     }
 
     /// Resident bytes of both sides.
@@ -361,7 +367,7 @@ impl GuestMemory {
     // ---- ranges
 
     /// From the first page to the last, with the hole.
-    fn all(&self) -> Option<Range> {
+    pub(super) fn all(&self) -> Option<Range> {
         Range::new(0, self.views.memory_end())
     }
 

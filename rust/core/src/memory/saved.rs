@@ -14,6 +14,7 @@ use twox_hash::XxHash3_64;
 use super::address::{PAGE_SIZE, Range, State};
 use super::backing::{Backing, BackingKind};
 use super::guest_memory::GuestMemory;
+use super::missing::PageBits;
 use super::page_states::Held;
 use crate::allocation::reserve;
 use crate::errno::Errno;
@@ -49,17 +50,13 @@ impl Sum {
     }
 }
 
-/// Calls `copy` for each piece of a file's data: where it is, and its bytes. What else the file has are zeroes.
-fn each_piece(
+/// Calls `take` for each part of a file that has data, in whole pages. What else the file has are zeroes.
+fn each_extent(
     file: &File,
     end: u64,
     failed: &dyn Fn(Errno) -> Error,
-    watch: &mut Watch<'_>,
-    copy: &mut Piece<'_>,
+    take: &mut dyn FnMut(Range) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut buffer = Vec::new();
-    reserve(&mut buffer, PIECE).map_err(failed)?;
-    buffer.resize(PIECE, 0);
     let seek = |to| match rustix::fs::seek(file, to) {
         Ok(at) => Ok(Some(at.min(end))),
         // There is none after this.
@@ -72,17 +69,37 @@ fn each_piece(
             break;
         };
         let hole = seek(SeekFrom::Hole(data))?.unwrap_or(end);
-        at = data - data % PAGE_SIZE;
-        let hole = hole.next_multiple_of(PAGE_SIZE).min(end);
-        while at < hole {
+        let data = data - data % PAGE_SIZE;
+        at = hole.next_multiple_of(PAGE_SIZE).min(end);
+        if let Some(extent) = Range::new(data, at - data) {
+            take(extent)?;
+        }
+    }
+    Ok(())
+}
+
+/// Calls `copy` for each piece of a file's data: where it is, and its bytes.
+fn each_piece(
+    file: &File,
+    end: u64,
+    failed: &dyn Fn(Errno) -> Error,
+    watch: &mut Watch<'_>,
+    copy: &mut Piece<'_>,
+) -> Result<(), Error> {
+    let mut buffer = Vec::new();
+    reserve(&mut buffer, PIECE).map_err(failed)?;
+    buffer.resize(PIECE, 0);
+    each_extent(file, end, failed, &mut |extent| {
+        let mut at = extent.gpa();
+        while at < extent.end() {
             watch().map_err(Error::Interrupted)?;
-            let piece = &mut buffer[..(hole - at).min(PIECE as u64) as usize];
+            let piece = &mut buffer[..(extent.end() - at).min(PIECE as u64) as usize];
             file.read_exact_at(piece, at).map_err(|error| failed(error.into()))?;
             copy(at, piece)?;
             at += piece.len() as u64;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The runs of pages in `piece` that are not all zeroes: their offsets.
@@ -194,13 +211,7 @@ impl GuestMemory {
         watch: &mut Watch<'_>,
     ) -> Result<u64, Error> {
         let read_failed = of_file(path);
-        let end = self.views().memory_end();
-        let has = from.metadata().map_err(|error| read_failed(error.into()))?.len();
-        if has != end {
-            return Err(Error::Invalid(format!(
-                "a file of the guest's memory has {has:#x} bytes, and the memory ends at {end:#x}"
-            )));
-        }
+        let end = self.check_end(from, path)?;
         let side = self.sides.of(state);
         let write_failed = failed("give the guest its memory");
         let mut sum = Sum(XxHash3_64::new());
@@ -221,6 +232,50 @@ impl GuestMemory {
             Ok(())
         })?;
         Ok(sum.0.finish())
+    }
+
+    /// The pages for which a file that [`save_side`](Self::save_side) has written has bytes: they are missing until they are
+    /// read.
+    ///
+    /// # Errors
+    /// As `load_side`.
+    pub(crate) fn pages_in(&self, from: &File, path: &Path, watch: &mut Watch<'_>) -> Result<PageBits, Error> {
+        let read_failed = of_file(path);
+        let end = self.check_end(from, path)?;
+        let mut pages = PageBits::new(end).map_err(failed("list the guest's missing pages"))?;
+        each_extent(from, end, &read_failed, &mut |extent| {
+            watch().map_err(Error::Interrupted)?;
+            // A file system may round up what a hole is.
+            for part in self.views().ram().iter().filter_map(|ram| ram.intersect(&extent)) {
+                pages.insert(part);
+            }
+            Ok(())
+        })?;
+        Ok(pages)
+    }
+
+    /// Frees all bytes of a side. The caller holds all pages.
+    ///
+    /// # Errors
+    /// `Host` where that fails.
+    pub(super) fn discard_all(&self, state: State) -> Result<(), Error> {
+        let discard_failed = failed("free the guest's memory");
+        let side = self.sides.of(state);
+        each_extent(side.file(), self.views().memory_end(), &discard_failed, &mut |extent| {
+            self.discard_side(state, extent).map_err(&discard_failed)
+        })
+    }
+
+    /// The end of memory, which is the file's.
+    fn check_end(&self, from: &File, path: &Path) -> Result<u64, Error> {
+        let has = from.metadata().map_err(|error| of_file(path)(error.into()))?.len();
+        let end = self.views().memory_end();
+        match has == end {
+            true => Ok(end),
+            false => Err(Error::Invalid(format!(
+                "a file of the guest's memory has {has:#x} bytes, and the memory ends at {end:#x}"
+            ))),
+        }
     }
 
     /// A bit for each page up to memory's end, from bit 0 of the first byte on: whether it is private.
@@ -277,6 +332,43 @@ impl GuestMemory {
             ))),
             _ => Ok(()),
         }
+    }
+
+    /// Makes these pages private and all others shared, in memory in use: converts what differs.
+    ///
+    /// # Errors
+    /// As [`set_private_bits`](Self::set_private_bits).
+    pub(crate) fn change_private_bits(&self, bits: &[u8], watch: &mut Watch<'_>) -> Result<(), Error> {
+        let present = self.private_bits()?;
+        let bit = |bits: &[u8], page: u64| bits[(page / 8) as usize] >> (page % 8) & 1;
+        let differing = (0..).zip(present.iter().zip(bits)).filter(|(_, (is, was))| is != was);
+        let pages = differing.flat_map(|(byte, _)| byte * 8..byte * 8 + 8);
+        let mut pages = pages.filter(|page| bit(&present, *page) != bit(bits, *page)).peekable();
+        while let Some(first) = pages.next() {
+            let private = bit(bits, first);
+            let mut end = first + 1;
+            while pages
+                .next_if(|page| *page == end && bit(bits, *page) == private)
+                .is_some()
+            {
+                end += 1;
+            }
+            watch().map_err(Error::Interrupted)?;
+            let to = if private == 1 { State::Private } else { State::Shared };
+            let range = Range::of_pages(first, end);
+            self.convert(range.gpa(), range.size(), to, false)?;
+        }
+        Ok(())
+    }
+
+    /// Whether these can be the private pages of this memory.
+    pub(crate) fn can_be_private(&self, bits: &[u8]) -> bool {
+        let hole = self.views().hole();
+        let mut in_hole = hole
+            .into_iter()
+            .flat_map(|hole| hole.gpa() / PAGE_SIZE..hole.end() / PAGE_SIZE);
+        bits.len() == bytes_of_bits(self.views().memory_end())
+            && !in_hole.any(|page| bits[(page / 8) as usize] >> (page % 8) & 1 == 1)
     }
 
     /// Whether a conversion has kept its old side.

@@ -186,7 +186,7 @@ fn question(event: &Event, memory: u64) -> Option<Question> {
     };
     Some(match event.kind {
         Kind::Implicit => Question::Implicit(implicit(libc::EFAULT)),
-        Kind::Unpaged | Kind::Device | Kind::Malformed => return None,
+        Kind::Unpaged | Kind::Device | Kind::Malformed | Kind::Missing => return None,
         Kind::Poison => Question::Poison(implicit(libc::EHWPOISON)),
         Kind::Explicit => Question::Explicit(ExplicitRequest {
             vcpu: event.vcpu,

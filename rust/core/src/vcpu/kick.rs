@@ -89,6 +89,16 @@ impl Kick {
         result
     }
 
+    /// Whether the vCPU is in KVM_RUN, or nearly.
+    pub(crate) fn is_inside(&self) -> bool {
+        self.inside.load(Ordering::SeqCst)
+    }
+
+    /// Whether this thread runs the vCPU.
+    pub(crate) fn is_run_by(&self, thread: libc::pid_t) -> bool {
+        *self.thread.lock() == Some(thread)
+    }
+
     /// The calling thread runs this vCPU until the guard drops. The signal is [`Installed`](signal::Installed)
     /// meanwhile.
     pub(crate) fn attach(&self) -> Result<Attached<'_>, Errno> {

@@ -36,6 +36,35 @@ pub(crate) struct SavedVcpu {
     events: kvm_vcpu_events,
 }
 
+/// The MSRs whose values are addresses of memory that KVM writes to, in their upper bits: wall clock and kvmclock, old and
+/// new; asynchronous page faults, steal time, end of interrupt.
+const ADDRESSES: [u32; 7] = [
+    0x11,
+    0x12,
+    0x4b56_4d00,
+    0x4b56_4d01,
+    0x4b56_4d02,
+    0x4b56_4d03,
+    0x4b56_4d04,
+];
+const ADDRESS_MASK: u64 = !0x3f;
+/// The most that KVM has there.
+const LONGEST: u64 = 128;
+const CR0_PG: u64 = 1 << 31;
+
+impl SavedVcpu {
+    /// Addresses of memory that KVM may touch while it is given this state: what MSRs point to, and the table in CR3.
+    pub(crate) fn touched_by_kvm(&self) -> Vec<u64> {
+        let msrs = self
+            .msrs
+            .iter()
+            .filter(|(index, value)| ADDRESSES.contains(index) && *value != 0);
+        let ends = msrs.flat_map(|(_, value)| [value & ADDRESS_MASK, (value & ADDRESS_MASK).saturating_add(LONGEST)]);
+        let table = (self.sregs.cr0 & CR0_PG != 0).then_some(self.sregs.cr3);
+        ends.chain(table).collect()
+    }
+}
+
 fn failed(what: &'static str) -> impl Fn(Errno) -> Error {
     move |errno| Error::Host { what, errno }
 }
@@ -82,9 +111,26 @@ impl VcpuState {
     /// `NotSupported` for what this host cannot give it; `Host` where an ioctl fails.
     pub(crate) fn restore(&mut self, saved: &SavedVcpu) -> Result<(), Error> {
         let failed = failed("set a vCPU's state");
-        let own = self.hv.cpuid().map_err(&failed)?;
-        check_features(own.as_slice(), saved.cpuid.as_slice())?;
+        self.check(saved)?;
         self.hv.set_cpuid(&saved.cpuid).map_err(&failed)?;
+        self.put_back(saved)
+    }
+
+    /// Whether this vCPU has what the guest has found.
+    ///
+    /// # Errors
+    /// `NotSupported` for a feature that it lacks; `Host` where an ioctl fails.
+    pub(crate) fn check(&self, saved: &SavedVcpu) -> Result<(), Error> {
+        let own = self.hv.cpuid().map_err(failed("read a vCPU's CPUID"))?;
+        check_features(own.as_slice(), saved.cpuid.as_slice())
+    }
+
+    /// The same, but for CPUID, which stays as it is once the vCPU has run.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore).
+    pub(crate) fn put_back(&mut self, saved: &SavedVcpu) -> Result<(), Error> {
+        let failed = failed("set a vCPU's state");
         self.hv.set_sregs(&saved.sregs).map_err(&failed)?;
         self.hv.set_regs(&saved.regs).map_err(&failed)?;
         self.hv.set_xcrs(&saved.xcrs).map_err(&failed)?;

@@ -104,10 +104,8 @@ impl VirtioFunction {
     /// # Errors
     /// `Invalid` for the state of another device; `Device` for what it raises; `Host` where KVM refuses an interrupt.
     pub(crate) fn restore(&self, saved: SavedDevice) -> Result<(), Error> {
-        let other = |why: String| Error::Invalid(format!("device {}: {why}", self.name.name));
-        if saved.id != self.device.id() {
-            return Err(other(format!("it is of type {}, not {}", self.device.id(), saved.id)));
-        }
+        self.check(&saved)?;
+        let other = |why| self.other(why);
         self.registers.lock().restore(saved.registers).map_err(other)?;
         if !self.msix.lock().restore(&saved.msix) {
             return Err(other("it has another number of interrupts".to_owned()));
@@ -142,6 +140,30 @@ impl VirtioFunction {
             (0..self.kicks.len()).for_each(|queue| self.interrupt(queue as u16));
         }
         Ok(())
+    }
+
+    /// Whether the state is that of a device of this type.
+    pub(crate) fn check(&self, saved: &SavedDevice) -> Result<(), Error> {
+        match self.device.id() {
+            id if id == saved.id => Ok(()),
+            id => Err(self.other(format!("it is of type {id}, not {}", saved.id))),
+        }
+    }
+
+    fn other(&self, why: String) -> Error {
+        Error::Invalid(format!("device {}: {why}", self.name.name))
+    }
+
+    /// Resets it between runs, as its driver can in one.
+    ///
+    /// # Errors
+    /// `Device` for what it raises.
+    pub(crate) fn reset(&self) -> Result<(), Error> {
+        // Without a lock: it may call Python.
+        let reset = self.device.reset();
+        drop(self.rings.lock().take());
+        self.forget();
+        reset.map_err(|failure| self.failed(failure))
     }
 
     fn failed(&self, failure: Failure) -> Error {

@@ -15,8 +15,11 @@ use crate::error::Error;
 use crate::input::{Input, InputError, Watch};
 use crate::machine::assembly::Machine;
 use crate::machine::config::Config;
-use crate::memory::address::State;
+use crate::memory::address::{PAGE_SIZE, Range, State};
+use crate::memory::missing::PageBits;
+use crate::memory::missing::pager::{FilePager, Pager};
 use crate::policy::hooks::Policy;
+use crate::vcpu::saved::SavedVcpu;
 
 /// The most bytes of the manifest, and of a state: each of 4096 vCPUs has some 30 KiB, as text.
 const LARGEST_MANIFEST: u64 = 1 << 20;
@@ -24,11 +27,21 @@ const LARGEST_STATE: u64 = 512 << 20;
 /// The most bytes of a kernel.
 const LARGEST_KERNEL: u64 = 2 << 30;
 
+/// How a machine that goes on gets its memory.
+pub enum Bytes {
+    /// All of it is read first.
+    Now,
+    /// Each page is read when it is first touched.
+    Lazily,
+    /// The same, from elsewhere: a pager is asked for each page, also for one of zeroes.
+    From(Arc<dyn Pager>),
+}
+
 /// The folder of a snapshot, whose manifest and state have been read and checked.
 pub struct Snapshot {
-    folder: PathBuf,
-    manifest: Manifest,
-    saved: Saved,
+    pub(super) folder: PathBuf,
+    pub(super) manifest: Manifest,
+    pub(super) saved: Saved,
 }
 
 impl Snapshot {
@@ -86,10 +99,13 @@ impl Machine {
     /// Goes on from a snapshot: the next run does. For a machine of [`Snapshot::config`] that has just been made, with the
     /// devices that the snapshot had. After an error it is of no use any more.
     ///
+    /// With [`Bytes::Lazily`] a page is read when it is first touched, so that the files have to stay as they are while there is
+    /// this machine, and their checksums are not checked.
+    ///
     /// # Errors
     /// `Invalid` for what is damaged, with the file's name, and for other devices; `NotSupported` for a feature that this
-    /// host lacks; `Busy` for a machine that was used; else as [`Machine::snapshot`].
-    pub fn resume(&self, snapshot: Snapshot, watch: &mut Watch<'_>) -> Result<(), Error> {
+    /// host lacks, userfaultfd(2) among them where pages come when they are touched; `Busy` for a machine that was used; else as [`Machine::snapshot`].
+    pub fn resume(&self, snapshot: Snapshot, bytes: Bytes, watch: &mut Watch<'_>) -> Result<(), Error> {
         let Snapshot {
             folder,
             manifest,
@@ -100,31 +116,42 @@ impl Machine {
                 "a snapshot is resumed by a new machine that is made with its parameters",
             ));
         }
-        let damaged = |why: Error| match why {
-            Error::Invalid(why) => Error::Invalid(format!("{}: it is damaged: {why}", folder.display())),
-            other => other,
-        };
+        let damaged = |why| damaged(&folder, why);
         let _still = self.current.still()?;
         if saved.vcpus.len() != self.vcpus.len() || saved.pc.is_some() != self.pc.is_some() {
             return Err(damaged(Error::Invalid(
                 "its state is that of another machine".to_owned(),
             )));
         }
-        let most = self.memory.views().memory_end();
-        let pages = read(&folder, name::PAGES, most, watch)?;
-        check(&folder, name::PAGES, sum(&pages), manifest.sums.pages)?;
+        let pages = self.private_bits_in(&folder, manifest.sums.pages, watch)?;
         self.memory.set_private_bits(&pages, watch).map_err(damaged)?;
-        let sides = [
-            (State::Shared, name::SHARED, manifest.sums.shared),
-            (State::Private, name::PRIVATE, manifest.sums.private),
-        ];
-        for (state, name, wanted) in sides {
-            let path = folder.join(name);
-            let file = open(&path)?;
-            let found = self.memory.load_side(state, &file, &path, watch).map_err(damaged)?;
-            check(&folder, name, found, wanted)?;
+        match bytes {
+            Bytes::Lazily => {
+                let (pages, pager) = self.missing_in(&folder, watch)?;
+                self.begin_missing(pages, Arc::new(pager), None)?;
+            }
+            Bytes::From(_) if saved.kept => {
+                return Err(Error::NotSupported(
+                    "a conversion has kept its old side, and a pager is not asked for the bytes of that: resume it lazily"
+                        .to_owned(),
+                ));
+            }
+            Bytes::From(pager) => self.begin_all_missing(pager)?,
+            Bytes::Now => {
+                let sides = [
+                    (State::Shared, name::SHARED, manifest.sums.shared),
+                    (State::Private, name::PRIVATE, manifest.sums.private),
+                ];
+                for (state, name, wanted) in sides {
+                    let path = folder.join(name);
+                    let file = open(&path)?;
+                    let found = self.memory.load_side(state, &file, &path, watch).map_err(damaged)?;
+                    check(&folder, name, found, wanted)?;
+                }
+            }
         }
         self.memory.set_kept(saved.kept);
+        self.bring_for_kvm(&saved, watch)?;
         // Before the interrupt controllers and devices, which may raise an interrupt of a vCPU.
         for (index, saved) in saved.vcpus.iter().enumerate() {
             self.idle_vcpu(index)?.restore(saved)?;
@@ -141,6 +168,42 @@ impl Machine {
         let what = "set the guest's clock";
         let set = self.hypervisor.set_clock(&saved.clock);
         set.map_err(|errno| Error::Host { what, errno })
+    }
+
+    /// The states that a folder has of the pages of this memory.
+    pub(super) fn private_bits_in(&self, folder: &Path, wanted: u64, watch: &mut Watch<'_>) -> Result<Vec<u8>, Error> {
+        let pages = read(folder, name::PAGES, self.memory.views().memory_end(), watch)?;
+        check(folder, name::PAGES, sum(&pages), wanted)?;
+        Ok(pages)
+    }
+
+    /// The pages of which a folder has bytes, and what reads them.
+    pub(super) fn missing_in(&self, folder: &Path, watch: &mut Watch<'_>) -> Result<([PageBits; 2], FilePager), Error> {
+        let mut side = |name| {
+            let path = folder.join(name);
+            let file = open(&path)?;
+            let pages = self.memory.pages_in(&file, &path, watch);
+            Ok::<_, Error>((pages.map_err(|why| damaged(folder, why))?, (path, file)))
+        };
+        let ((shared, shared_file), (private, private_file)) = (side(name::SHARED)?, side(name::PRIVATE)?);
+        Ok(([shared, private], FilePager::new(shared_file, private_file)))
+    }
+
+    /// Brings what KVM touches while it is given the vCPUs' MSRs: a pager's failure could not end that.
+    pub(super) fn bring_for_kvm(&self, saved: &Saved, watch: &mut Watch<'_>) -> Result<(), Error> {
+        for gpa in saved.vcpus.iter().flat_map(SavedVcpu::touched_by_kvm) {
+            let place = self.memory.views().locate(gpa);
+            let page = place.and_then(|place| Range::new(place.page(), PAGE_SIZE));
+            page.map_or(Ok(()), |page| self.memory.bring(page, watch))?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn damaged(folder: &Path, why: Error) -> Error {
+    match why {
+        Error::Invalid(why) => Error::Invalid(format!("{}: it is damaged: {why}", folder.display())),
+        other => other,
     }
 }
 

@@ -9,7 +9,7 @@ use super::folder::NewFolder;
 use super::manifest::{FORMAT, Manifest, Saved, Sums, name};
 use crate::error::Error;
 use crate::input::Watch;
-use crate::machine::assembly::{Machine, outside_listeners};
+use crate::machine::assembly::Machine;
 use crate::memory::address::State;
 use crate::vcpu::saved::SavedVcpu;
 
@@ -25,7 +25,7 @@ impl Machine {
     /// it runs, is closed, and when called from a listener; `File` for a folder that is there already or cannot be written;
     /// `Device` for what a device raises; `Host` where an ioctl fails; `Interrupted` for a failure of `watch`.
     pub fn snapshot(&self, folder: &Path, watch: &mut Watch<'_>) -> Result<(), Error> {
-        outside_listeners()?;
+        self.outside_callbacks()?;
         if !self.memory.can_be_saved() {
             return Err(Error::NotSupported(
                 "the private pages are in a guest_memfd that the host can neither read nor fill: a machine with \
@@ -46,6 +46,8 @@ impl Machine {
         };
         let state = as_json(&saved)?;
         new.write(name::STATE, &state)?;
+        // The pager's thread needs no page held.
+        self.memory.bring_all(watch)?;
         let held = self.memory.hold_all();
         let pages = self.memory.private_bits()?;
         let mut side = |state, name| {

@@ -1,0 +1,151 @@
+//! Where the bytes of missing pages come from.
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::errno::Errno;
+use crate::error::{Error, Failure};
+use crate::memory::address::{Range, State};
+
+/// Gives missing pages their bytes. Called by one thread, for one page after the other.
+pub trait Pager: Send + Sync {
+    /// Puts the bytes of pages into `bytes`, which is empty, and says which: [`page`](Wanted::page), or
+    /// [`around`](Wanted::around) to have more of them at once.
+    ///
+    /// # Errors
+    /// A failure ends the run.
+    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Range, Failure>;
+}
+
+/// A page that somebody touched, and that has no bytes yet.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// It.
+    pub page: Range,
+    /// The missing pages around it, without a gap, of a block of 2 MiB.
+    pub around: Range,
+    /// The side that its bytes are on: the page's state.
+    pub state: State,
+    /// Who touched it.
+    pub by: By,
+}
+
+/// Who touches a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// A vCPU, or KVM for it in the same thread.
+    Vcpu(u32),
+    /// KVM in a thread of the kernel, or in an ioctl.
+    Kvm,
+    /// A device.
+    Device,
+    /// Any other thread of this process.
+    Host,
+}
+
+impl By {
+    /// The vCPU's index.
+    pub fn vcpu(&self) -> Option<u32> {
+        match self {
+            By::Vcpu(vcpu) => Some(*vcpu),
+            By::Kvm | By::Device | By::Host => None,
+        }
+    }
+
+    /// What it is, in a word.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            By::Vcpu(_) => "vcpu",
+            By::Kvm => "kvm",
+            By::Device => "device",
+            By::Host => "host",
+        }
+    }
+}
+
+impl fmt::Display for By {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            By::Vcpu(vcpu) => write!(f, "vCPU {vcpu}"),
+            By::Kvm => f.write_str("KVM"),
+            By::Device => f.write_str("a device"),
+            By::Host => f.write_str("the host"),
+        }
+    }
+}
+
+/// How many bytes are read with a page, as far as they are missing.
+const READ_AHEAD: u64 = 64 << 10;
+
+/// A file for each side, in which a page's offset is its gpa.
+pub struct FilePager {
+    files: [(PathBuf, File); 2],
+}
+
+/// A file has no such bytes.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: reading the guest's memory failed with {errno}", path.display())]
+struct NotRead {
+    path: PathBuf,
+    errno: Errno,
+}
+
+impl FilePager {
+    /// A file for both sides, which has bytes for all of memory.
+    ///
+    /// # Errors
+    /// `File` where it cannot be opened; `Invalid` for what is no regular file, and for one that is too short.
+    pub fn of_one(path: &Path, memory_end: u64) -> Result<Self, Error> {
+        let failed = |error: std::io::Error| Error::File {
+            path: path.to_path_buf(),
+            errno: error.into(),
+        };
+        // A pipe's writer is not waited for.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let refused = |why| Err(Error::Invalid(format!("pager: {} {why}", path.display())));
+        if !metadata.is_file() {
+            return refused("is no regular file".to_owned());
+        }
+        if metadata.len() < memory_end {
+            let size = metadata.len();
+            return refused(format!("has {size:#x} bytes, and memory ends at {memory_end:#x}"));
+        }
+        let side = || Ok::<_, Error>((path.to_path_buf(), file.try_clone().map_err(failed)?));
+        Ok(Self::new(side()?, side()?))
+    }
+
+    /// Files of shared and of private bytes.
+    pub fn new(shared: (PathBuf, File), private: (PathBuf, File)) -> Self {
+        Self {
+            files: [shared, private],
+        }
+    }
+}
+
+impl Pager for FilePager {
+    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Range, Failure> {
+        let gpa = wanted.page.gpa();
+        let block = Range::new(gpa - gpa % READ_AHEAD, READ_AHEAD);
+        let pages = block
+            .and_then(|block| block.intersect(&wanted.around))
+            .unwrap_or(wanted.page);
+        let (path, file) = &self.files[wanted.state as usize];
+        let mut read = |pages: Range| {
+            bytes.resize(pages.size() as usize, 0);
+            file.read_exact_at(bytes, pages.gpa()).map(|()| pages)
+        };
+        let read = read(pages).or_else(|_| read(wanted.page));
+        Ok(read.map_err(|error| NotRead {
+            errno: match error.kind() {
+                // It was cut off since.
+                std::io::ErrorKind::UnexpectedEof => Errno(libc::EIO),
+                _ => error.into(),
+            },
+            path: path.clone(),
+        })?)
+    }
+}
