@@ -120,7 +120,7 @@ impl Backing {
     }
 
     /// Whether any of these pages is missing.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_missing(&self, range: Range) -> bool {
         self.missing
             .get()
@@ -128,7 +128,7 @@ impl Backing {
     }
 
     /// These pages are zeroes, as soon as what they have is discarded.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn forget_missing(&self, range: Range) {
         if let Some((missing, state)) = self.missing.get() {
             missing.forget(*state, range);

@@ -272,7 +272,11 @@ impl GuestMemory {
         }
         let enforced = self.enforce(order, range, before);
         enforced.map_err(|failure| self.not_enforced(range, failure))?;
-        let discarded = self.discard_old_side(order, range);
+        // Where pages can be missing there are listeners, or it is as if there were.
+        let discarded = match order.keep {
+            true => Ok(()),
+            false => self.free_side(order.to.other(), range),
+        };
         let mut states = match held {
             Some(held) => held.release(),
             None => self.states.lock(),
@@ -316,6 +320,8 @@ impl GuestMemory {
         progress: &mut Progress,
     ) -> Result<(), ConvertError> {
         let range = changes.range;
+        self.forget_new_side(order, range)
+            .map_err(|errno| undone(range, errno))?;
         listeners.prepare(changes)?;
         if let Err(failure) = self.enforce(order, range, before) {
             let failure = self.not_enforced(range, failure);
@@ -341,7 +347,15 @@ impl GuestMemory {
         self.enforcement.apply(range, order.to, before)
     }
 
-    #[inline]
+    /// Bytes that KVM wrote to the other side for a page, and that are missing since a snapshot, must not appear either.
+    fn forget_new_side(&self, order: &Order, range: Range) -> Result<(), Errno> {
+        let is_missing = self.sides.of(order.to).is_missing(range);
+        match is_missing && !self.kept.load(Ordering::Relaxed) {
+            true => self.discard_emulated(range, order.to),
+            false => Ok(()),
+        }
+    }
+
     fn discard_old_side(&self, order: &Order, range: Range) -> Result<(), Errno> {
         match order.keep {
             true => Ok(()),
@@ -406,8 +420,7 @@ impl GuestMemory {
         if !emulated || self.kept.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let side = self.sides.of(order.to);
-        match self.hypervisor.has_data(&side.part(range))? || side.is_missing(range) {
+        match self.hypervisor.has_data(&self.sides.of(order.to).part(range))? {
             true => self.discard_emulated(range, order.to),
             false => Ok(()),
         }

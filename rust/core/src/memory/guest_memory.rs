@@ -349,9 +349,14 @@ impl GuestMemory {
     /// Frees the bytes that pages have on one side.
     #[inline]
     pub(super) fn discard_side(&self, state: State, range: Range) -> Result<(), Errno> {
-        let side = self.sides.of(state);
-        side.forget_missing(range);
-        self.hypervisor.punch_hole(&side.part(range))
+        self.sides.of(state).forget_missing(range);
+        self.free_side(state, range)
+    }
+
+    /// The same of memory that has no missing pages.
+    #[inline]
+    pub(super) fn free_side(&self, state: State, range: Range) -> Result<(), Errno> {
+        self.hypervisor.punch_hole(&self.sides.of(state).part(range))
     }
 
     /// Resident bytes of both sides.

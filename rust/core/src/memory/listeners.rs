@@ -54,6 +54,8 @@ pub(crate) struct Listeners {
     all: RwLock<Vec<Arc<Listening>>>,
     /// Whether there is one. Every conversion reads it without a lock; written with `all` locked.
     any: AtomicBool,
+    /// It says so whether there are any or not.
+    always: AtomicBool,
 }
 
 /// A listener, and what it does not know because it failed.
@@ -125,6 +127,16 @@ impl Listeners {
         !self.any.load(Ordering::SeqCst)
     }
 
+    /// From now on [`is_empty`](Self::is_empty) is never true. Before the first conversion, or between two.
+    pub(super) fn never_empty(&self) {
+        self.always.store(true, Ordering::SeqCst);
+        self.any.store(true, Ordering::SeqCst);
+    }
+
+    fn is_always(&self) -> bool {
+        self.always.load(Ordering::SeqCst)
+    }
+
     /// Tells a new listener the present states and adds it. The caller has locked all of memory.
     pub(crate) fn join(&self, listener: Arc<dyn Listener>, present: &[Run]) -> Result<(), Failure> {
         for run in present {
@@ -143,14 +155,15 @@ impl Listeners {
         let mut listeners = self.all.write();
         let before = listeners.len();
         listeners.retain(|other| !Arc::ptr_eq(&other.listener, listener));
-        self.any.store(!listeners.is_empty(), Ordering::SeqCst);
+        self.any
+            .store(!listeners.is_empty() || self.is_always(), Ordering::SeqCst);
         listeners.len() < before
     }
 
     pub(crate) fn clear(&self) {
         let mut listeners = self.all.write();
         let all = std::mem::take(&mut *listeners);
-        self.any.store(false, Ordering::SeqCst);
+        self.any.store(self.is_always(), Ordering::SeqCst);
         drop(listeners);
         // Not with the lock held: it may run Python code.
         drop(all);

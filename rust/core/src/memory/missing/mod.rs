@@ -21,6 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub(crate) use self::page_bits::PageBits;
+pub use self::pager::Came;
 use self::pager::{By, Pager};
 use super::address::{PAGE_SIZE, Range, State};
 use crate::allocation::push;
@@ -58,23 +59,6 @@ pub(crate) struct Surroundings {
     pub note: Box<dyn Fn(&Came) + Send + Sync>,
     /// Whether the run in progress is ending.
     pub is_ending: Box<dyn Fn() -> bool + Send + Sync>,
-}
-
-/// A page that the pager was asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Came {
-    /// Its gpa.
-    pub gpa: u64,
-    /// The side that its bytes are on.
-    pub state: State,
-    /// Who touched it first.
-    pub by: By,
-    /// Bytes that came with it, its own among them; those of the page if the pager failed.
-    pub bytes: u64,
-    /// How long the pager took.
-    pub nanoseconds: u64,
-    /// Whether it failed.
-    pub failed: bool,
 }
 
 /// Where the bytes of a side are put.
@@ -232,11 +216,13 @@ impl Missing {
     }
 
     /// Whether a page of this range is missing.
+    #[cold]
     pub(crate) fn is_any_in(&self, state: State, range: Range) -> bool {
         self.any.load(Ordering::Acquire) && self.inner.lock().pages[state as usize].first_in(range).is_some()
     }
 
     /// These pages are zeroes from now on, on this side; the pager is not asked for them any more.
+    #[cold]
     pub(crate) fn forget(&self, state: State, range: Range) {
         if !self.any.load(Ordering::Acquire) {
             return;

@@ -32,6 +32,23 @@ pub struct Wanted {
     pub by: By,
 }
 
+/// A page that the pager was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Came {
+    /// Its gpa.
+    pub gpa: u64,
+    /// The side that its bytes are on.
+    pub state: State,
+    /// Who touched it first.
+    pub by: By,
+    /// Bytes that came with it, its own among them; those of the page if the pager failed.
+    pub bytes: u64,
+    /// How long the pager took.
+    pub nanoseconds: u64,
+    /// Whether it failed.
+    pub failed: bool,
+}
+
 /// Who touches a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {
