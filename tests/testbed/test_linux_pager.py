@@ -50,17 +50,9 @@ def booted(kernel: Path, folder: Path, **how) -> Path:
 
 
 @pytest.mark.timeout(2 * SECONDS)
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"enforcement": "traps", "private_bit": 39},
-        {"enforcement": "traps", "confidential": "sev"},
-    ],
-    ids=["plain", "sev"],
-)
 @pytest.mark.parametrize("kernel", kernels()[:1])
-def test_linux_boots_on_a_pager_in_python(kernel, how, tmp_path) -> None:
-    saved = booted(kernel, tmp_path, **how)
+def test_linux_boots_on_a_pager_in_python(kernel, tmp_path) -> None:
+    saved = booted(kernel, tmp_path, enforcement="traps", private_bit=39)
     pager = Folder(saved)
     with contextlib.closing(pager), Vm.resume(saved, pager=pager, events=1 << 18) as vm:
         # All but what KVM may touch while it is given the vCPU's registers.
@@ -71,10 +63,9 @@ def test_linux_boots_on_a_pager_in_python(kernel, how, tmp_path) -> None:
         assert "came up" in output
         gpas = [(gpa, state) for gpa, state, _ in pager.asked]
         assert len(set(gpas)) == len(gpas)
-        # kernel.md's 16,243 accesses, and what differs between two boots.
-        assert len(gpas) > 8000
+        # Those that the guest touches, and no others: it has 65,536.
+        assert 8000 < len(gpas) < 40000
         assert {by for *_, by in pager.asked} >= {"vcpu"}
-        print(len(gpas), "pages", report)
 
 
 @pytest.mark.timeout(2 * SECONDS)
