@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +15,23 @@ BIT = 40
 
 Pair = tuple[Vm, Fake]
 Make = Callable[..., Pair]
+
+
+@contextlib.contextmanager
+def leaves_nothing(seconds: float) -> Iterator[None]:
+    """What is done inside leaves no descriptor and no thread, these seconds later at the latest."""
+
+    def number() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    # What was there before may be about to end.
+    time.sleep(0.2)
+    before = number()
+    yield
+    end = time.monotonic() + seconds
+    while number() != before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert number() == before
 
 
 class Way(NamedTuple):

@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from hypothesis import strategies as st
 from pagegate import NotSupported, PagegateError, PrivateMemoryError, Vm, devices
 from pagegate.testing import Fake, Step
 
-from .conftest import BIT
-from .test_snapshot import FILES, MEMORY, Counting, _write_to, machine, machines, resumed  # noqa: F401 - fixtures
-from .test_virtio import AVAILABLE, DATA, PAGE, WRITE, chain, completed, kick, ready, run_until
+from .conftest import BIT, leaves_nothing
+from .test_snapshot import FILES, MEMORY, Counting, _write_to, machine, machines, resumed, that_has_answered  # noqa: F401
+from .test_virtio import AVAILABLE, DATA, PAGE, completed, kick, run_until
 
 pytestmark = pytest.mark.userfault
 
@@ -162,13 +161,8 @@ def test_threads_that_touch_the_same_page_have_it_read_once(saved, resumed) -> N
 
 
 def test_a_device_reads_a_missing_page(machine, resumed, tmp_path: Path) -> None:  # noqa: F811
-    vm = machine([*ready(), *kick(), Step.block()], platform="pc")
-    vm.add_device(Counting(), name="first")
-    vm.vcpus[0].start(mode="protected")
-    vm.write(DATA, b"hello")
+    vm = that_has_answered(machine)
     vm.write(DATA + 2 * PAGE, RANDOM)
-    chain(vm, (DATA, 5, 0), (DATA + PAGE, 16, WRITE))
-    run_until(vm, lambda: len(completed(vm)) == 1)
     vm.snapshot(tmp_path / "saved")
     again = resumed(tmp_path / "saved", [*kick(), Step.block()], devices=[Counting()], lazy=True)
     again.write(AVAILABLE + 2, b"\2\0\0\0\0\0")
@@ -180,12 +174,7 @@ def test_a_device_reads_a_missing_page(machine, resumed, tmp_path: Path) -> None
 
 
 def test_what_a_device_cannot_have_ends_the_run(machine, resumed, tmp_path: Path) -> None:  # noqa: F811
-    vm = machine([*ready(), *kick(), Step.block()], platform="pc")
-    vm.add_device(Counting(), name="first")
-    vm.vcpus[0].start(mode="protected")
-    vm.write(DATA, b"hello")
-    chain(vm, (DATA, 5, 0), (DATA + PAGE, 16, WRITE))
-    run_until(vm, lambda: len(completed(vm)) == 1)
+    vm = that_has_answered(machine)
     vm.snapshot(tmp_path / "saved")
     again = resumed(tmp_path / "saved", [*kick(), Step.block()], devices=[Counting()], lazy=True)
     again.write(AVAILABLE + 2, b"\2\0\0\0\0\0")
@@ -261,24 +250,16 @@ def test_without_the_right_to_userfaultfd_it_says_what_to_do(saved) -> None:
 
 
 def test_a_thousand_machines_leave_nothing(saved) -> None:
-    def number() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
     with Vm.resume(saved, hypervisor=Fake(private_memory=False), lazy=True):
         pass
-    time.sleep(0.1)
-    before = number()
-    for index in range(1000):
-        vm = Vm.resume(saved, hypervisor=Fake(private_memory=False), lazy=True)
-        if index % 2:
-            vm.read(1 << 20, 2 * PAGE)
-        if index % 3:
-            vm.close()
-        del vm
-    end = time.monotonic() + 10
-    while number() != before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert number() == before
+    with leaves_nothing(10):
+        for index in range(1000):
+            vm = Vm.resume(saved, hypervisor=Fake(private_memory=False), lazy=True)
+            if index % 2:
+                vm.read(1 << 20, 2 * PAGE)
+            if index % 3:
+                vm.close()
+            del vm
 
 
 def test_a_disk_that_was_given_goes_on(machine, resumed, tmp_path: Path) -> None:  # noqa: F811

@@ -18,7 +18,7 @@ import pytest
 from pagegate import MissingPage, NotSupported, PagegateError, PolicyError, Vm
 from pagegate.testing import Fake, Step
 
-from .conftest import BIT
+from .conftest import BIT, leaves_nothing
 from .test_virtio import DATA, PAGE, WRITE, Echo, chain, kick, ready
 
 if TYPE_CHECKING:
@@ -287,25 +287,17 @@ def test_a_machine_and_its_pager_that_know_each_other_are_freed(kvm_objects) -> 
 
 
 def test_many_machines_leave_nothing() -> None:
-    def number() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
     pager = Pager()
     with Vm(MEMORY, hypervisor=Fake(private_memory=False), pager=pager):
         pass
-    time.sleep(0.2)
-    before = number()
-    for index in range(200):
-        vm = Vm(MEMORY, hypervisor=Fake(private_memory=False), pager=pager)
-        if index % 2:
-            vm.read(index * PAGE, 1)
-        if index % 3:
-            vm.close()
-        del vm
-    end = time.monotonic() + 10
-    while number() != before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert number() == before
+    with leaves_nothing(10):
+        for index in range(200):
+            vm = Vm(MEMORY, hypervisor=Fake(private_memory=False), pager=pager)
+            if index % 2:
+                vm.read(index * PAGE, 1)
+            if index % 3:
+                vm.close()
+            del vm
     assert sys.getrefcount(pager) < 20
 
 

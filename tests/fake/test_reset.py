@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,9 +13,9 @@ from hypothesis import strategies as st
 from pagegate import Convert, NotSupported, PagegateError, Vm, devices
 from pagegate.testing import Fake, Step
 
-from .conftest import BIT
-from .test_snapshot import Counting, failure, machine, machines, resumed  # noqa: F401 - fixtures
-from .test_virtio import AVAILABLE, DATA, PAGE, WRITE, chain, completed, kick, ready, run_until
+from .conftest import BIT, leaves_nothing
+from .test_snapshot import Counting, failure, machine, machines, resumed, that_has_answered  # noqa: F401 - fixtures
+from .test_virtio import AVAILABLE, DATA, PAGE, completed, kick, run_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,19 +141,11 @@ def test_many_resets_leave_nothing(machine, resumed, tmp_path: Path) -> None:  #
     vm.snapshot(tmp_path / "saved")
     again = resumed(tmp_path / "saved", lazy=True)
 
-    def number() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
     again.reset_to(tmp_path / "saved")
-    time.sleep(0.2)
-    before = number()
-    for index in range(1000):
-        again.write(index % 64 * PAGE, b"other")
-        again.reset_to(tmp_path / "saved")
-    end = time.monotonic() + 5
-    while number() != before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert number() == before
+    with leaves_nothing(5):
+        for index in range(1000):
+            again.write(index % 64 * PAGE, b"other")
+            again.reset_to(tmp_path / "saved")
     assert again.read(0, len(RANDOM)) == RANDOM
 
 
@@ -162,12 +153,7 @@ def test_many_resets_leave_nothing(machine, resumed, tmp_path: Path) -> None:  #
 
 
 def test_a_device_is_as_it_was(machine, resumed, tmp_path: Path) -> None:  # noqa: F811
-    vm = machine([*ready(), *kick(), Step.block()], platform="pc")
-    vm.add_device(Counting(), name="first")
-    vm.vcpus[0].start(mode="protected")
-    vm.write(DATA, b"hello")
-    chain(vm, (DATA, 5, 0), (DATA + PAGE, 16, WRITE))
-    run_until(vm, lambda: len(completed(vm)) == 1)
+    vm = that_has_answered(machine)
     vm.snapshot(tmp_path / "saved")
     device = Counting()
     steps = [step for _ in range(3) for step in (*kick(), Step.block())]

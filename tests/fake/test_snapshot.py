@@ -390,13 +390,19 @@ class Counting(Echo):
         self.known = self.count = int(state)
 
 
-def test_a_device_goes_on_where_it_was(machine, resumed, tmp_path: Path) -> None:
+def that_has_answered(machine) -> Vm:
+    """A machine whose device has answered a request."""
     vm = machine([*ready(), *kick(), Step.block()], platform="pc")
     vm.add_device(Counting(), name="first")
     vm.vcpus[0].start(mode="protected")
     vm.write(DATA, b"hello")
     chain(vm, (DATA, 5, 0), (DATA + PAGE, 16, WRITE))
     run_until(vm, lambda: answered(vm))
+    return vm
+
+
+def test_a_device_goes_on_where_it_was(machine, resumed, tmp_path: Path) -> None:
+    vm = that_has_answered(machine)
     assert (completed(vm), vm.read(DATA + PAGE, 5)) == ([(0, 5)], b"hello")
     vm.snapshot(tmp_path / "saved")
     device = Counting()

@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
-use crate::error::Failure;
+use crate::error::{Error, Failure};
 
 /// How many bytes are read between two calls of the watch.
 const PART: usize = 4 << 20;
@@ -33,6 +33,23 @@ pub enum InputError {
     TooLarge(u64),
     /// It is a character device, such as /dev/zero, which need not have an end.
     Device,
+}
+
+/// Opens a regular file. A pipe's writer is not waited for.
+///
+/// # Errors
+/// `File` where that fails; `Invalid` for what is no regular file.
+pub(crate) fn open_regular(path: &Path) -> Result<File, Error> {
+    let failed = |error: std::io::Error| Error::File {
+        path: path.to_path_buf(),
+        errno: error.into(),
+    };
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(failed)?;
+    match file.metadata().map_err(failed)?.is_file() {
+        true => Ok(file),
+        false => Err(Error::Invalid(format!("{}: it is no regular file", path.display()))),
+    }
 }
 
 /// A file, and what has been read of it.

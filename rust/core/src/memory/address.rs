@@ -67,6 +67,13 @@ impl Range {
         }
     }
 
+    /// The pages that hold the bytes `[at, at + len)`; `None` if there are none, or they end above 2^64.
+    pub(crate) fn holding(at: u64, len: u64) -> Option<Range> {
+        let start = at - at % PAGE_SIZE;
+        let end = at.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
+        Range::new(start, end.checked_sub(start)?)
+    }
+
     /// The pages numbered `first` to `end - 1`. There must be at least one, and `end * PAGE_SIZE` must not overflow.
     pub(crate) const fn of_pages(first: u64, end: u64) -> Range {
         Range {

@@ -112,10 +112,9 @@ impl Backing {
     pub(crate) fn bring(&self, at: u64, len: usize) -> Result<(), Errno> {
         match self.missing.get() {
             None => Ok(()),
-            Some((missing, state)) => match pages_of(at, len as u64) {
-                Some(pages) => missing.bring_in_run(*state, pages),
-                None => Ok(()),
-            },
+            Some((missing, state)) => {
+                Range::holding(at, len as u64).map_or(Ok(()), |pages| missing.bring_in_run(*state, pages))
+            }
         }
     }
 
@@ -225,13 +224,6 @@ impl Backing {
             BackingKind::GuestMemfd => Err(Errno(libc::EOPNOTSUPP)),
         }
     }
-}
-
-/// The pages that hold these bytes.
-fn pages_of(at: u64, len: u64) -> Option<Range> {
-    let start = at - at % PAGE_SIZE;
-    let end = at.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
-    Range::new(start, end - start)
 }
 
 /// Both sides of guest memory. The bytes of a page are in the side of its state, at its gpa.

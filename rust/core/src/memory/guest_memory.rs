@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::address::{PAGE_SIZE, Range, Run, State};
+use super::address::{Range, Run, State};
 use super::backing::{Backing, Sides};
 pub(crate) use super::enforcement::Pause;
 use super::enforcement::{Enforcement, NotEnforced};
@@ -378,9 +378,7 @@ impl GuestMemory {
 
     /// The pages that hold `[gpa, gpa + len)`, if all of them are memory.
     pub(crate) fn pages(&self, gpa: u64, len: u64) -> Option<Range> {
-        let start = gpa - gpa % PAGE_SIZE;
-        let end = gpa.checked_add(len)?.checked_next_multiple_of(PAGE_SIZE)?;
-        Range::new(start, end.checked_sub(start)?).filter(|range| self.views.holds(*range))
+        Range::holding(gpa, len).filter(|range| self.views.holds(*range))
     }
 
     /// Validates a range of pages of this guest.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::manifest::Saved;
-use super::resume::{Snapshot, damaged};
+use super::resume::{Snapshot, damaged, of_another};
 use crate::error::Error;
 use crate::input::Watch;
 use crate::machine::assembly::Machine;
@@ -48,27 +48,20 @@ impl Machine {
             return Err(Error::NotSupported(NOT_LAZY.to_owned()));
         };
         let _still = self.current.still()?;
-        let other = || {
-            damaged(
-                &folder,
-                Error::Invalid("its state is that of another machine".to_owned()),
-            )
-        };
-        if saved.vcpus.len() != self.vcpus.len() || saved.pc.is_some() != self.pc.is_some() {
-            return Err(other());
-        }
+        let damaged = |why| damaged(&folder, why);
+        self.check_shape(&saved).map_err(damaged)?;
         if let (Some(pc), Some(saved)) = (&self.pc, &saved.pc) {
             pc.check(saved)?;
         }
         if self.kernel().is_some() != manifest.sums.kernel.is_some() {
-            return Err(other());
+            return Err(damaged(of_another()));
         }
         for (index, saved) in saved.vcpus.iter().enumerate() {
             self.idle_vcpu(index)?.check(saved)?;
         }
         let private = self.private_bits_in(&folder, manifest.sums.pages, watch)?;
         if !self.memory.can_be_private(&private) {
-            return Err(other());
+            return Err(damaged(of_another()));
         }
         let (missing, pager) = self.missing_in(&folder, watch)?;
         if present.is_hanging() {

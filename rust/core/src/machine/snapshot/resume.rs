@@ -1,7 +1,5 @@
 //! Going on from a machine that was put aside.
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +10,7 @@ use super::save::sum;
 use crate::boot::kernel_file::KernelFile;
 use crate::boot::running_kernel::RunningKernel;
 use crate::error::Error;
-use crate::input::{Input, InputError, Watch};
+use crate::input::{Input, InputError, Watch, open_regular};
 use crate::machine::assembly::Machine;
 use crate::machine::config::Config;
 use crate::memory::address::{PAGE_SIZE, Range, State};
@@ -104,7 +102,8 @@ impl Machine {
     ///
     /// # Errors
     /// `Invalid` for what is damaged, with the file's name, and for other devices; `NotSupported` for a feature that this
-    /// host lacks, userfaultfd(2) among them where pages come when they are touched; `Busy` for a machine that was used; else as [`Machine::snapshot`].
+    /// host lacks, userfaultfd(2) among them where pages come when they are touched; `Busy` for a machine that was used; else
+    /// as [`Machine::snapshot`].
     pub fn resume(&self, snapshot: Snapshot, bytes: Bytes, watch: &mut Watch<'_>) -> Result<(), Error> {
         let Snapshot {
             folder,
@@ -118,11 +117,7 @@ impl Machine {
         }
         let damaged = |why| damaged(&folder, why);
         let _still = self.current.still()?;
-        if saved.vcpus.len() != self.vcpus.len() || saved.pc.is_some() != self.pc.is_some() {
-            return Err(damaged(Error::Invalid(
-                "its state is that of another machine".to_owned(),
-            )));
-        }
+        self.check_shape(&saved).map_err(damaged)?;
         let pages = self.private_bits_in(&folder, manifest.sums.pages, watch)?;
         self.memory.set_private_bits(&pages, watch).map_err(damaged)?;
         match bytes {
@@ -144,7 +139,7 @@ impl Machine {
                 ];
                 for (state, name, wanted) in sides {
                     let path = folder.join(name);
-                    let file = open(&path)?;
+                    let file = open_regular(&path)?;
                     let found = self.memory.load_side(state, &file, &path, watch).map_err(damaged)?;
                     check(&folder, name, found, wanted)?;
                 }
@@ -170,6 +165,14 @@ impl Machine {
         set.map_err(|errno| Error::Host { what, errno })
     }
 
+    /// Whether a state is that of a machine with as many vCPUs and of this platform.
+    pub(super) fn check_shape(&self, saved: &Saved) -> Result<(), Error> {
+        match saved.vcpus.len() == self.vcpus.len() && saved.pc.is_some() == self.pc.is_some() {
+            true => Ok(()),
+            false => Err(of_another()),
+        }
+    }
+
     /// The states that a folder has of the pages of this memory.
     pub(super) fn private_bits_in(&self, folder: &Path, wanted: u64, watch: &mut Watch<'_>) -> Result<Vec<u8>, Error> {
         let pages = read(folder, name::PAGES, self.memory.views().memory_end(), watch)?;
@@ -181,7 +184,7 @@ impl Machine {
     pub(super) fn missing_in(&self, folder: &Path, watch: &mut Watch<'_>) -> Result<([PageBits; 2], FilePager), Error> {
         let mut side = |name| {
             let path = folder.join(name);
-            let file = open(&path)?;
+            let file = open_regular(&path)?;
             let pages = self.memory.pages_in(&file, &path, watch);
             Ok::<_, Error>((pages.map_err(|why| damaged(folder, why))?, (path, file)))
         };
@@ -200,25 +203,14 @@ impl Machine {
     }
 }
 
+pub(super) fn of_another() -> Error {
+    Error::Invalid("its state is that of another machine".to_owned())
+}
+
 pub(super) fn damaged(folder: &Path, why: Error) -> Error {
     match why {
         Error::Invalid(why) => Error::Invalid(format!("{}: it is damaged: {why}", folder.display())),
         other => other,
-    }
-}
-
-/// Opens a file of memory, which is a regular one.
-fn open(path: &Path) -> Result<File, Error> {
-    let failed = |errno| Error::File {
-        path: path.to_path_buf(),
-        errno,
-    };
-    let mut options = File::options();
-    let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = file.map_err(|error| failed(error.into()))?;
-    match file.metadata().map_err(|error| failed(error.into()))?.is_file() {
-        true => Ok(file),
-        false => Err(Error::Invalid(format!("{}: it is no regular file", path.display()))),
     }
 }
 

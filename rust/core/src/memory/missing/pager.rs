@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::fs::File;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::errno::Errno;
 use crate::error::{Error, Failure};
+use crate::input::open_regular;
 use crate::memory::address::{Range, State};
 
 /// Gives missing pages their bytes. Called by one thread, for one page after the other.
@@ -119,17 +120,13 @@ impl FilePager {
             path: path.to_path_buf(),
             errno: error.into(),
         };
-        // A pipe's writer is not waited for.
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-        let file = file.map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        let refused = |why| Err(Error::Invalid(format!("pager: {} {why}", path.display())));
-        if !metadata.is_file() {
-            return refused("is no regular file".to_owned());
-        }
-        if metadata.len() < memory_end {
-            let size = metadata.len();
-            return refused(format!("has {size:#x} bytes, and memory ends at {memory_end:#x}"));
+        let file = open_regular(path)?;
+        let size = file.metadata().map_err(failed)?.len();
+        if size < memory_end {
+            return Err(Error::Invalid(format!(
+                "pager: {} has {size:#x} bytes, and memory ends at {memory_end:#x}",
+                path.display()
+            )));
         }
         let side = || Ok::<_, Error>((path.to_path_buf(), file.try_clone().map_err(failed)?));
         Ok(Self::new(side()?, side()?))
