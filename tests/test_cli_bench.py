@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from pagegate import workload
 from pagegate._core import bare_loop
+from pagegate.guests import Script
 
 from .cli_parts import policy, program
 
 __all__ = ["policy"]
+
+BENCHES = Path(__file__).parent.parent / "benches"
 
 KEYS = {
     *("enforcement", "kind", "policy", "vcpus", "pages", "touch", "requests", "seconds", "ns_per_request"),
@@ -196,3 +202,27 @@ def test_a_host_without_kvm_is_3():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (3, "")
     assert "there is no /dev/kvm" in done.stderr
+
+
+@pytest.mark.userfault
+@pytest.mark.skipif(not os.access("/dev/kvm", os.W_OK), reason="no /dev/kvm")
+def test_the_bare_loops_pages_come_from_a_process(tmp_path):
+    script = Script()
+    script.out(workload.MARKS, workload.BEGIN)
+    script.dirty(0x20_0000, 40, 3 * 4096)
+    script.out(workload.MARKS, workload.END)
+    image, table = script.image()
+    machine = {
+        "memory": 8 << 20,
+        "vcpus": [(0x1000, image, table)],
+        "enforcement": "memslots",
+        "marks": workload.MARKS,
+        "timeout": 60,
+    }
+    file = tmp_path / "memory"
+    file.write_bytes(bytes(8 << 20))
+    served = [sys.executable, str(BENCHES / "handler.py"), str(file)]
+    nanoseconds, requests, exits = bare_loop(**machine, pager=served)
+    assert (nanoseconds > 0, requests, exits) == (True, 0, 0)
+    with pytest.raises(OSError, match="the bare loop"):
+        bare_loop(**machine, pager=[sys.executable, "-c", ""])

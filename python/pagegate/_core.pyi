@@ -57,6 +57,7 @@ def bare_loop(
     doorbell: bool = False,
     block: int = 4096,
     work: str = "all",
+    pager: Sequence[str] | None = None,
     timeout: float | None = None,
 ) -> tuple[int, int, int]:
     """Runs a guest in a bare loop around KVM's ioctls: no policy, no checks, no page states, no records.
@@ -65,10 +66,20 @@ def bare_loop(
     The guest writes 1 to port ``marks`` where the measured part begins, and 2 where it ends. ``block``: bytes that are
     converted for an implicit request, the aligned block around the page. ``work``: how much of each conversion is
     carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes", "traps" (with ``shared_bit``)
-    or "memslots". ``timeout``: seconds. The other arguments are as for ``Vm``; all pages are shared at first.
+    or "memslots". ``timeout``: seconds. ``pager``: the command of a process that calls ``serve_missing`` with two more
+    arguments, and has the bytes of memory, which is zeroes without one. The other arguments are as for ``Vm``; all
+    pages are shared at first.
 
     Returns nanoseconds, requests and port IO exits of the measured part. Raises ValueError for arguments that do not
     make a machine, OSError, and KeyboardInterrupt.
+    """
+
+def serve_missing(file: str | PathLike[str], base: int, size: int) -> None:
+    """Serves the userfaultfd that is the standard input, for ``size`` bytes of another process's memory at ``base``.
+
+    For each touch it copies a page of a file there. It does not return.
+
+    Raises OSError.
     """
 
 @final

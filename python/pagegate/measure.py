@@ -13,6 +13,7 @@ from pagegate.workload import BEGIN, END, MARKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from pagegate import Report
     from pagegate.workload import Workload
@@ -38,13 +39,14 @@ def under_policy(  # noqa: PLR0913 - one for each thing that is varied
     *,
     enforcement: str = "auto",
     events: int = 65536,
+    pager: Path | None = None,
     prepare: Callable[[Vm], None] | None = None,
     timeout: float | None = None,
 ) -> Measured:
     """Runs a workload under a policy.
 
-    An implicit request is always for one page, so for larger ones the policy is wrapped in ``Align``. ``prepare`` is
-    called with the machine before it runs. ``timeout``: seconds.
+    An implicit request is always for one page, so for larger ones the policy is wrapped in ``Align``. ``pager``: as for
+    ``Vm``. ``prepare`` is called with the machine before it runs. ``timeout``: seconds.
 
     Raises PagegateError if the guest does not halt, or does not make the requests that are to be measured.
     """
@@ -59,6 +61,7 @@ def under_policy(  # noqa: PLR0913 - one for each thing that is varied
         shared_bit=workload.shared_bit,
         memslots=workload.memslots,
         events=events,
+        pager=pager,
     )
     with vm:
         shared = 0 if vm.shared_bit is None else 1 << vm.shared_bit

@@ -1,5 +1,6 @@
 //! The bare loop around KVM's ioctls, which requests are measured against.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pagegate_baseline::{Measured, Mode, Plan, Start, Work};
@@ -14,13 +15,15 @@ use crate::interpreter::{arguments, sizes};
 /// The guest writes 1 to port ``marks`` where the measured part begins, and 2 where it ends. ``block``: bytes that are
 /// converted for an implicit request, the aligned block around the page. ``work``: how much of each conversion is
 /// carried out: "nothing", "enforce", "discard" or "all". ``enforcement``: "attributes", "traps" (with ``shared_bit``)
-/// or "memslots". ``timeout``: seconds. The other arguments are as for ``Vm``; all pages are shared at first.
+/// or "memslots". ``timeout``: seconds. ``pager``: the command of a process that calls ``serve_missing`` with two more
+/// arguments, and has the bytes of memory, which is zeroes without one. The other arguments are as for ``Vm``; all
+/// pages are shared at first.
 ///
 /// Returns nanoseconds, requests and port IO exits of the measured part. Raises ValueError for arguments that do not
 /// make a machine, OSError, and KeyboardInterrupt.
 #[pyfunction]
 #[pyo3(signature = (memory, vcpus, *, enforcement, marks, memslots = 1, shared_bit = None, doorbell = false, block = 4096,
-                    work = "all", timeout = None))]
+                    work = "all", pager = None, timeout = None))]
 #[expect(clippy::too_many_arguments, reason = "one keyword a setting")]
 pub(crate) fn bare_loop(
     py: Python<'_>,
@@ -33,6 +36,7 @@ pub(crate) fn bare_loop(
     doorbell: bool,
     #[pyo3(from_py_with = sizes::size::<arguments::named::block, _>)] block: u64,
     work: &str,
+    pager: Option<Vec<String>>,
     #[pyo3(from_py_with = arguments::timeout)] timeout: Option<Duration>,
 ) -> PyResult<(u64, u64, u64)> {
     let modes = [
@@ -59,6 +63,7 @@ pub(crate) fn bare_loop(
             .map(|(at, image, argument)| Start { at, image, argument })
             .collect(),
         work: arguments::choose(work, "work", parts)?,
+        pager: pager.unwrap_or_default(),
     };
     if !plan.is_sound() {
         return Err(PyValueError::new_err("the bare loop cannot run such a machine"));
@@ -81,4 +86,14 @@ pub(crate) fn bare_loop(
             None,
         ) => Ok((time.as_nanos() as u64, requests, port_io)),
     }
+}
+
+/// Serves the userfaultfd that is the standard input, for ``size`` bytes of another process's memory at ``base``.
+///
+/// For each touch it copies a page of a file there. It does not return.
+///
+/// Raises OSError.
+#[pyfunction]
+pub(crate) fn serve_missing(py: Python<'_>, file: PathBuf, base: u64, size: u64) -> PyResult<()> {
+    Ok(py.detach(|| pagegate_baseline::serve(base, size, &file))?)
 }

@@ -17,7 +17,7 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::baseline::bare_loop;
+    use crate::baseline::{bare_loop, serve_missing};
     #[pymodule_export]
     use crate::devices::builtin::{PyBlock, PyBuiltinDevice, PyConsole, PyNet, PyRng, PyVsock};
     #[pymodule_export]

@@ -16,7 +16,7 @@ from pagegate.testing import Fake, Step
 
 from .conftest import BIT, leaves_nothing
 from .test_snapshot import FILES, MEMORY, Counting, _write_to, machine, machines, resumed, that_has_answered  # noqa: F401
-from .test_virtio import AVAILABLE, DATA, PAGE, completed, kick, run_until
+from .test_virtio import AVAILABLE, DATA, DESCRIPTORS, PAGE, completed, kick, run_until
 
 pytestmark = pytest.mark.userfault
 
@@ -177,6 +177,7 @@ def test_what_a_device_cannot_have_ends_the_run(machine, resumed, tmp_path: Path
     vm = that_has_answered(machine)
     vm.snapshot(tmp_path / "saved")
     again = resumed(tmp_path / "saved", [*kick(), Step.block()], devices=[Counting()], lazy=True)
+    again.read(DESCRIPTORS, 3 * PAGE)
     again.write(AVAILABLE + 2, b"\2\0\0\0\0\0")
     os.truncate(tmp_path / "saved" / "shared.memory", PAGE)
     with pytest.raises(

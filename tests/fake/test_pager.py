@@ -94,9 +94,13 @@ def test_a_file_is_a_pager(machine, tmp_path: Path) -> None:
     path = tmp_path / "memory"
     path.write_bytes(b"".join(text(gpa) for gpa in range(0, MEMORY, PAGE)))
     vm = machine(path)
-    assert vm.read(3 << 20, 2 * PAGE) == text(3 << 20) + text((3 << 20) + PAGE)
-    [page] = vm.working_set()
-    assert page.size == 64 << 10
+    at = 3 << 20
+    for page in (at, at + PAGE, at + 40 * PAGE, at + 39 * PAGE, at + 2 * PAGE):
+        assert vm.read(page, PAGE) == text(page)
+    # More comes with a page beside one that is there: memory is being read in that order.
+    sizes = [(page.gpa, page.size) for page in vm.working_set()]
+    assert sizes == [(at, PAGE), (at + PAGE, 16 * PAGE), (at + 40 * PAGE, PAGE), (at + 39 * PAGE, 16 * PAGE)]
+    assert vm.read(at, 64 * PAGE) == b"".join(text(at + index * PAGE) for index in range(64))
 
 
 def test_what_is_no_pager_is_refused(machine, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
 
 mod abi;
 mod convert;
+mod missing;
 mod pages;
 mod plan;
 mod slots;
@@ -21,6 +22,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+pub use crate::missing::serve;
 use crate::plan::Span;
 pub use crate::plan::{END, Measured, Mode, Plan, Start, Work};
 use crate::threads::Threads;

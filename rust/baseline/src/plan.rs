@@ -66,6 +66,8 @@ pub struct Plan {
     pub vcpus: Vec<Start>,
     /// The steps of each conversion.
     pub work: Work,
+    /// The command of a process that has the bytes of memory, which is missing at first. Empty: it is there, of zeroes.
+    pub pager: Vec<String>,
 }
 
 impl Plan {

@@ -15,6 +15,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use crate::abi::{GUEST_MEMFD_MAPPED, KVM_CAP_GUEST_MEMFD_FLAGS, KVM_HC_MAP_GPA_RANGE};
+use crate::missing::Handler;
 use crate::pages::{Pages, Views};
 use crate::plan::{Mode, Plan};
 use crate::slots::Slots;
@@ -40,6 +41,8 @@ pub(crate) struct BareVm {
     pub slots: Mutex<Slots>,
     /// Whether there is KVM_SET_USER_MEMORY_REGION2.
     region2: bool,
+    /// Ends when the machine does.
+    _handler: Option<Handler>,
 }
 
 /// Puts what was tried before the error.
@@ -65,8 +68,14 @@ impl BareVm {
             enable(&fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)?;
         }
         let long_mode = LongMode::new(plan.memory, plan.shared_bit)?;
+        let mut shared = memfd(plan.memory)?;
+        let mut handler = None;
+        if !plan.pager.is_empty() {
+            shared.mapping = anonymous(plan.memory, libc::PROT_READ | libc::PROT_WRITE)?;
+            handler = Some(Handler::start(&plan.pager, &shared.mapping)?);
+        }
         let vm = Self {
-            shared: memfd(plan.memory)?,
+            shared,
             private: private(&fd, plan)?,
             region2: kvm.check_extension(Cap::UserMemory2),
             slots: Mutex::new(Slots::new(plan)),
@@ -75,6 +84,7 @@ impl BareVm {
             fd,
             views: Views::new(plan.memory, plan.shared_bit),
             long_mode,
+            _handler: handler,
         };
         vm.set_up()?;
         Ok(vm)
@@ -243,13 +253,7 @@ fn private(fd: &VmFd, plan: &Plan) -> io::Result<Side> {
     let file = Arc::new(File::from(unsafe { OwnedFd::from_raw_fd(raw) }));
     let mapping = match flags {
         // KVM wants a host address for each memslot. Nothing is to be accessed there.
-        0 => MmapRegion::build(
-            None,
-            size as usize,
-            libc::PROT_NONE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        )
-        .map_err(io::Error::other)?,
+        0 => anonymous(size, libc::PROT_NONE)?,
         _ => map(&file, size)?,
     };
     Ok(Side {
@@ -266,4 +270,9 @@ fn map(file: &Arc<File>, size: u64) -> io::Result<MmapRegion> {
     );
     let file = FileOffset::from_arc(file.clone(), 0);
     MmapRegion::build(Some(file), size as usize, prot, flags).map_err(io::Error::other)
+}
+
+fn anonymous(size: u64, prot: libc::c_int) -> io::Result<MmapRegion> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    MmapRegion::build(None, size as usize, prot, flags).map_err(io::Error::other)
 }

@@ -17,6 +17,7 @@ use crate::devices::virtio::device::Device;
 use crate::devices::virtio::run::{Accesses, Run, Spawn};
 use crate::errno::Errno;
 use crate::error::Error;
+use crate::events::event::monotonic;
 use crate::events::log::EventLog;
 use crate::hypervisor::host::EnforcementMode;
 use crate::hypervisor::vm::Hypervisor;
@@ -28,6 +29,7 @@ use crate::memory::guest_memory::{GuestMemory, Layout, NoAccess, Resident, Seal}
 use crate::memory::listeners::{self, Listener};
 use crate::policy::current::CurrentPolicy;
 use crate::policy::hooks::Policy;
+use crate::policy::knowledge::Knowledge;
 use crate::vcpu::control::Control;
 use crate::vcpu::kick::Kick;
 use crate::vcpu::running::Context;
@@ -182,6 +184,18 @@ impl Machine {
     /// The log of its requests.
     pub fn events(&self) -> &Arc<EventLog> {
         &self.events
+    }
+
+    /// What the policies know that ask others.
+    pub(super) fn policy_knows(&self) -> Vec<Option<Knowledge>> {
+        let mut known = Vec::new();
+        self.policy.present().tell(monotonic(), &mut known);
+        known
+    }
+
+    /// Has them know that.
+    pub(super) fn remind_policy(&self, known: &[Option<Knowledge>]) {
+        self.policy.present().recall(monotonic(), known);
     }
 
     /// Replaces the policy. Requests that come after the return are put to the new one; a request that the old one is

@@ -3,6 +3,7 @@
 use super::decision::Decision;
 use super::device_access::DeviceAccess;
 use super::hooks::Policy;
+use super::knowledge::Knowledge;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
@@ -17,6 +18,15 @@ pub(crate) trait Link: Send + Sync {
     /// As [`Policy::converted`], for this policy alone.
     fn note_converted(&self, request: Request<'_>, range: Range, to: State) {
         let _ = (request, range, to);
+    }
+    /// What this policy alone knows.
+    fn knowledge(&self, now: u64) -> Option<Knowledge> {
+        let _ = now;
+        None
+    }
+    /// From now on it knows this, or nothing. As it was read from a file: it may be anything.
+    fn learn(&self, now: u64, knowledge: Option<&Knowledge>) {
+        let _ = (now, knowledge);
     }
 }
 
@@ -40,5 +50,15 @@ impl<T: Link> Policy for T {
     fn converted(&self, request: Request<'_>, range: Range, to: State) {
         self.note_converted(request, range, to);
         self.then().converted(request, range, to);
+    }
+
+    fn tell(&self, now: u64, known: &mut Vec<Option<Knowledge>>) {
+        known.push(self.knowledge(now));
+        self.then().tell(now, known);
+    }
+
+    fn recall(&self, now: u64, known: &[Option<Knowledge>]) {
+        self.learn(now, known.first().and_then(Option::as_ref));
+        self.then().recall(now, known.get(1..).unwrap_or_default());
     }
 }

@@ -2,6 +2,7 @@
 
 use super::decision::Decision;
 use super::device_access::DeviceAccess;
+use super::knowledge::Knowledge;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::errno::Errno;
 use crate::error::Failure;
@@ -59,6 +60,18 @@ pub trait Policy: Send + Sync {
     /// state. No hook of Python's.
     fn converted(&self, request: Request<'_>, range: Range, to: State) {
         let _ = (request, range, to);
+    }
+
+    /// Adds what it knows at the time `now`, in nanoseconds, and what the policies know that it asks: one entry for each that
+    /// asks another.
+    fn tell(&self, now: u64, known: &mut Vec<Option<Knowledge>>) {
+        let _ = (now, known);
+    }
+
+    /// From now on it knows what [`tell`](Self::tell) has said, as do those that it asks, and nothing else. What is not its
+    /// own it does not take, so that it knows nothing.
+    fn recall(&self, now: u64, known: &[Option<Knowledge>]) {
+        let _ = (now, known);
     }
 }
 

@@ -6,6 +6,7 @@
 //! - [`hooks`]: the trait; [`current`]: the policy that is in place, which can be replaced while the guest runs
 //! - [`simple`], [`align`], [`quota`], [`window`], [`rate_limit`], [`ping_pong`]: built-in policies
 //! - [`remember`]: wraps a policy and remembers decisions that hold for a region
+//! - [`knowledge`]: what built-in policies know, as it is put aside with a machine
 //! - [`filter`]: which requests a hook wants to be asked about
 //! - [`trial`]: asks a policy without a machine
 
@@ -16,6 +17,7 @@ pub mod decision;
 pub mod device_access;
 pub mod filter;
 pub mod hooks;
+pub mod knowledge;
 pub mod map_gpa_range;
 pub mod ping_pong;
 pub mod quota;

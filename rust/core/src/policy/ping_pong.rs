@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use super::chain::Link;
 use super::decision::Decision;
 use super::hooks::Policy;
+use super::knowledge::{Knowledge, Turned};
 use super::request::Request;
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
@@ -34,8 +35,8 @@ struct Recent {
     range: Range,
     /// The state that was last asked for, or that it was last converted to.
     to: State,
-    /// When that changed, in nanoseconds. At most the last `limit + 1` times.
-    turns: VecDeque<u64>,
+    /// When that changed, in nanoseconds; before 0 what is older than the host's clock. At most the last `limit + 1` times.
+    turns: VecDeque<i64>,
 }
 
 impl PingPong {
@@ -57,12 +58,12 @@ impl PingPong {
         let most = touched.iter().max_by_key(|entry| entry.turns.len());
         if let Some(entry) = most.filter(|entry| entry.turns.len() > self.limit) {
             // The entries stay taken out: if the machine is run again, counting starts again.
-            let first = entry.turns.front().copied().unwrap_or(now);
+            let first = entry.turns.front().map_or(Duration::ZERO, |turn| age(now, *turn));
             return Some(format!(
                 "ping-pong: {:#x} changed direction {} times in {:.3} s (limit {} in {:.3} s), last to {to} by vCPU {}",
                 entry.range.gpa(),
                 entry.turns.len(),
-                Duration::from_nanos(now.saturating_sub(first)).as_secs_f64(),
+                first.as_secs_f64(),
                 self.limit,
                 self.window.as_secs_f64(),
                 request.vcpu()
@@ -94,15 +95,19 @@ impl PingPong {
         for entry in &mut touched {
             if entry.to != to {
                 entry.to = to;
-                entry.turns.push_back(now);
+                entry.turns.push_back(now.cast_signed());
             }
-            let since = |turn: u64| Duration::from_nanos(now.saturating_sub(turn));
-            while entry.turns.front().is_some_and(|turn| since(*turn) > self.window) {
+            while entry.turns.front().is_some_and(|turn| age(now, *turn) > self.window) {
                 entry.turns.pop_front();
             }
         }
         touched
     }
+}
+
+/// How long ago that was.
+fn age(now: u64, turn: i64) -> Duration {
+    Duration::from_nanos(now.cast_signed().saturating_sub(turn).max(0).cast_unsigned())
 }
 
 /// Adds what was taken out of the list, and the rest of the range.
@@ -157,5 +162,44 @@ impl Link for PingPong {
         // The next request that touches them is the one to end the run.
         let touched = self.take_out(&mut recent, range, to, request.time());
         put_back(&mut recent, range, to, touched);
+    }
+
+    fn knowledge(&self, now: u64) -> Option<Knowledge> {
+        let recent = self.recent.lock();
+        let turned = |entry: &Recent| Turned {
+            gpa: entry.range.gpa(),
+            size: entry.range.size(),
+            private: entry.to == State::Private,
+            ages: entry
+                .turns
+                .iter()
+                .map(|turn| age(now, *turn).as_nanos() as u64)
+                .collect(),
+        };
+        Some(Knowledge::Turns(recent.iter().map(turned).collect()))
+    }
+
+    fn learn(&self, now: u64, knowledge: Option<&Knowledge>) {
+        let turned = match knowledge {
+            Some(Knowledge::Turns(turned)) => turned.as_slice(),
+            _ => &[],
+        };
+        let mut recent = VecDeque::<Recent>::new();
+        for turned in turned.iter().take(RANGES) {
+            let range = Range::new(turned.gpa, turned.size);
+            let Some(range) = range.filter(|range| !recent.iter().any(|known| known.range.overlaps(range))) else {
+                continue;
+            };
+            let mut turns: Vec<i64> = (turned.ages.iter().rev().take(self.limit + 1))
+                .map(|age| now.cast_signed().saturating_sub_unsigned(*age))
+                .collect();
+            turns.sort_unstable();
+            recent.push_back(Recent {
+                range,
+                to: if turned.private { State::Private } else { State::Shared },
+                turns: turns.into(),
+            });
+        }
+        *self.recent.lock() = recent;
     }
 }

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use super::chain::Link;
 use super::decision::Decision;
 use super::hooks::Policy;
+use super::knowledge::Knowledge;
 use super::request::Request;
 use crate::errno::Errno;
 use crate::error::Failure;
@@ -45,17 +46,21 @@ impl RateLimit {
     /// Takes a token, or returns how long it takes until there is one.
     fn take(&self, now: u64) -> Result<(), Duration> {
         let mut bucket = self.bucket.lock();
-        // The requests of several vCPUs may arrive in another order than their times have.
-        let now = now.max(bucket.filled);
-        let filled = Duration::from_nanos(now - bucket.filled).as_secs_f64() * self.per_second;
-        bucket.tokens = (bucket.tokens + filled).min(self.burst);
-        bucket.filled = now;
+        self.fill(&mut bucket, now);
         if bucket.tokens < 1.0 {
             let missing = (1.0 - bucket.tokens) / self.per_second;
             return Err(Duration::try_from_secs_f64(missing).unwrap_or(Duration::MAX));
         }
         bucket.tokens -= 1.0;
         Ok(())
+    }
+
+    fn fill(&self, bucket: &mut Bucket, now: u64) {
+        // The requests of several vCPUs may arrive in another order than their times have.
+        let now = now.max(bucket.filled);
+        let filled = Duration::from_nanos(now - bucket.filled).as_secs_f64() * self.per_second;
+        bucket.tokens = (bucket.tokens + filled).min(self.burst);
+        bucket.filled = now;
     }
 }
 
@@ -70,5 +75,19 @@ impl Link for RateLimit {
             (Err(_), Request::Explicit(_)) => Ok(Decision::Deny(Errno(libc::EAGAIN))),
             (Err(wait), Request::Implicit(_)) => Ok(Decision::Wait(wait)),
         }
+    }
+
+    fn knowledge(&self, now: u64) -> Option<Knowledge> {
+        let mut bucket = self.bucket.lock();
+        self.fill(&mut bucket, now);
+        Some(Knowledge::Tokens(bucket.tokens))
+    }
+
+    fn learn(&self, now: u64, knowledge: Option<&Knowledge>) {
+        let tokens = match knowledge {
+            Some(Knowledge::Tokens(tokens)) if (0.0..=self.burst).contains(tokens) => *tokens,
+            _ => self.burst,
+        };
+        *self.bucket.lock() = Bucket { tokens, filled: now };
     }
 }

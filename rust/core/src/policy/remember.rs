@@ -10,6 +10,7 @@ use parking_lot::RwLock;
 use super::decision::{Convert, Decision, Region, RegionDecision};
 use super::device_access::DeviceAccess;
 use super::hooks::Policy;
+use super::knowledge::Knowledge;
 use super::request::{ExplicitRequest, ImplicitRequest, Request};
 use crate::error::Failure;
 use crate::memory::address::{Range, State};
@@ -80,6 +81,16 @@ impl<P: Policy> Policy for Remember<P> {
 
     fn converted(&self, request: Request<'_>, range: Range, to: State) {
         self.policy.converted(request, range, to);
+    }
+
+    fn tell(&self, now: u64, known: &mut Vec<Option<Knowledge>>) {
+        self.policy.tell(now, known);
+    }
+
+    /// The policy is asked again: what answers for it must be its own, and a file's would not be.
+    fn recall(&self, now: u64, known: &[Option<Knowledge>]) {
+        self.forget(None);
+        self.policy.recall(now, known);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::machine::config::{Confidential, Config, Platform};
 use crate::memory::address::State;
 use crate::memory::views::Views;
 use crate::policy::hooks::Policy;
+use crate::policy::knowledge::Knowledge;
 use crate::vcpu::saved::SavedVcpu;
 
 /// Another number after each change that an older pagegate could not read.
@@ -73,6 +74,9 @@ pub(super) struct Saved {
     pub pc: Option<SavedPc>,
     /// A conversion has kept its old side.
     pub kept: bool,
+    /// What the policies know that ask others, the first of them first.
+    #[serde(default)]
+    pub policy: Vec<Option<Knowledge>>,
 }
 
 /// What is around the vCPUs of a PC.

@@ -105,6 +105,7 @@ impl Machine {
         self.memory.change_private_bits(&memory.private, watch)?;
         self.begin_again(present, memory.missing, Arc::new(memory.pager))?;
         self.memory.set_kept(saved.kept);
+        self.remind_policy(&saved.policy);
         self.bring_for_kvm(&saved, watch)?;
         for (index, saved) in saved.vcpus.iter().enumerate() {
             self.idle_vcpu(index)?.put_back(saved)?;

@@ -146,6 +146,7 @@ impl Machine {
             }
         }
         self.memory.set_kept(saved.kept);
+        self.remind_policy(&saved.policy);
         self.bring_for_kvm(&saved, watch)?;
         // Before the interrupt controllers and devices, which may raise an interrupt of a vCPU.
         for (index, saved) in saved.vcpus.iter().enumerate() {

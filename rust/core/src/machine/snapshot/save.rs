@@ -43,6 +43,7 @@ impl Machine {
             clock: self.hypervisor.clock().map_err(failed("read the guest's clock"))?,
             pc,
             kept: self.memory.has_kept(),
+            policy: self.policy_knows(),
         };
         let state = as_json(&saved)?;
         new.write(name::STATE, &state)?;

@@ -94,8 +94,22 @@ impl fmt::Display for By {
     }
 }
 
-/// How many bytes are read with a page, as far as they are missing.
+/// How many bytes are read at once for who goes through memory in order, as far as they are missing.
 const READ_AHEAD: u64 = 64 << 10;
+
+impl Wanted {
+    /// What to read: from here on, or up to here, if memory is being touched in that order, as far as that can be told from
+    /// the page before and the one after; else the page.
+    fn likely(&self) -> Range {
+        let (page, around) = (self.page, self.around);
+        let (gpa, end) = match (around.gpa() == page.gpa(), around.end() == page.end()) {
+            (true, false) => (page.gpa(), around.end().min(page.gpa() + READ_AHEAD)),
+            (false, true) => (around.gpa().max(page.end().saturating_sub(READ_AHEAD)), page.end()),
+            (true, true) | (false, false) => return page,
+        };
+        Range::new(gpa, end - gpa).unwrap_or(page)
+    }
+}
 
 /// A file for each side, in which a page's offset is its gpa.
 pub struct FilePager {
@@ -142,17 +156,12 @@ impl FilePager {
 
 impl Pager for FilePager {
     fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Range, Failure> {
-        let gpa = wanted.page.gpa();
-        let block = Range::new(gpa - gpa % READ_AHEAD, READ_AHEAD);
-        let pages = block
-            .and_then(|block| block.intersect(&wanted.around))
-            .unwrap_or(wanted.page);
         let (path, file) = &self.files[wanted.state as usize];
         let mut read = |pages: Range| {
             bytes.resize(pages.size() as usize, 0);
             file.read_exact_at(bytes, pages.gpa()).map(|()| pages)
         };
-        let read = read(pages).or_else(|_| read(wanted.page));
+        let read = read(wanted.likely()).or_else(|_| read(wanted.page));
         Ok(read.map_err(|error| NotRead {
             errno: match error.kind() {
                 // It was cut off since.

@@ -19,6 +19,8 @@ enum Asked {
     Put,
     /// It was there already, or is to be zeroes: it was discarded.
     NotMissing,
+    /// No page comes any more, and who sleeps is woken.
+    Over,
 }
 
 impl Wanted {
@@ -91,7 +93,7 @@ impl Missing {
         let vcpu = (self.surroundings.vcpu)(touch.thread);
         let by = vcpu.map_or(By::Kvm, By::Vcpu);
         match self.ask(state, gpa, by, bytes) {
-            Ok(Asked::Put) => {}
+            Ok(Asked::Put | Asked::Over) => {}
             Ok(Asked::NotMissing) => self.put_zeroes(state, gpa),
             Err(error) => self.failed(state, gpa, error),
         }
@@ -147,6 +149,9 @@ impl Missing {
         let side = self.side(wanted.state);
         // Locked, so that a page is not discarded between the look at it and here.
         let mut inner = self.inner.lock();
+        if inner.over.is_some() {
+            return Ok(Asked::Over);
+        }
         let mut at = pages.gpa();
         let (mut put, mut is_there, mut failure) = (0, false, None);
         while let Some(rest) = Range::new(at, pages.end() - at)
