@@ -22,6 +22,7 @@ FLOORS = {
     CORE: [
         ["errno"],
         ["process"],
+        ["clock"],
         ["allocation"],
         ["error"],
         ["input"],

@@ -37,6 +37,9 @@ impl Handler {
     pub(crate) fn start(command: &[String], memory: &MmapRegion) -> io::Result<Self> {
         let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let base = memory.as_ptr() as u64;
+        // Else the kernel clears a huge page at the first touch of each 2 MiB, before it sees that it may not use it.
+        // SAFETY: the mapping is this machine's, and keeps its bytes.
+        done(unsafe { libc::madvise(memory.as_ptr().cast(), memory.size(), libc::MADV_NOHUGEPAGE) })?;
         let userfault = watching(base, memory.size() as u64)?;
         let mut child = Command::new(program)
             .args(arguments)
@@ -97,7 +100,8 @@ fn watching(base: u64, size: u64) -> io::Result<OwnedFd> {
 /// The kernel's.
 pub fn serve(base: u64, size: u64, file: &Path) -> io::Result<()> {
     let file = FileOffset::from_arc(Arc::new(File::open(file)?), 0);
-    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    // Before it begins, so that no page fault of its own counts.
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_POPULATE;
     let bytes = MmapRegion::<()>::build(Some(file), size as usize, libc::PROT_READ, flags).map_err(io::Error::other)?;
     let userfault = io::stdin();
     io::stdout().write_all(&[READY])?;

@@ -39,6 +39,7 @@
 
 mod allocation;
 pub mod boot;
+mod clock;
 pub mod devices;
 pub mod errno;
 pub mod error;

@@ -4,9 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pagegate_core::error::Failure;
-use pagegate_core::memory::address::Range;
 use pagegate_core::memory::missing::Came;
-use pagegate_core::memory::missing::pager::{FilePager, Pager, Wanted};
+use pagegate_core::memory::missing::pager::{FilePager, Given as CoreGiven, Pager, Wanted};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
@@ -64,7 +63,7 @@ impl PyPager {
 }
 
 impl Pager for PyPager {
-    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Range, Failure> {
+    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<CoreGiven<'_>, Failure> {
         attached(|py| {
             let page = PyMissingPage {
                 gpa: wanted.page.gpa(),
@@ -95,7 +94,7 @@ impl Pager for PyPager {
                 ));
             };
             *bytes = data;
-            Ok(pages)
+            Ok(CoreGiven::Bytes(pages))
         })
     }
 }

@@ -1,7 +1,5 @@
 //! An event: what was asked, decided and done for one request.
 
-use rustix::time::{ClockId, clock_gettime};
-
 use crate::errno::Errno;
 use crate::memory::address::{Range, State};
 use crate::policy::decision::{Convert, Decision};
@@ -337,11 +335,4 @@ impl Done {
             changed: 0,
         }
     }
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC: the clock of the kernel's traces and of Python's `time.monotonic_ns()`.
-#[inline]
-pub(crate) fn monotonic() -> u64 {
-    let time = clock_gettime(ClockId::Monotonic);
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

@@ -1,7 +1,8 @@
 //! Events that are no vCPU's request: accesses of devices, and pages that came when they were touched.
 
-use super::event::{Asked, ByDevice, Done, Kind, NO_VCPU, Outcome, RecordedDecision, Verdict, monotonic};
+use super::event::{Asked, ByDevice, Done, Kind, NO_VCPU, Outcome, RecordedDecision, Verdict};
 use super::log::EventLog;
+use crate::clock::monotonic;
 use crate::memory::address::State;
 use crate::memory::missing::Came;
 use crate::policy::decision::Decision;
@@ -67,9 +68,8 @@ impl EventLog {
 
     /// Adds the event of a missing page that was touched, once the pager has answered, or failed.
     pub(crate) fn missing_page(&self, came: &Came) {
-        let now = monotonic();
         let asked = Asked {
-            time: now.saturating_sub(came.nanoseconds),
+            time: came.time,
             kind: Kind::Missing,
             gpa: came.gpa,
             size: came.bytes,

@@ -32,6 +32,13 @@ impl Mapping {
         Self::new(Some(file), size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED)
     }
 
+    /// Maps the first `size` bytes of a file that is only read (MAP_PRIVATE). Where it is cut off later, this process must not
+    /// touch it itself: that would be SIGBUS.
+    pub(crate) fn of_source(file: &Arc<File>, size: u64) -> Result<Self, Errno> {
+        let file = FileOffset::from_arc(file.clone(), 0);
+        Self::new(Some(file), size, libc::PROT_READ, libc::MAP_PRIVATE)
+    }
+
     /// Reserves addresses with PROT_NONE. KVM wants a host address for each memslot; where the host cannot map the
     /// guest's memory, KVM's emulation must not reach other memory at that address.
     pub(crate) fn inaccessible(size: u64) -> Result<Self, Errno> {

@@ -115,6 +115,21 @@ pub(crate) fn map_over(mapping: &Mapping, offset: u64, len: u64, file: &File) ->
     }
 }
 
+/// madvise(2) with MADV_POPULATE_READ (Linux 5.14): has the kernel read a part of a mapping's file, as if it were touched.
+///
+/// # Errors
+/// EFAULT where that would be SIGBUS: the file was cut off, or cannot be read. EINVAL from an older kernel.
+pub(crate) fn populate(mapping: &Mapping, offset: u64, len: usize) -> Result<(), Errno> {
+    // Checks that the part lies in the mapping.
+    mapping.slice(offset, len)?;
+    let address = mapping.address(offset).get() as *mut c_void;
+    // SAFETY: the addresses belong to `mapping`, and none of their bytes changes.
+    match unsafe { libc::madvise(address, len, libc::MADV_POPULATE_READ) } {
+        0 => Ok(()),
+        _ => Err(Errno::last()),
+    }
+}
+
 /// The calling thread's id, for [`signal_thread`].
 pub(crate) fn thread_id() -> libc::pid_t {
     rustix::thread::gettid().as_raw_nonzero().get()

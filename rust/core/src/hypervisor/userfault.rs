@@ -112,27 +112,28 @@ impl Userfault {
     /// Puts pages there, and wakes who sleeps because of them. Says how many bytes, also after a failure.
     ///
     /// # Errors
-    /// EEXIST for one that is there already; ENOENT where this is not watched any more; ENOMEM.
-    pub(crate) fn copy(&self, to: HostAddress, from: &[u8]) -> (u64, Result<(), Errno>) {
+    /// EEXIST for one that is there already; ENOENT where this is not watched any more; EFAULT where there is nothing to copy;
+    /// ENOMEM.
+    pub(crate) fn copy(&self, to: HostAddress, from: *const u8, len: u64) -> (u64, Result<(), Errno>) {
         let mut done = 0;
-        while done < from.len() {
+        while done < len {
             let mut copy = uffdio_copy {
-                dst: to.get() + done as u64,
-                src: from[done..].as_ptr() as u64,
-                len: (from.len() - done) as u64,
+                dst: to.get() + done,
+                src: from as u64 + done,
+                len: len - done,
                 mode: 0,
                 copy: 0,
             };
-            // SAFETY: the opcode takes this argument; `from` has the bytes.
+            // SAFETY: the opcode takes this argument, and the kernel checks where it copies from.
             let request = unsafe { Updater::<UFFDIO_COPY, _>::new(&mut copy) };
             // SAFETY: as above, and the kernel writes to what is registered only.
             let copied = unsafe { ioctl::ioctl(&self.0, request) };
-            done += usize::try_from(copy.copy).unwrap_or(0);
+            done += u64::try_from(copy.copy).unwrap_or(0);
             if let Err(errno) = again(copied) {
-                return (done as u64, Err(errno));
+                return (done, Err(errno));
             }
         }
-        (done as u64, Ok(()))
+        (done, Ok(()))
     }
 
     /// The same with zeroes, all or some.

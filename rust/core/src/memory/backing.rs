@@ -119,7 +119,6 @@ impl Backing {
     }
 
     /// Whether any of these pages is missing.
-    #[inline(always)]
     pub(crate) fn is_missing(&self, range: Range) -> bool {
         self.missing
             .get()
@@ -127,7 +126,6 @@ impl Backing {
     }
 
     /// These pages are zeroes, as soon as what they have is discarded.
-    #[inline(always)]
     pub(crate) fn forget_missing(&self, range: Range) {
         if let Some((missing, state)) = self.missing.get() {
             missing.forget(*state, range);

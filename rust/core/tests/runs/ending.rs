@@ -163,9 +163,14 @@ fn a_listener_stops_a_machine_that_another_thread_begins_to_run() {
         listener.stop.set(&guest);
         guest.machine.add_listener(listener.clone()).unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(|| guest.start(0));
+            // Where this thread is late, the run has the vCPU first, and may be what is stopped.
+            scope.spawn(|| match guest.machine.start(0, CpuMode::Long, &[]) {
+                Ok(()) | Err(Error::Busy(_)) => {}
+                Err(error) => panic!("{error}"),
+            });
             starting.recv().unwrap();
-            assert_eq!(guest.run().reason, "halt");
+            let reason = guest.run().reason;
+            assert!(["halt", "stopped"].contains(&reason.as_str()), "{reason}");
         });
     });
 }

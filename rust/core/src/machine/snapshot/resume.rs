@@ -190,7 +190,8 @@ impl Machine {
             Ok::<_, Error>((pages.map_err(|why| damaged(folder, why))?, (path, file)))
         };
         let ((shared, shared_file), (private, private_file)) = (side(name::SHARED)?, side(name::PRIVATE)?);
-        Ok(([shared, private], FilePager::new(shared_file, private_file)))
+        let pager = FilePager::new(shared_file, private_file, self.memory.views().memory_end())?;
+        Ok(([shared, private], pager))
     }
 
     /// Brings what KVM touches while it is given the vCPUs' MSRs: a pager's failure could not end that.

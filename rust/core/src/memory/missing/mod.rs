@@ -216,13 +216,11 @@ impl Missing {
     }
 
     /// Whether a page of this range is missing.
-    #[cold]
     pub(crate) fn is_any_in(&self, state: State, range: Range) -> bool {
         self.any.load(Ordering::Acquire) && self.inner.lock().pages[state as usize].first_in(range).is_some()
     }
 
     /// These pages are zeroes from now on, on this side; the pager is not asked for them any more.
-    #[cold]
     pub(crate) fn forget(&self, state: State, range: Range) {
         if !self.any.load(Ordering::Acquire) {
             return;

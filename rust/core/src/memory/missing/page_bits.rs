@@ -74,15 +74,31 @@ impl PageBits {
 
     /// Those that follow each other without a gap, within `bounds`, around one of them.
     pub(crate) fn run_around(&self, gpa: u64, bounds: Range) -> Option<Range> {
-        let mut start = gpa - gpa % PAGE_SIZE;
-        let mut end = start + PAGE_SIZE;
-        while start > bounds.gpa() && self.contains(start - PAGE_SIZE) {
-            start -= PAGE_SIZE;
+        if !self.contains(gpa) {
+            return None;
         }
-        while end < bounds.end() && self.contains(end) {
-            end += PAGE_SIZE;
+        let (first, last) = (bounds.gpa() / PAGE_SIZE, bounds.end() / PAGE_SIZE);
+        // A word at a time, of which a bit that is set ends the run.
+        let gaps = |page: u64| self.words.get((page / BITS) as usize).map_or(u64::MAX, |word| !word);
+        let (mut start, mut end) = (gpa / PAGE_SIZE, gpa / PAGE_SIZE + 1);
+        while end < last {
+            let above = gaps(end) >> (end % BITS);
+            if above != 0 {
+                end += u64::from(above.trailing_zeros());
+                break;
+            }
+            end = (end / BITS + 1) * BITS;
         }
-        Range::new(start, end - start).filter(|_| self.contains(gpa))
+        while start > first {
+            let below = gaps(start - 1) << (BITS - 1 - (start - 1) % BITS);
+            if below != 0 {
+                start -= u64::from(below.leading_zeros());
+                break;
+            }
+            start = (start - 1) / BITS * BITS;
+        }
+        let (start, end) = (start.max(first), end.min(last));
+        Range::new(start * PAGE_SIZE, (end - start) * PAGE_SIZE)
     }
 
     /// Calls `change` for each word of the range with the bits that are in it, which says by how many the set grew.
@@ -98,3 +114,6 @@ impl PageBits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,20 +4,30 @@ use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::errno::Errno;
 use crate::error::{Error, Failure};
+use crate::hypervisor::mapping::Mapping;
+use crate::hypervisor::raw;
 use crate::input::open_regular;
-use crate::memory::address::{Range, State};
+use crate::memory::address::{PAGE_SIZE, Range, State};
 
 /// Gives missing pages their bytes. Called by one thread, for one page after the other.
 pub trait Pager: Send + Sync {
-    /// Puts the bytes of pages into `bytes`, which is empty, and says which: [`page`](Wanted::page), or
-    /// [`around`](Wanted::around) to have more of them at once.
+    /// Gives the bytes of [`page`](Wanted::page), or of more of [`around`](Wanted::around) at once; in `bytes`, if it likes.
     ///
     /// # Errors
     /// A failure ends the run.
-    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Range, Failure>;
+    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Given<'_>, Failure>;
+}
+
+/// The pages that a pager gives, and where their bytes are.
+pub enum Given<'a> {
+    /// In the buffer, in place of what was there.
+    Bytes(Range),
+    /// In a mapping, at their gpas.
+    Mapped(Range, &'a Mapping),
 }
 
 /// A page that somebody touched, and that has no bytes yet.
@@ -42,6 +52,8 @@ pub struct Came {
     pub state: State,
     /// Who touched it first.
     pub by: By,
+    /// When the pager was asked, in nanoseconds of CLOCK_MONOTONIC.
+    pub time: u64,
     /// Bytes that came with it, its own among them; those of the page if the pager failed.
     pub bytes: u64,
     /// How long the pager took.
@@ -111,9 +123,16 @@ impl Wanted {
     }
 }
 
-/// A file for each side, in which a page's offset is its gpa.
+/// A file for each side, in which a page's offset is its gpa. It is mapped, so that the bytes of several pages are copied once;
+/// by the kernel alone, for which a file that was cut off is an errno.
 pub struct FilePager {
-    files: [(PathBuf, File); 2],
+    files: [Source; 2],
+}
+
+struct Source {
+    path: PathBuf,
+    file: Arc<File>,
+    mapping: Mapping,
 }
 
 /// A file has no such bytes.
@@ -142,33 +161,60 @@ impl FilePager {
                 path.display()
             )));
         }
-        let side = || Ok::<_, Error>((path.to_path_buf(), file.try_clone().map_err(failed)?));
-        Ok(Self::new(side()?, side()?))
+        let again = file.try_clone().map_err(failed)?;
+        let side = |file| (path.to_path_buf(), file);
+        Self::new(side(file), side(again), memory_end)
     }
 
-    /// Files of shared and of private bytes.
-    pub fn new(shared: (PathBuf, File), private: (PathBuf, File)) -> Self {
-        Self {
-            files: [shared, private],
+    /// Files of shared and of private bytes, each for all of memory.
+    ///
+    /// # Errors
+    /// `File` where one cannot be mapped.
+    pub fn new(shared: (PathBuf, File), private: (PathBuf, File), memory_end: u64) -> Result<Self, Error> {
+        let source = |(path, file)| {
+            let file = Arc::new(file);
+            match Mapping::of_source(&file, memory_end) {
+                Ok(mapping) => Ok(Source { path, file, mapping }),
+                Err(errno) => Err(Error::File { path, errno }),
+            }
+        };
+        Ok(Self {
+            files: [source(shared)?, source(private)?],
+        })
+    }
+}
+
+impl Source {
+    /// Reads a page. To map it would take longer: the kernel maps others around it, too.
+    fn one(&self, page: Range, bytes: &mut Vec<u8>) -> Result<Given<'_>, Errno> {
+        // Of the last one's size, mostly: nothing is cleared for what is overwritten.
+        bytes.resize(page.size() as usize, 0);
+        match self.file.read_exact_at(bytes, page.gpa()) {
+            Ok(()) => Ok(Given::Bytes(page)),
+            // It was cut off since.
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Err(Errno(libc::EIO)),
+            Err(error) => Err(error.into()),
         }
+    }
+
+    /// Has the kernel read pages, here, where it may take as long as it likes: nothing is locked.
+    fn several(&self, pages: Range) -> Result<Given<'_>, Errno> {
+        raw::populate(&self.mapping, pages.gpa(), pages.size() as usize)?;
+        Ok(Given::Mapped(pages, &self.mapping))
     }
 }
 
 impl Pager for FilePager {
-    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Range, Failure> {
-        let (path, file) = &self.files[wanted.state as usize];
-        let mut read = |pages: Range| {
-            bytes.resize(pages.size() as usize, 0);
-            file.read_exact_at(bytes, pages.gpa()).map(|()| pages)
+    fn missing(&self, wanted: &Wanted, bytes: &mut Vec<u8>) -> Result<Given<'_>, Failure> {
+        let source = &self.files[wanted.state as usize];
+        let likely = wanted.likely();
+        let several = match likely.size() {
+            PAGE_SIZE => None,
+            // Where that fails, the page may be there still.
+            _ => source.several(likely).ok(),
         };
-        let read = read(wanted.likely()).or_else(|_| read(wanted.page));
-        Ok(read.map_err(|error| NotRead {
-            errno: match error.kind() {
-                // It was cut off since.
-                std::io::ErrorKind::UnexpectedEof => Errno(libc::EIO),
-                _ => error.into(),
-            },
-            path: path.clone(),
-        })?)
+        let path = || source.path.clone();
+        let given = several.map_or_else(|| source.one(wanted.page, bytes), Ok);
+        Ok(given.map_err(|errno| NotRead { errno, path: path() })?)
     }
 }

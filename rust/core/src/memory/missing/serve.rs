@@ -1,12 +1,12 @@
 //! The thread that puts missing pages where they belong. It is the only one that asks the pager.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::pager::{By, Wanted};
+use super::pager::{By, Given, Wanted};
 use super::{Came, Missing, Over};
+use crate::clock::monotonic;
 use crate::errno::Errno;
 use crate::error::{Error, Failure};
 use crate::hypervisor::raw;
@@ -25,13 +25,14 @@ enum Asked {
 
 impl Wanted {
     /// What is noted of it.
-    fn came(&self, bytes: u64, begun: Instant, failed: bool) -> Came {
+    fn came(&self, bytes: u64, time: u64, failed: bool) -> Came {
         Came {
             gpa: self.page.gpa(),
             state: self.state,
             by: self.by,
+            time,
             bytes,
-            nanoseconds: u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            nanoseconds: monotonic().saturating_sub(time),
             failed,
         }
     }
@@ -53,7 +54,8 @@ impl Missing {
                 let _ = self.wake.read();
                 self.serve_asks(&mut bytes);
             }
-            while self.inner.lock().over.is_none()
+            // The next one is told of by another poll, which costs no more than to find that there is none.
+            if self.inner.lock().over.is_none()
                 && let Some(touch) = self.userfault.next()
             {
                 self.serve_touch(touch, &mut bytes);
@@ -117,20 +119,24 @@ impl Missing {
             state,
             by,
         };
-        bytes.clear();
         let pager = self.pager.lock().clone();
-        let begun = Instant::now();
-        let answered = self.inside(|| pager.missing(&wanted, bytes)).and_then(|pages| {
+        let begun = monotonic();
+        let given = self.inside(|| pager.missing(&wanted, bytes));
+        let answered = given.and_then(|given| {
+            let (pages, len, from) = match given {
+                Given::Bytes(pages) => (pages, bytes.len() as u64, bytes.as_ptr()),
+                Given::Mapped(pages, mapping) => (pages, pages.size(), mapping.address(pages.gpa()).get() as *const u8),
+            };
             let fits = pages.intersect(&around) == Some(pages) && pages.contains(gpa);
-            match fits && bytes.len() as u64 == pages.size() {
-                true => Ok(pages),
+            match fits && len == pages.size() {
+                true => Ok((pages, from)),
                 false => Err(Failure::from(format!(
-                    "it answered with {:#x} bytes for {pages}, and was asked for {page}, or pages around it of {around}",
-                    bytes.len()
+                    "it answered with {len:#x} bytes for {pages}, and was asked for {page}, or pages around it of {around}"
                 ))),
             }
         });
-        let put = answered.and_then(|pages| self.put(&wanted, pages, bytes, begun));
+        // The pager, whose mapping this may be, and the buffer are there until it is done.
+        let put = answered.and_then(|(pages, from)| self.put(&wanted, pages, from, begun));
         self.inner.lock().asked = None;
         self.changed.notify_all();
         put.map_err(|failure| {
@@ -144,8 +150,8 @@ impl Missing {
         })
     }
 
-    /// Puts those of the pages there that are missing still: others were discarded meanwhile.
-    fn put(&self, wanted: &Wanted, pages: Range, bytes: &[u8], begun: Instant) -> Result<Asked, Failure> {
+    /// Puts those of the pages there that are missing still: others were discarded meanwhile. `from`: their bytes.
+    fn put(&self, wanted: &Wanted, pages: Range, from: *const u8, begun: u64) -> Result<Asked, Failure> {
         let side = self.side(wanted.state);
         // Locked, so that a page is not discarded between the look at it and here.
         let mut inner = self.inner.lock();
@@ -158,9 +164,8 @@ impl Missing {
             && let Some(first) = inner.pages[wanted.state as usize].first_in(rest)
             && let Some(run) = inner.pages[wanted.state as usize].run_around(first, rest)
         {
-            let start = (run.gpa() - pages.gpa()) as usize;
-            let from = &bytes[start..start + run.size() as usize];
-            let (len, copied) = self.userfault.copy(side.mapping.address(run.gpa()), from);
+            let from = from.wrapping_add((run.gpa() - pages.gpa()) as usize);
+            let (len, copied) = self.userfault.copy(side.mapping.address(run.gpa()), from, run.size());
             if let Some(done) = Range::new(run.gpa(), len) {
                 side.touched.add(done.gpa(), len as usize);
                 inner.pages[wanted.state as usize].remove(done);
