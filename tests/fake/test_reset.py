@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +16,6 @@ from pagegate.testing import Fake, Step
 from .conftest import BIT, leaves_nothing
 from .test_snapshot import Counting, failure, machine, machines, resumed, that_has_answered  # noqa: F401 - fixtures
 from .test_virtio import AVAILABLE, DATA, PAGE, completed, kick, run_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.userfault
 
@@ -135,17 +132,36 @@ def test_random_programs(tmp_path_factory, program) -> None:
         vm.close()
 
 
-def test_many_resets_leave_nothing(machine, resumed, tmp_path: Path) -> None:  # noqa: F811
-    vm = machine()
+def resident() -> int:
+    """This process's memory in bytes, with the pages of its machines that are present."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE
+
+
+def test_ten_thousand_resets_lose_nothing_and_leave_nothing(machine, resumed, tmp_path: Path) -> None:  # noqa: F811
+    vm = machine(memory=len(RANDOM))
     vm.write(0, RANDOM)
     vm.snapshot(tmp_path / "saved")
-    again = resumed(tmp_path / "saved", lazy=True)
+    # Without a log, which would grow until it is full.
+    again = resumed(tmp_path / "saved", lazy=True, events=0)
 
-    again.reset_to(tmp_path / "saved")
-    with leaves_nothing(5):
-        for index in range(1000):
-            again.write(index % 64 * PAGE, b"other")
+    def reset(times: int) -> None:
+        for index in range(times):
+            at = index % 63 * PAGE
+            # What was written in the round before begins here.
+            assert again.read(at, PAGE) == RANDOM[at : at + PAGE]
+            again.write(at, b"x" * (PAGE + 8))
+            if index % 500 == 0:
+                again.write(0, bytes(len(RANDOM)))
             again.reset_to(tmp_path / "saved")
+            if index % 500 == 0:
+                assert again.read(0, len(RANDOM)) == RANDOM
+
+    reset(600)
+    before = resident()
+    with leaves_nothing(5):
+        reset(10_000)
+    # Less than a hundred bytes for each.
+    assert resident() - before < 1 << 20
     assert again.read(0, len(RANDOM)) == RANDOM
 
 
