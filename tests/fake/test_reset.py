@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from pagegate import Convert, NotSupported, PagegateError, Vm, devices
 from pagegate.testing import Fake, Step
+
+from tests.modelled import saved
 
 from .conftest import BIT, leaves_nothing
 from .test_snapshot import Counting, failure, machine, machines, resumed, that_has_answered  # noqa: F401 - fixtures
@@ -69,67 +70,17 @@ def test_only_what_was_touched_is_read_again(machine, resumed, tmp_path: Path) -
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(
-                st.just("convert"), st.integers(0, 63), st.integers(1, 9), st.sampled_from(["private", "shared"])
-            ),
-            st.tuples(st.just("write"), st.integers(0, 64 * PAGE - 40), st.binary(min_size=1, max_size=40), st.none()),
-            st.tuples(st.just("read"), st.integers(0, 64 * PAGE - 40), st.integers(1, 40), st.none()),
-            st.tuples(st.just("save"), st.none(), st.none(), st.none()),
-            st.tuples(st.just("reset"), st.integers(0, 9), st.none(), st.none()),
-            st.tuples(st.just("resume"), st.integers(0, 9), st.booleans(), st.none()),
-        ),
-        max_size=30,
-    ),
-)
+@given(saved.programs(saved.of_the_host(64)))
 def test_random_programs(tmp_path_factory, program) -> None:
     """Accesses, conversions, snapshots, resumes and resets against a model of bytes and states."""
-    folder = tmp_path_factory.mktemp("any")
-    with Vm(64 * PAGE, hypervisor=Fake(private_memory=False), shared_bit=BIT, debug_private=True) as first:
-        first.write(0, RANDOM)
-        first.snapshot(folder / "0")
-    saved = [(bytes(RANDOM), ["shared"] * 64)]
 
-    def resume(number: int, *, lazy: bool) -> Vm:
-        fake = Fake([], private_memory=False)
-        return Vm.resume(folder / str(number), hypervisor=fake, lazy=lazy, debug_private=True)
+    def resume(folder: Path, lazy: bool) -> Vm:
+        return Vm.resume(folder, hypervisor=Fake([], private_memory=False), lazy=lazy, debug_private=True)
 
-    vm, lazy = resume(0, lazy=True), True
-    model, states = bytearray(saved[0][0]), list(saved[0][1])
-    try:
-        for what, at, value, to in program:
-            if what == "convert":
-                for page in range(at, min(at + value, 64)):
-                    if states[page] != to:
-                        model[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
-                        states[page] = to
-                vm.convert(at * PAGE, min(value, 64 - at) * PAGE, to=to)
-            elif what == "write":
-                vm.write(at, value)
-                model[at : at + len(value)] = value
-            elif what == "read":
-                assert vm.read(at, value) == model[at : at + value]
-            elif what == "save":
-                vm.snapshot(folder / str(len(saved)))
-                saved.append((bytes(model), list(states)))
-            else:
-                number = at % len(saved)
-                if what == "resume":
-                    vm.close()
-                    vm, lazy = resume(number, lazy=value), value
-                elif lazy:
-                    vm.reset_to(folder / str(number))
-                else:
-                    with pytest.raises(NotSupported):
-                        vm.reset_to(folder / str(number))
-                    continue
-                model, states = bytearray(saved[number][0]), list(saved[number][1])
-        assert vm.read(0, 64 * PAGE) == model
-        assert [vm.attributes.is_private(page * PAGE) for page in range(64)] == [state == "private" for state in states]
-    finally:
-        vm.close()
+    vm = Vm(64 * PAGE, hypervisor=Fake(private_memory=False), shared_bit=BIT, debug_private=True)
+    vm.write(0, RANDOM)
+    model = saved.Model(RANDOM, ["shared"] * 64)
+    saved.play(saved.Player(tmp_path_factory.mktemp("any"), vm, resume, model), program)
 
 
 def resident() -> int:

@@ -126,10 +126,11 @@ class KvmMachine:
 
     sweeps = True
 
-    def __init__(self, way: Way, program: Program, policy: Any, *, call: str) -> None:
+    def __init__(self, way: Way, program: Program, policy: Any, *, call: str, **more: Any) -> None:
+        """`more`: for Vm."""
         self.way = way
         self.calls = (call,)
-        arguments = dict(way.arguments, enforcement=way.enforcement)
+        arguments = dict(way.arguments, enforcement=way.enforcement, **more)
         self.vm = Vm(MEMORY, policy=policy, initial=program.initial, **arguments)
         self.script = Script(call=call)
         self.script.out(MARK, 1)
@@ -150,6 +151,10 @@ class KvmMachine:
                 script.read(address)
         else:
             script.map_raw(op.page * PAGE, op.pages, attributes(op))
+        self.next(script)
+
+    def next(self, script: Script) -> None:
+        """Has the guest do a script's first operation next."""
         image, table = script.image(CODE)
         record = image[table - CODE : table - CODE + _RECORD.size]
         self.vm.write(table + self.operation * _RECORD.size, record)
