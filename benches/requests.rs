@@ -61,7 +61,7 @@ fn machine(policy: Arc<dyn Policy>, vcpus: u64, events: usize) -> Machine {
     });
     let machine = machine.expect("a machine on the fake");
     for vcpu in 0..vcpus {
-        let started = machine.start(vcpu as usize, CpuMode::Real, &[]);
+        let started = machine.start(vcpu as usize, CpuMode::Real, &[], &mut || Ok(()));
         started.expect("a vCPU that does not run");
     }
     machine

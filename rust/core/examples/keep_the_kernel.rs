@@ -54,7 +54,7 @@ fn main() -> Result<(), Error> {
     config.events = 16;
     let machine = Machine::new(config)?;
     machine.load(&Image::raw(&code, ENTRY), &mut || Ok(()))?;
-    machine.start(0, CpuMode::Long, &[("rip".to_owned(), ENTRY)])?;
+    machine.start(0, CpuMode::Long, &[("rip".to_owned(), ENTRY)], &mut || Ok(()))?;
     let report = machine.run(Some(Duration::from_secs(10)), &mut || Ok(()))?;
 
     println!("{}: {} requests", report.reason, report.tally.requests());

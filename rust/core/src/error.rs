@@ -196,7 +196,7 @@ pub enum Error {
         failure: Failure,
     },
     /// A page that was needed did not come, and what needed it went on without its bytes.
-    #[error("this machine is lost: {0}; put it back with reset_to, or make another one")]
+    #[error("this machine is lost: {0}; make another one, or put it back with reset_to if it was resumed lazily")]
     Lost(Arc<str>),
     /// The `interrupt` callback of a run failed: its caller wants it to end.
     #[error("interrupted: {0}")]

@@ -110,6 +110,10 @@ impl Input {
     /// # Errors
     /// As [`Input::fill`], and `TooLarge`.
     pub fn whole(mut self, most: u64, watch: &mut Watch<'_>) -> Result<Vec<u8>, InputError> {
+        let size = self.file.metadata().map_err(InputError::System)?.len();
+        if self.regular && size > most {
+            return Err(InputError::TooLarge(most));
+        }
         let read = self.fill(most + 1, watch)?.len() as u64;
         match read > most {
             true => Err(InputError::TooLarge(most)),

@@ -28,7 +28,7 @@
 //! config.initial = pagegate_core::memory::address::State::Private;
 //! config.hypervisor = Some(Arc::new(fake));
 //! let machine = Machine::new(config)?;
-//! machine.start(0, CpuMode::Protected, &[])?;
+//! machine.start(0, CpuMode::Protected, &[], &mut || Ok(()))?;
 //! let report = machine.run(None, &mut || Ok(()))?;
 //! assert_eq!((report.tally.conversions, report.tally.denied), (1, 1));
 //! # Ok::<(), pagegate_core::error::Error>(())

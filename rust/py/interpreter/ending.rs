@@ -20,6 +20,8 @@ const TELL_AGAIN: Duration = Duration::from_millis(10);
 
 /// The machines that run.
 static RUNNING: Mutex<Vec<Running>> = Mutex::new(Vec::new());
+/// The machines whose pager needs the interpreter.
+static PAGED: Mutex<Vec<Weak<Machine>>> = Mutex::new(Vec::new());
 /// One of them does no more.
 static OVER: Condvar = Condvar::new();
 /// No run may begin.
@@ -67,6 +69,20 @@ impl Drop for Listed {
     }
 }
 
+/// The end of the interpreter ends this machine's pager, too, whose thread would else be waited for later, and not end.
+pub(crate) fn has_pager(machine: &Arc<Machine>) {
+    let mut paged = PAGED.lock().unwrap_or_else(PoisonError::into_inner);
+    paged.retain(|machine| machine.strong_count() > 0);
+    paged.push(Arc::downgrade(machine));
+}
+
+fn end_pagers(deadline: Instant) {
+    let paged = std::mem::take(&mut *PAGED.lock().unwrap_or_else(PoisonError::into_inner));
+    for machine in paged.iter().filter_map(Weak::upgrade) {
+        machine.end_pager(deadline);
+    }
+}
+
 /// PagegateError after the end of the interpreter gave up waiting: to wait for a lock could last for ever.
 pub(crate) fn still_going(py: Python<'_>) -> PyResult<()> {
     match ABANDONED.load(Ordering::Relaxed) {
@@ -78,7 +94,7 @@ pub(crate) fn still_going(py: Python<'_>) -> PyResult<()> {
     }
 }
 
-/// Stops all runs, waits for them for two seconds, and lets no other begin.
+/// Stops all runs, waits for them for two seconds, and lets no other begin; and ends all pagers.
 #[pyfunction]
 #[pyo3(name = "_end")]
 pub(crate) fn end(py: Python<'_>) {
@@ -89,6 +105,8 @@ pub(crate) fn end(py: Python<'_>) {
             ENDING.store(true, Ordering::SeqCst);
             runs.retain(|run| run.process.is_present());
             if runs.is_empty() {
+                drop(runs);
+                end_pagers(deadline);
                 return;
             }
             let machines: Vec<_> = runs.iter().filter_map(|run| run.machine.upgrade()).collect();
@@ -98,6 +116,7 @@ pub(crate) fn end(py: Python<'_>) {
             drop(machines);
             if Instant::now() >= deadline {
                 ABANDONED.store(true, Ordering::Relaxed);
+                end_pagers(deadline);
                 return;
             }
             let runs = running();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pagegate_core::error::Failure;
 use pagegate_core::memory::missing::Came;
 use pagegate_core::memory::missing::pager::{FilePager, Given as CoreGiven, Pager, Wanted};
+use pagegate_core::process::Process;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
@@ -73,7 +74,12 @@ impl Pager for PyPager {
                 vcpu: wanted.by.vcpu(),
                 around: (wanted.around.gpa(), wanted.around.size()),
             };
-            let answer = call::call(self.missing.bind(py), Bound::new(py, page)?.as_any())?;
+            let process = Process::default();
+            let answer = call::call(self.missing.bind(py), Bound::new(py, page)?.as_any());
+            if !process.is_present() {
+                return Ok(CoreGiven::Forked);
+            }
+            let answer = answer?;
             let Ok(data) = arguments::bytes(&answer) else {
                 let answer = call::repr(&answer)?;
                 return Err(errors::policy_error(

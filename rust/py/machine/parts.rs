@@ -115,6 +115,10 @@ impl Parts {
         overdue: Option<Arc<Overdue>>,
         pager: Option<Arc<PyPager>>,
     ) -> Self {
+        let machine = Arc::new(machine);
+        if pager.is_some() {
+            ending::has_pager(&machine);
+        }
         let views = *machine.memory().views();
         Self {
             memory: machine.memory().size(),
@@ -128,7 +132,7 @@ impl Parts {
             platform: if machine.console().is_ok() { "pc" } else { "bare" },
             confidential: machine.is_confidential().then_some("sev"),
             enforcement: machine.enforcement().as_str(),
-            machine: Mutex::new(Some(Arc::new(machine))),
+            machine: Mutex::new(Some(machine)),
             callbacks: Mutex::new(Some(Callbacks {
                 judge,
                 policy: policy.map(|policy| policy.clone().unbind()),

@@ -8,7 +8,7 @@ use pyo3::types::PyDict;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::parts::OfVm;
-use crate::interpreter::{arguments, errors};
+use crate::interpreter::{arguments, attach, errors};
 
 /// One vCPU of a machine.
 #[pyclass(name = "Vcpu", module = "pagegate", frozen)]
@@ -57,7 +57,7 @@ impl PyVcpu {
             None => Vec::new(),
         };
         let machine = self.vm.machine(py)?;
-        py.detach(|| machine.start(self.index, mode, &given))
+        py.detach(|| machine.start(self.index, mode, &given, &mut attach::check_signals))
             .map_err(|error| errors::raise(py, error))
     }
 

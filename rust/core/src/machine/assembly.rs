@@ -312,6 +312,7 @@ impl Machine {
     /// As [`GuestMemory::convert`]; `Busy` when called from a listener.
     pub fn convert(&self, gpa: u64, size: u64, to: State) -> Result<Converted, Error> {
         self.outside_callbacks()?;
+        self.in_its_process()?;
         Ok(self.memory.convert(gpa, size, to, false)?)
     }
 
@@ -340,6 +341,7 @@ impl Machine {
     /// # Errors
     /// As [`Machine::read`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<(), Error> {
+        self.in_its_process()?;
         let len = from.len() as u64;
         self.touch(gpa, len, "write", |side, gpa, part| side.write(gpa, &from[part]))
     }
@@ -359,6 +361,16 @@ impl Machine {
             }
             (Some(pages), Some(missing)) => missing.bring(State::Shared, pages, watch),
             _ => Ok(()),
+        }
+    }
+
+    /// Fails in a child that was forked: the memory is its parent's guest's.
+    fn in_its_process(&self) -> Result<(), Error> {
+        match self.current.is_of_this_process() {
+            true => Ok(()),
+            false => Err(Error::Busy(
+                "this machine is that of the process that this one was forked from: it can be read here, and not changed",
+            )),
         }
     }
 

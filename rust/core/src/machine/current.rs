@@ -77,6 +77,11 @@ impl Current {
         }
     }
 
+    /// Whether it was made in this process, and not in one that this one was forked from.
+    pub(super) fn is_of_this_process(&self) -> bool {
+        self.process.is_present()
+    }
+
     /// Whether the vCPUs of the run in progress are to end.
     pub(super) fn ending(&self) -> bool {
         matches!(&*self.now.lock(), Now::Running(control) if control.leaving())

@@ -97,7 +97,8 @@ impl Machine {
     pub(super) fn pager_has_ended(&self) -> bool {
         const PATIENCE: Duration = Duration::from_secs(1);
         let mut held = self.pager_thread.lock();
-        let Some(thread) = held.take() else {
+        // A child that was forked does not have the thread.
+        let Some(thread) = held.take().filter(|_| self.current.is_of_this_process()) else {
             return true;
         };
         let begun = Instant::now();
@@ -111,6 +112,18 @@ impl Machine {
             false => *held = Some(thread),
         }
         ended
+    }
+
+    /// Pages do not come any more, and the pager's thread is waited for until `deadline`, and after that by nobody: the
+    /// interpreter that it needs is ending.
+    pub fn end_pager(&self, deadline: Instant) {
+        self.memory.end_missing();
+        let Some(thread) = self.pager_thread.lock().take() else {
+            return;
+        };
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 
     /// Called again and again in a run: lets vCPUs leave that KVM keeps because of a page that does not come.

@@ -71,8 +71,15 @@ impl Machine {
     ///
     /// # Errors
     /// `Invalid` for a register that does not exist or a `rip` that the mode cannot have, `Busy` while the vCPU runs;
-    /// those of building and writing the page tables.
-    pub fn start(&self, vcpu: usize, mode: CpuMode, given: &[(String, u64)]) -> Result<(), Error> {
+    /// those of building and writing the page tables; `Interrupted` for a failure of `watch`, which is called while a pager has
+    /// not given the pages that those come to.
+    pub fn start(
+        &self,
+        vcpu: usize,
+        mode: CpuMode,
+        given: &[(String, u64)],
+        watch: &mut Watch<'_>,
+    ) -> Result<(), Error> {
         let reset_sregs = self.idle_vcpu(vcpu)?.reset_sregs;
         let views = self.memory.views();
         let tables = match mode {
@@ -97,7 +104,7 @@ impl Machine {
         }
         if let Some(tables) = &tables {
             self.convert(tables.gpa, tables.bytes.len() as u64, State::Shared)?;
-            self.bring(tables.gpa, tables.bytes.len() as u64, &mut || Ok(()))?;
+            self.bring(tables.gpa, tables.bytes.len() as u64, watch)?;
             self.write(tables.gpa, &tables.bytes)?;
         }
         // Only now: a listener that is told of the conversion may do anything, and run() waits for the vCPU.

@@ -23,7 +23,7 @@ pub mod page_map;
 mod page_states;
 mod range_lock;
 mod range_set;
-mod saved;
+pub(crate) mod saved;
 pub(crate) mod shared_pages;
 mod unpaged;
 pub mod views;

@@ -382,6 +382,7 @@ impl GuestMemory {
     }
 }
 
-fn bytes_of_bits(memory_end: u64) -> usize {
+/// Bytes of the states of memory, a bit for each page.
+pub(crate) fn bytes_of_bits(memory_end: u64) -> usize {
     (memory_end / PAGE_SIZE).div_ceil(8) as usize
 }

@@ -65,6 +65,9 @@ impl SavedVcpu {
     }
 }
 
+/// KVM lists some 140, and each is set by an ioctl of its own.
+const MOST_MSRS: usize = 1024;
+
 fn failed(what: &'static str) -> impl Fn(Errno) -> Error {
     move |errno| Error::Host { what, errno }
 }
@@ -119,8 +122,14 @@ impl VcpuState {
     /// Whether this vCPU has what the guest has found.
     ///
     /// # Errors
-    /// `NotSupported` for a feature that it lacks; `Host` where an ioctl fails.
+    /// `NotSupported` for a feature that it lacks; `Invalid` for more MSRs than KVM has; `Host` where an ioctl fails.
     pub(crate) fn check(&self, saved: &SavedVcpu) -> Result<(), Error> {
+        if saved.msrs.len() > MOST_MSRS {
+            let has = saved.msrs.len();
+            return Err(Error::Invalid(format!(
+                "a vCPU has {has} MSRs: there are {MOST_MSRS} at most"
+            )));
+        }
         let own = self.hv.cpuid().map_err(failed("read a vCPU's CPUID"))?;
         check_features(own.as_slice(), saved.cpuid.as_slice())
     }

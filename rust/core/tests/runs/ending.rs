@@ -164,7 +164,7 @@ fn a_listener_stops_a_machine_that_another_thread_begins_to_run() {
         guest.machine.add_listener(listener.clone()).unwrap();
         std::thread::scope(|scope| {
             // Where this thread is late, the run has the vCPU first, and may be what is stopped.
-            scope.spawn(|| match guest.machine.start(0, CpuMode::Long, &[]) {
+            scope.spawn(|| match guest.machine.start(0, CpuMode::Long, &[], &mut || Ok(())) {
                 Ok(()) | Err(Error::Busy(_)) => {}
                 Err(error) => panic!("{error}"),
             });
@@ -182,7 +182,10 @@ fn a_running_machine_is_busy() {
     let judge = Judge::calls(move |_| {
         let machine = inner.get();
         assert!(matches!(machine.run(None, &mut || Ok(())), Err(Error::Busy(_))));
-        assert!(matches!(machine.start(0, CpuMode::Real, &[]), Err(Error::Busy(_))));
+        assert!(matches!(
+            machine.start(0, CpuMode::Real, &[], &mut || Ok(())),
+            Err(Error::Busy(_))
+        ));
         assert!(matches!(machine.regs(0), Err(Error::Busy(_))));
         // The pages of a request are not locked while the policy decides.
         machine.convert(0x5000, PAGE_SIZE, State::Private)?;

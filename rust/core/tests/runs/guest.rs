@@ -167,7 +167,7 @@ impl Guest {
             true => CpuMode::Long,
             false => CpuMode::Real,
         };
-        self.machine.start(vcpu, mode, &[]).unwrap();
+        self.machine.start(vcpu, mode, &[], &mut || Ok(())).unwrap();
     }
 
     pub fn try_run(&self) -> Result<Report, Error> {

@@ -85,7 +85,7 @@ fn vcpus_that_were_not_started_do_not_run() {
     };
     let machine = Machine::new(config).unwrap();
     assert!(matches!(machine.run(None, &mut || Ok(())), Err(Error::Busy(_))));
-    machine.start(1, CpuMode::Real, &[]).unwrap();
+    machine.start(1, CpuMode::Real, &[], &mut || Ok(())).unwrap();
     let report = machine.run(Some(Duration::from_secs(20)), &mut || Ok(())).unwrap();
     assert_eq!((report.reason.as_str(), report.tally.hypercalls), ("halt", 1));
     assert_eq!(machine.memory().describe(Range::new(0, PAGE_SIZE).unwrap()), "private");

@@ -92,7 +92,7 @@ impl Host {
         for (device, name) in devices.into_iter().zip(["first", "second", "third"]) {
             machine.add_device(name, device, false).unwrap();
         }
-        machine.start(0, CpuMode::Long, &[]).unwrap();
+        machine.start(0, CpuMode::Long, &[], &mut || Ok(())).unwrap();
         Self {
             fake,
             machine,

@@ -1,5 +1,6 @@
 //! Going on from a machine that was put aside.
 
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,21 +8,27 @@ use serde::de::DeserializeOwned;
 
 use super::manifest::{FORMAT, Manifest, Saved, name};
 use super::save::sum;
+use crate::allocation::reserve;
 use crate::boot::kernel_file::KernelFile;
 use crate::boot::running_kernel::RunningKernel;
-use crate::error::Error;
+use crate::error::{Error, Failure};
 use crate::input::{Input, InputError, Watch, open_regular};
 use crate::machine::assembly::Machine;
 use crate::machine::config::Config;
 use crate::memory::address::{PAGE_SIZE, Range, State};
 use crate::memory::missing::PageBits;
 use crate::memory::missing::pager::{FilePager, Pager};
+use crate::memory::saved::bytes_of_bits;
 use crate::policy::hooks::Policy;
 use crate::vcpu::saved::SavedVcpu;
 
 /// The most bytes of the manifest, and of a state: each of 4096 vCPUs has some 30 KiB, as text.
 const LARGEST_MANIFEST: u64 = 1 << 20;
 const LARGEST_STATE: u64 = 512 << 20;
+/// What is read from text takes at most so many times its size: a list of the smallest elements, as it grows.
+const OF_TEXT: usize = 8;
+/// How many bytes of text are read between two calls of the watch.
+const TEXT_AT_ONCE: usize = 64 << 10;
 /// The most bytes of a kernel.
 const LARGEST_KERNEL: u64 = 2 << 30;
 
@@ -56,7 +63,7 @@ impl Snapshot {
             pagegate: String,
         }
         let bytes = read(folder, name::MANIFEST, LARGEST_MANIFEST, watch)?;
-        let begin: Begin = parse(folder, name::MANIFEST, &bytes)?;
+        let begin: Begin = parse(folder, name::MANIFEST, &bytes, watch)?;
         if begin.format != FORMAT {
             return Err(Error::NotSupported(format!(
                 "{}: a snapshot of format {}, which pagegate {} has written; this one reads format {FORMAT}",
@@ -65,11 +72,11 @@ impl Snapshot {
                 begin.pagegate
             )));
         }
-        let manifest: Manifest = parse(folder, name::MANIFEST, &bytes)?;
+        let manifest: Manifest = parse(folder, name::MANIFEST, &bytes, watch)?;
         let bytes = read(folder, name::STATE, LARGEST_STATE, watch)?;
         check(folder, name::STATE, sum(&bytes), manifest.sums.state)?;
         Ok(Self {
-            saved: parse(folder, name::STATE, &bytes)?,
+            saved: parse(folder, name::STATE, &bytes, watch)?,
             folder: folder.to_path_buf(),
             manifest,
         })
@@ -176,7 +183,8 @@ impl Machine {
 
     /// The states that a folder has of the pages of this memory.
     pub(super) fn private_bits_in(&self, folder: &Path, wanted: u64, watch: &mut Watch<'_>) -> Result<Vec<u8>, Error> {
-        let pages = read(folder, name::PAGES, self.memory.views().memory_end(), watch)?;
+        let most = bytes_of_bits(self.memory.views().memory_end()) as u64;
+        let pages = read(folder, name::PAGES, most, watch)?;
         check(folder, name::PAGES, sum(&pages), wanted)?;
         Ok(pages)
     }
@@ -231,9 +239,44 @@ fn read(folder: &Path, name: &str, most: u64, watch: &mut Watch<'_>) -> Result<V
     })
 }
 
-fn parse<T: DeserializeOwned>(folder: &Path, name: &str, bytes: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(bytes)
-        .map_err(|error| Error::Invalid(format!("{}: it is damaged: {error}", folder.join(name).display())))
+/// Text that is read a part at a time, so that the user can end it.
+struct Text<'a> {
+    rest: &'a [u8],
+    watch: &'a mut Watch<'a>,
+    failed: &'a mut Option<Failure>,
+}
+
+impl Read for Text<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        if let Err(failure) = (self.watch)() {
+            *self.failed = Some(failure);
+            return Err(std::io::ErrorKind::Other.into());
+        }
+        self.rest.read(into)
+    }
+}
+
+fn parse<T: DeserializeOwned>(folder: &Path, name: &str, bytes: &[u8], watch: &mut Watch<'_>) -> Result<T, Error> {
+    // Where there is no memory for what is read, that must not be found out in the middle.
+    let mut room = Vec::<u8>::new();
+    let what = "read a snapshot's state";
+    reserve(&mut room, bytes.len().saturating_mul(OF_TEXT)).map_err(|errno| Error::Host { what, errno })?;
+    drop(room);
+    let mut failed = None;
+    let text = Text {
+        rest: bytes,
+        watch: &mut || watch(),
+        failed: &mut failed,
+    };
+    let parsed = serde_json::from_reader(BufReader::with_capacity(TEXT_AT_ONCE, text));
+    match (parsed, failed) {
+        (Ok(parsed), _) => Ok(parsed),
+        (Err(_), Some(failure)) => Err(Error::Interrupted(failure)),
+        (Err(error), None) => Err(Error::Invalid(format!(
+            "{}: it is damaged: {error}",
+            folder.join(name).display()
+        ))),
+    }
 }
 
 fn check(folder: &Path, name: &str, found: u64, wanted: u64) -> Result<(), Error> {

@@ -382,16 +382,18 @@ impl Missing {
     /// it has the page (Linux: fault_signal_pending() in arch/x86/mm/fault.c). It gets zeroes, and never runs again.
     pub(crate) fn give_up_after(&self, waited: Duration) {
         let inner = self.inner.lock();
-        let (gpa, patience) = match (inner.unanswered.first(), inner.asked) {
-            (Some((_, gpa)), _) => (*gpa, PATIENCE_AFTER_FAILURE),
-            (None, Some(gpa)) => (gpa, PATIENCE),
+        let (gpa, patience, why) = match (inner.unanswered.first(), inner.asked) {
+            (Some((_, gpa)), _) => (*gpa, PATIENCE_AFTER_FAILURE, "for which the pager has failed"),
+            (None, Some(gpa)) => (
+                gpa,
+                PATIENCE,
+                "for which the pager had no answer when the run was to end",
+            ),
             (None, None) => return,
         };
         drop(inner);
         if waited >= patience {
-            self.lose(&format!(
-                "a vCPU could not leave KVM_RUN without page {gpa:#x}, for which the pager had no answer when the run was to end"
-            ));
+            self.lose(&format!("a vCPU could not leave KVM_RUN without page {gpa:#x}, {why}"));
         }
     }
 

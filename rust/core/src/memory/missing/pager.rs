@@ -28,6 +28,8 @@ pub enum Given<'a> {
     Bytes(Range),
     /// In a mapping, at their gpas.
     Mapped(Range, &'a Mapping),
+    /// Nobody here has them: this is a child that was forked while the pager was called, and the machine is its parent's.
+    Forked,
 }
 
 /// A page that somebody touched, and that has no bytes yet.

@@ -1,5 +1,6 @@
 //! The thread that puts missing pages where they belong. It is the only one that asks the pager.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -21,6 +22,8 @@ enum Asked {
     NotMissing,
     /// No page comes any more, and who sleeps is woken.
     Over,
+    /// In a child that was forked, with which this thread ends.
+    Forked,
 }
 
 impl Wanted {
@@ -52,13 +55,16 @@ impl Missing {
             let _ = poll(&mut ready, None);
             if !ready[1].revents().is_empty() {
                 let _ = self.wake.read();
-                self.serve_asks(&mut bytes);
+                if self.serve_asks(&mut bytes).is_break() {
+                    return;
+                }
             }
             // The next one is told of by another poll, which costs no more than to find that there is none.
             if self.inner.lock().over.is_none()
                 && let Some(touch) = self.userfault.next()
+                && self.serve_touch(touch, &mut bytes).is_break()
             {
-                self.serve_touch(touch, &mut bytes);
+                return;
             }
             if !self.inner.lock().any_is_missing() {
                 // From now on what is not there is zeroes, and nobody has to be asked.
@@ -67,38 +73,44 @@ impl Missing {
         }
     }
 
-    fn serve_asks(&self, bytes: &mut Vec<u8>) {
+    fn serve_asks(&self, bytes: &mut Vec<u8>) -> ControlFlow<()> {
         loop {
             let mut inner = self.inner.lock();
             let Some(ask) = inner.asks.pop_front().filter(|_| inner.over.is_none()) else {
-                return;
+                return ControlFlow::Continue(());
             };
             drop(inner);
-            if let Err(error) = self.ask(ask.state, ask.gpa, ask.by, bytes) {
-                *ask.failure.lock() = Some(error);
-                self.changed.notify_all();
+            match self.ask(ask.state, ask.gpa, ask.by, bytes) {
+                Ok(Asked::Forked) => return ControlFlow::Break(()),
+                Ok(_) => {}
+                Err(error) => {
+                    *ask.failure.lock() = Some(error);
+                    self.changed.notify_all();
+                }
             }
         }
     }
 
-    fn serve_touch(&self, touch: Touch, bytes: &mut Vec<u8>) {
+    fn serve_touch(&self, touch: Touch, bytes: &mut Vec<u8>) -> ControlFlow<()> {
         let side = |state| {
             let gpa = self.side(state).mapping.offset_of(touch.address)?;
             Some((state, gpa - gpa % PAGE_SIZE))
         };
         let Some((state, gpa)) = [State::Shared, State::Private].into_iter().find_map(side) else {
-            return;
+            return ControlFlow::Continue(());
         };
         if self.inner.lock().unanswered.contains(&(state, gpa)) {
-            return;
+            return ControlFlow::Continue(());
         }
         let vcpu = (self.surroundings.vcpu)(touch.thread);
         let by = vcpu.map_or(By::Kvm, By::Vcpu);
         match self.ask(state, gpa, by, bytes) {
             Ok(Asked::Put | Asked::Over) => {}
+            Ok(Asked::Forked) => return ControlFlow::Break(()),
             Ok(Asked::NotMissing) => self.put_zeroes(state, gpa),
             Err(error) => self.failed(state, gpa, error),
         }
+        ControlFlow::Continue(())
     }
 
     /// Asks for a page and puts it there, with what else came.
@@ -122,11 +134,16 @@ impl Missing {
         let pager = self.pager.lock().clone();
         let begun = monotonic();
         let given = self.inside(|| pager.missing(&wanted, bytes));
-        let answered = given.and_then(|given| {
-            let (pages, len, from) = match given {
-                Given::Bytes(pages) => (pages, bytes.len() as u64, bytes.as_ptr()),
-                Given::Mapped(pages, mapping) => (pages, pages.size(), mapping.address(pages.gpa()).get() as *const u8),
-            };
+        let found = match given {
+            Ok(Given::Forked) => return Ok(Asked::Forked),
+            Ok(Given::Bytes(pages)) => Ok((pages, bytes.len() as u64, bytes.as_ptr())),
+            Ok(Given::Mapped(pages, mapping)) => {
+                let from = mapping.address(pages.gpa()).get() as *const u8;
+                Ok((pages, pages.size(), from))
+            }
+            Err(failure) => Err(failure),
+        };
+        let answered = found.and_then(|(pages, len, from)| {
             let fits = pages.intersect(&around) == Some(pages) && pages.contains(gpa);
             match fits && len == pages.size() {
                 true => Ok((pages, from)),
