@@ -184,7 +184,7 @@ impl Machine {
     /// The states that a folder has of the pages of this memory.
     pub(super) fn private_bits_in(&self, folder: &Path, wanted: u64, watch: &mut Watch<'_>) -> Result<Vec<u8>, Error> {
         let most = bytes_of_bits(self.memory.views().memory_end()) as u64;
-        let pages = read(folder, name::PAGES, most, watch)?;
+        let pages = read(folder, name::PAGES, most, watch).map_err(|why| damaged(folder, why))?;
         check(folder, name::PAGES, sum(&pages), wanted)?;
         Ok(pages)
     }
