@@ -158,18 +158,7 @@ def port_io(port: int) -> workload.Workload:
     first = script.in_(port)
     script.loop(first, EXITS)
     script.out(workload.MARKS, workload.END)
-    return workload.Workload(
-        kind="explicit",
-        pages=1,
-        touch=False,
-        requests=0,
-        warm_up=0,
-        memory=8 << 20,
-        memslots=1,
-        call="hypercall",
-        scripts=(script,),
-        two_views=False,
-    )
+    return workload.of_script(script, 8 << 20)
 
 
 def answer(io: Io) -> bytes:
@@ -224,17 +213,9 @@ def sequential_rows() -> list[Row]:
         script.out(workload.MARKS, workload.BEGIN)
         script.touch(SEQUENTIAL, SEQUENTIAL // PAGE)
         script.out(workload.MARKS, workload.END)
-        load = workload.Workload(
-            kind="implicit",
-            pages=pages,
-            touch=False,
-            requests=SEQUENTIAL // PAGE // pages,
-            warm_up=0,
-            memory=3 * SEQUENTIAL,
-            memslots=1,
-            call="hypercall",
-            scripts=(script,),
-            two_views=True,
+        requests = SEQUENTIAL // PAGE // pages
+        load = workload.of_script(
+            script, 3 * SEQUENTIAL, kind="implicit", pages=pages, requests=requests, two_views=True
         )
         run = measure.under_policy(load, policies.Allow(), enforcement=enforcement, events=EVENTS)
         return run.seconds * 1e9

@@ -32,18 +32,7 @@ def touching(stride: int) -> workload.Workload:
     script.out(workload.MARKS, workload.BEGIN)
     script.dirty(AT | 1 << workload.SHARED_BIT, TOUCHED, stride)
     script.out(workload.MARKS, workload.END)
-    return workload.Workload(
-        kind="explicit",
-        pages=1,
-        touch=True,
-        requests=0,
-        warm_up=0,
-        memory=MEMORY,
-        memslots=1,
-        call="hypercall",
-        scripts=(script,),
-        two_views=True,
-    )
+    return workload.of_script(script, MEMORY, two_views=True)
 
 
 def theirs(load: workload.Workload, file: Path) -> float:

@@ -25,7 +25,7 @@ def probe() -> Host:
     """Asks /dev/kvm what this host offers. Never raises: ``problems`` of the result says what is missing."""
 
 def _end() -> None:
-    """Stops all runs, waits for them for two seconds, and lets no other begin."""
+    """Stops all runs, waits for them for two seconds, and lets no other begin; and ends all pagers."""
 
 def timeout_seconds(timeout: float | None) -> float:
     """The seconds of a ``timeout`` argument, infinity for ``None``.

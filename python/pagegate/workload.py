@@ -128,6 +128,30 @@ def make(  # noqa: PLR0913 - one for each thing that is varied
     return workload
 
 
+def of_script(  # noqa: PLR0913 - one for each thing that is varied
+    script: Script,
+    memory: int,
+    *,
+    kind: Kind = "explicit",
+    pages: int = 1,
+    requests: int = 0,
+    two_views: bool = False,
+) -> Workload:
+    """Makes a workload of one vCPU that executes this script, which has the marks, in one memslot."""
+    return Workload(
+        kind=kind,
+        pages=pages,
+        touch=False,
+        requests=requests,
+        warm_up=0,
+        memory=memory,
+        memslots=1,
+        call="hypercall",
+        scripts=(script,),
+        two_views=two_views,
+    )
+
+
 @dataclass(frozen=True)
 class _Walk:
     kind: Kind

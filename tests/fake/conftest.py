@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from pagegate import Vm
 from pagegate.testing import Fake
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MEMORY = 64 * 4096
 BIT = 40
@@ -133,3 +137,13 @@ def make() -> Iterator[Make]:
     yield make
     for vm in vms:
         vm.close()
+
+
+def with_state(folder: Path, text: str) -> None:
+    """Gives a snapshot another state, with its checksum, which is in what refuses it at first."""
+    (folder / "state.json").write_text(text)
+    with pytest.raises(ValueError, match="its checksum is") as raised:
+        Vm.resume(folder, hypervisor=Fake([], private_memory=False))
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["sums"]["state"] = int(str(raised.value).split("its checksum is ")[1][:16], 16)
+    (folder / "manifest.json").write_text(json.dumps(manifest))

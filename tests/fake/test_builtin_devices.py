@@ -86,7 +86,7 @@ def test_nothing_is_left_of_machines_that_ran_with_every_device(tmp_path) -> Non
 
     def run() -> None:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with here, there, Vm(MEMORY, hypervisor=Fake([Step.block()]), platform="pc") as vm:
+        with here, there, Vm(MEMORY, hypervisor=Fake([Step.block()] * 1000), platform="pc") as vm:
             every = (
                 devices.Block(disk),
                 devices.Console(),

@@ -11,6 +11,8 @@ from pagegate import Convert, Policy, Region, Vm
 from pagegate.policies import Align, PingPong, Quota, RateLimit
 from pagegate.testing import Fake, Step
 
+from .conftest import with_state
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -42,16 +44,6 @@ def go_on(folder: Path, policy: object, *attributes: int) -> tuple[str, list[int
     with Vm.resume(folder, hypervisor=fake, policy=policy) as vm:
         reason = run(vm)
     return reason, [reply.value for reply in fake.replies()]
-
-
-def rewrite(folder: Path, state: dict[str, object]) -> None:
-    """Gives the folder another state, with its checksum."""
-    (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="its checksum is") as raised:
-        go_on(folder, None)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["sums"]["state"] = int(str(raised.value).split("its checksum is ")[1][:16], 16)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def limited(burst: int = 3) -> object:
@@ -128,7 +120,7 @@ def test_what_nothing_can_know_is_nothing(tmp_path: Path, known, make) -> None:
     state = json.loads((folder / "state.json").read_bytes())
     assert len(state["policy"]) == 1
     state["policy"] = known
-    rewrite(folder, state)
+    with_state(folder, json.dumps(state))
     policy = make()
     reason, replies = go_on(folder, policy, *[SHARED, PRIVATE] * 2)
     if isinstance(policy, RateLimit):

@@ -16,6 +16,8 @@ from pagegate.testing import Fake
 
 from tests.programs import passes
 
+from .conftest import with_state
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -32,16 +34,6 @@ def saved(tmp_path: Path) -> Path:
 
 def resume(folder: Path) -> None:
     Vm.resume(folder, hypervisor=Fake([], private_memory=False)).close()
-
-
-def with_state(folder: Path, text: str) -> None:
-    """Gives the folder another state, with its checksum."""
-    (folder / "state.json").write_text(text)
-    with pytest.raises(ValueError, match="its checksum is") as raised:
-        resume(folder)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["sums"]["state"] = int(str(raised.value).split("its checksum is ")[1][:16], 16)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def large(folder: Path, field: str, element: str) -> None:

@@ -105,9 +105,7 @@ pub(crate) fn end(py: Python<'_>) {
             ENDING.store(true, Ordering::SeqCst);
             runs.retain(|run| run.process.is_present());
             if runs.is_empty() {
-                drop(runs);
-                end_pagers(deadline);
-                return;
+                break;
             }
             let machines: Vec<_> = runs.iter().filter_map(|run| run.machine.upgrade()).collect();
             drop(runs);
@@ -116,13 +114,13 @@ pub(crate) fn end(py: Python<'_>) {
             drop(machines);
             if Instant::now() >= deadline {
                 ABANDONED.store(true, Ordering::Relaxed);
-                end_pagers(deadline);
-                return;
+                break;
             }
             let runs = running();
             if !runs.is_empty() {
                 drop(OVER.wait_timeout(runs, TELL_AGAIN));
             }
         }
+        end_pagers(deadline);
     });
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::assembly::Machine;
@@ -101,11 +102,7 @@ impl Machine {
         let Some(thread) = held.take().filter(|_| self.current.is_of_this_process()) else {
             return true;
         };
-        let begun = Instant::now();
-        while !thread.is_finished() && begun.elapsed() < PATIENCE {
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        let ended = thread.is_finished();
+        let ended = ends_before(&thread, Instant::now() + PATIENCE);
         match ended {
             // A panic of it is one of a pager in Rust, and was printed.
             true => drop(thread.join()),
@@ -118,11 +115,8 @@ impl Machine {
     /// interpreter that it needs is ending.
     pub fn end_pager(&self, deadline: Instant) {
         self.memory.end_missing();
-        let Some(thread) = self.pager_thread.lock().take() else {
-            return;
-        };
-        while !thread.is_finished() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_micros(200));
+        if let Some(thread) = self.pager_thread.lock().take() {
+            ends_before(&thread, deadline);
         }
     }
 
@@ -146,6 +140,14 @@ impl Machine {
     pub fn working_set(&self) -> Vec<Came> {
         self.memory.missing().map_or_else(Vec::new, |missing| missing.came())
     }
+}
+
+/// Waits for a thread. Returns whether it has ended.
+fn ends_before(thread: &JoinHandle<()>, deadline: Instant) -> bool {
+    while !thread.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    thread.is_finished()
 }
 
 impl Drop for Machine {

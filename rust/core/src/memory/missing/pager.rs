@@ -215,8 +215,10 @@ impl Pager for FilePager {
             // Where that fails, the page may be there still.
             _ => source.several(likely).ok(),
         };
-        let path = || source.path.clone();
         let given = several.map_or_else(|| source.one(wanted.page, bytes), Ok);
-        Ok(given.map_err(|errno| NotRead { errno, path: path() })?)
+        Ok(given.map_err(|errno| NotRead {
+            errno,
+            path: source.path.clone(),
+        })?)
     }
 }
